@@ -1,0 +1,101 @@
+# make test is all that continuous integration runs.  What is fetched and made stays in this folder, git-ignored.
+
+PREFIX ?= /usr/local
+PYTHON ?= python3
+CACHE := .cache
+PIP_PACKAGES := cffi docker mypy pytest pytest-timeout PyYAML ruff setuptools
+# The real daemon to compare with, unpacked beside the project: never installed, never started on the machine itself.
+PEER_PACKAGES := busybox-static containerd docker.io libdevmapper1.02.1 libseccomp2 runc tini
+# What the tests call, and the package that has it.
+TOOLS := cc:gcc debootstrap:debootstrap ip:iproute2 ldd:libc-bin openssl:openssl ps:procps unshare:util-linux
+
+# "MINOR INTERPRETER" of every usable Python 3.9 or newer in PATH and under pyenv, oldest first.  Each names itself,
+# so that a shim is never taken for an interpreter.
+LIST_PYTHONS = for directory in $$(echo "$$PATH" | tr : ' ') $$HOME/.pyenv/versions/*/bin; do \
+	for python in $$directory/python3 $$directory/python3.[0-9] $$directory/python3.[0-9][0-9]; do \
+	    [ ! -x "$$python" ] || "$$python" -c 'import ctypes, ensurepip, os, ssl, sys, sysconfig, zlib; \
+	sys.prefix == sys.base_prefix and sys.version_info >= (3, 9) and \
+	os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")) and \
+	print(sys.version_info[1], sys.executable)' 2>/dev/null; \
+	done; done | sort -u -n -k 1,1
+# The virtual environments of the oldest and of the newest Python.
+OLDEST = $$(head -n 1 $(CACHE)/environments)
+NEWEST = $$(tail -n 1 $(CACHE)/environments)
+PEER_PATH = $(CURDIR)/$(CACHE)/peer/usr/sbin:$(CURDIR)/$(CACHE)/peer/usr/bin:$(CURDIR)/$(CACHE)/peer/bin
+
+.PHONY: native test lint bench conformance install clean tools peer environments
+
+test: peer $(CACHE)/debian.tar native lint
+	@for environment in $$(cat $(CACHE)/environments); do \
+	    echo "== pytest, $$($$environment/bin/python -V)"; \
+	    $$environment/bin/python -m pytest -q -p test_dockerd test_dockerd.py || exit 1; \
+	done
+
+lint: environments
+	@$(OLDEST)/bin/ruff check . && $(OLDEST)/bin/mypy
+
+native: environments
+	@for environment in $$(cat $(CACHE)/environments); do $$environment/bin/python _native/build.py || exit 1; done
+
+bench: peer environments
+	@PATH="$(PEER_PATH):$$PATH" $(NEWEST)/bin/python bench_dockerd.py $(BENCH)
+
+conformance: peer environments
+	@[ -d "$(SPECS)" ] || { echo "make conformance SPECS=DIR: a folder with the published vX.Y.yaml" >&2; exit 2; }
+	@DOCKERD_SPECS="$(abspath $(SPECS))" $(NEWEST)/bin/python -m pytest -q -p test_dockerd -m conformance test_dockerd.py
+
+# Programs of the machine that the tests call.
+tools:
+	@missing=; for pair in $(TOOLS); do \
+	    command -v $${pair%%:*} >/dev/null || missing="$$missing $${pair##*:}"; done; \
+	[ -n "$$($(LIST_PYTHONS))" ] || missing="$$missing python3-venv python3-dev"; \
+	[ -z "$$missing" ] || { apt-get -q update && apt-get -q install -y --no-install-recommends $$missing; }
+
+peer: $(CACHE)/peer/.complete
+
+$(CACHE)/peer/.complete: | tools
+	@rm -rf $(CACHE)/debs $(CACHE)/peer && mkdir -p $(CACHE)/debs $(CACHE)/peer
+	@packages="$(PEER_PACKAGES) $$(apt-cache pkgnames docker-cli | grep -x docker-cli)"; cd $(CACHE)/debs; \
+	apt-get -qq download $$packages || { apt-get -q update && apt-get -qq download $$packages; }
+	@for package in $(CACHE)/debs/*.deb; do dpkg -x $$package $(CACHE)/peer || exit 1; done
+	@touch $@
+
+# The first suite of the machine's own sources; in a mount namespace, so that no mount can stay behind.
+$(CACHE)/debian.tar: | tools
+	@mkdir -p $(CACHE) && rm -rf $(CACHE)/debian
+	@set -- $$(apt-get indextargets --format '$$(REPO_URI) $$(CODENAME)' \
+	    'Created-By: Packages' 'Origin: Debian' 'Label: Debian' 'Component: main' | head -n 1); \
+	[ $$# = 2 ] || { echo "no Debian source is configured in apt" >&2; exit 1; }; \
+	unshare -m debootstrap --variant=minbase "$$2" $(CACHE)/debian "$$1" >$(CACHE)/debootstrap.log 2>&1 \
+	    || { tail -n 20 $(CACHE)/debootstrap.log >&2; exit 1; }
+	@tar -C $(CACHE)/debian -cf $@.new --exclude './var/cache/apt/*.bin' \
+	    --exclude './var/cache/apt/archives/*.deb' --exclude './var/lib/apt/lists/*' .
+	@rm -rf $(CACHE)/debian && mv $@.new $@
+
+environments: tools
+	@mkdir -p $(CACHE); : >$(CACHE)/environments; \
+	{ $(LIST_PYTHONS); } | sed -n '1p;$$p' | uniq | while read -r minor python; do \
+	    environment=.venv-3.$$minor; echo $$environment >>$(CACHE)/environments; \
+	    [ "$$(cat $$environment/.complete 2>/dev/null)" = "$$python $(PIP_PACKAGES)" ] || { \
+	        echo "== $$environment from $$python"; rm -rf $$environment; \
+	        "$$python" -m venv $$environment && $$environment/bin/pip install -qq $(PIP_PACKAGES) && \
+	        echo "$$python $(PIP_PACKAGES)" >$$environment/.complete; \
+	    } || exit 1; \
+	done
+
+# Everything but the file itself is printed by the file.
+install:
+	install -D dockerd.py $(DESTDIR)$(PREFIX)/sbin/dockerd.py
+	@cd $(DESTDIR)$(PREFIX) && for pair in systemd-service:lib/systemd/system/docker.service \
+	    systemd-socket:lib/systemd/system/docker.socket man:share/man/man8/dockerd.py.8 \
+	    bash:share/bash-completion/completions/dockerd.py zsh:share/zsh/site-functions/_dockerd.py \
+	    fish:share/fish/vendor_completions.d/dockerd.py.fish daemon.json:share/doc/dockerd.py/daemon.json \
+	    openrc:share/doc/dockerd.py/openrc sysvinit:share/doc/dockerd.py/sysvinit; do \
+	    mkdir -p $$(dirname $${pair#*:}) && \
+	    $(PYTHON) -B sbin/dockerd.py --print $${pair%%:*} >$${pair#*:} && \
+	    sed -i 's,$(DESTDIR)$(PREFIX),$(PREFIX),g' $${pair#*:} && echo "$(DESTDIR)$(PREFIX)/$${pair#*:}" || exit 1; \
+	done
+
+clean:
+	rm -rf .cache .venv-* .mypy_cache .pytest_cache .ruff_cache __pycache__ build dist *.egg-info
+	rm -rf _native/__pycache__ _native/_helper.*

@@ -1,0 +1,461 @@
+"""Benchmarks of dockerd.py, with the real dockerd beside it in the same run where the machine has one.
+
+    python3 bench_dockerd.py [-n 300] [--json FILE]
+
+Both daemons run at the same time, each in network and mount namespaces and on files of its own, and take
+turns, so that what else the machine does falls on both.  A figure is a median, a ratio is theirs over ours:
+above 1, we need less.  Needs root, util-linux, iproute2 and a static busybox; the standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import glob
+import http.client
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from typing import Any, Callable, Iterator
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+HOLDER = "ip link set lo up && echo ready && exec cat"
+
+# What the containers of the steady state alternate between.
+VARIANTS: list[dict[str, Any]] = [
+    {"Image": "one", "Cmd": ["true"]},
+    {"Image": "two", "Cmd": ["sh", "-c", "exit 0"], "Env": ["A=b"], "Labels": {"a": "b"}},
+    {"Image": "one", "Cmd": ["true"], "User": "1000:1000", "HostConfig": {"Memory": 64 << 20}},
+    {
+        "Image": "two",
+        "Cmd": ["echo", "a line for the log"],
+        "WorkingDir": "/tmp",
+        "HostConfig": {"CapDrop": ["ALL"]},
+    },
+    {"Image": "one", "Cmd": ["true"], "Tty": True, "HostConfig": {"ReadonlyRootfs": True}},
+]
+STEPS = ("create", "start", "wait", "delete")
+
+
+class Connection(http.client.HTTPConnection):
+    """A kept-alive HTTP connection to a Unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=120)
+        self.path = path
+
+    def connect(self) -> None:
+        """Connect, as http.client asks for it."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """One request, JSON both ways (bytes are sent as they are); RuntimeError when the daemon refuses."""
+        headers = {"Content-Type": "application/x-tar" if isinstance(body, bytes) else "application/json"}
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        self.request(method, path, data, headers if data is not None else {})
+        response = self.getresponse()
+        answer = response.read()
+        if response.status >= 300:
+            raise RuntimeError(f"{method} {path}: {response.status} {answer!r}")
+        return json.loads(answer) if answer[:1] in (b"{", b"[") else answer
+
+
+class Daemon:
+    """A daemon in namespaces and a CPU-accounting cgroup of its own."""
+
+    def __init__(self, name: str, command: list[str], library_path: str = "") -> None:
+        self.name = name
+        self.directory = tempfile.mkdtemp(prefix="dockerd-bench-")
+        self.parent = "/" + os.path.basename(self.directory)
+        self.command = [part.format(dir=self.directory, parent=self.parent) for part in command]
+        self.environment = (
+            {**os.environ, "LD_LIBRARY_PATH": library_path} if library_path else dict(os.environ)
+        )
+        self.cgroup = _make_accounting_cgroup(self.parent)
+        self.holder = subprocess.Popen(
+            ["unshare", "-n", "-m", "--propagation", "private", "sh", "-c", HOLDER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self.holder.stdout and self.holder.stdout.readline() == b"ready\n"
+        self.connection = Connection(f"{self.directory}/sock")
+
+    def start(self) -> float:
+        """Start the daemon; returns the seconds until it answered a ping and `info`."""
+        begin = time.perf_counter()
+        with open(f"{self.directory}/log", "ab") as log:
+            self.process = subprocess.Popen(
+                ["nsenter", "-t", str(self.holder.pid), "-n", "-m", "--", *self.command],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=functools.partial(_join, self.cgroup),
+            )
+        self.connection = Connection(f"{self.directory}/sock")
+        while True:
+            try:
+                self.connection.call("GET", "/_ping")
+                self.connection.call("GET", "/info")
+                return time.perf_counter() - begin
+            except (OSError, http.client.HTTPException):
+                if self.process.poll() is not None or time.perf_counter() > begin + 60:
+                    with open(f"{self.directory}/log") as log_file:
+                        raise SystemExit(f"{self.name} does not start:\n{log_file.read()[-2000:]}")
+                self.connection.close()
+                time.sleep(0.002)
+
+    def stop(self) -> None:
+        """Stop the daemon and wait for its end."""
+        self.connection.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+
+    def close(self) -> None:
+        """Stop it and remove all that it used."""
+        self.stop()
+        assert self.holder.stdin
+        self.holder.stdin.close()
+        self.holder.wait()
+        for top in glob.glob("/sys/fs/cgroup/*") + ["/sys/fs/cgroup"]:
+            for directory, _, _ in os.walk(top + self.parent, topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
+        shutil.rmtree(self.directory)
+
+    def cpu(self) -> float:
+        """Seconds of CPU time that the daemon, its helpers and its containers have used so far."""
+        if self.cgroup.startswith("/sys/fs/cgroup/cpuacct"):
+            with open(os.path.join(os.path.dirname(self.cgroup), "cpuacct.usage")) as file:
+                return int(file.read()) / 1e9
+        with open(os.path.join(os.path.dirname(self.cgroup), "cpu.stat")) as file:
+            return int(file.readline().split()[1]) / 1e6
+
+    def pss(self) -> float:
+        """MiB of memory (proportional set size) of all processes in the daemon's own mount namespace."""
+        own, total = os.readlink(f"/proc/{self.holder.pid}/ns/mnt"), 0
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                if int(pid) != self.holder.pid and os.readlink(f"/proc/{pid}/ns/mnt") == own:
+                    with open(f"/proc/{pid}/smaps_rollup") as file:
+                        total += next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+        return total / 1024
+
+    def create(self, variant: dict[str, Any]) -> str:
+        """Create a container without a network; returns its id."""
+        body = {**variant, "HostConfig": {"NetworkMode": "none", **variant.get("HostConfig", {})}}
+        return str(self.connection.call("POST", "/containers/create", body)["Id"])
+
+    def run(self, variant: dict[str, Any]) -> list[float]:
+        """Create, start, wait for and delete a container; returns the seconds that each step took."""
+        call, times = self.connection.call, [time.perf_counter()]
+        identity = self.create(variant)
+        times.append(time.perf_counter())
+        for method, path in (
+            ("POST", f"/containers/{identity}/start"),
+            ("POST", f"/containers/{identity}/wait"),
+            ("DELETE", f"/containers/{identity}"),
+        ):
+            answer = call(method, path)
+            times.append(time.perf_counter())
+            if path.endswith("wait") and answer["StatusCode"] != 0:
+                raise RuntimeError(f"{self.name}: {variant} ended with {answer}")
+        return [later - earlier for earlier, later in zip(times, times[1:])]
+
+
+def _make_accounting_cgroup(parent: str) -> str:
+    """A cgroup that counts CPU time, below the one that the daemon's containers will be in; its directory."""
+    top = "/sys/fs/cgroup/cpuacct" if os.path.isdir("/sys/fs/cgroup/cpuacct") else "/sys/fs/cgroup"
+    directory = f"{top}{parent}/daemon"
+    os.makedirs(directory)
+    return directory
+
+
+def _join(cgroup: str) -> None:
+    with open(f"{cgroup}/cgroup.procs", "w") as file:
+        file.write("0")
+
+
+def our_daemon(python: str) -> Daemon:
+    """dockerd.py of this folder, under the interpreter `python`."""
+    return Daemon(
+        "dockerd.py",
+        [
+            python,
+            os.path.join(HERE, "dockerd.py"),
+            "-d",
+            "-H",
+            "unix://{dir}/sock",
+            "-g",
+            "{dir}/data",
+            "--exec-root",
+            "{dir}/exec",
+            "-p",
+            "{dir}/pid",
+            "--cgroup-parent",
+            "{parent}",
+        ],
+    )
+
+
+def real_daemon(program: str) -> Daemon:
+    """The real dockerd at `program`, which may be unpacked somewhere with its libraries beside it."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.realpath(program))))
+    libraries = glob.glob(f"{root}/lib/*-linux-gnu") + glob.glob(f"{root}/usr/lib/*-linux-gnu")
+    return Daemon(
+        "dockerd",
+        [
+            program,
+            "-H",
+            "unix://{dir}/sock",
+            "--data-root",
+            "{dir}/data",
+            "--exec-root",
+            "{dir}/exec",
+            "-p",
+            "{dir}/pid",
+            "--cgroup-parent",
+            "{parent}",
+            "--iptables=false",
+            "--ip6tables=false",
+            "--ip-forward=false",
+            "--ip-masq=false",
+            "--bridge=none",
+        ],
+        ":".join(libraries) if root != "/" else "",
+    )
+
+
+def root_file_system(mark: str) -> bytes:
+    """A tar archive of a root file system from a static busybox; `mark` makes it another image."""
+    busybox = shutil.which("busybox")
+    if not busybox:
+        raise SystemExit("no busybox in PATH: install the package busybox-static")
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name in ("bin", "etc", "tmp"):
+            directory = tarfile.TarInfo(name)
+            directory.type, directory.mode = tarfile.DIRTYPE, 0o1777 if name == "tmp" else 0o755
+            tar.addfile(directory)
+        tar.add(os.path.realpath(busybox), "bin/busybox")
+        for applet in ("sh", "true", "echo", "sleep"):
+            link = tarfile.TarInfo("bin/" + applet)
+            link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+            tar.addfile(link)
+        content = f"root:x:0:0:{mark}:/root:/bin/sh\n".encode()
+        passwd = tarfile.TarInfo("etc/passwd")
+        passwd.size = len(content)
+        tar.addfile(passwd, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def kernel_threads() -> dict[int, int]:
+    """Nanoseconds of CPU time of each kernel thread: where namespaces, mounts and cgroups are torn down."""
+    times = {}
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rpartition(") ")[2].split()[1] not in ("0", "2"):
+                    continue
+            with open(f"/proc/{pid}/schedstat") as file:
+                times[pid] = int(file.read().split()[0])
+    return times
+
+
+def kernel_cpu(before: dict[int, int]) -> float:
+    """Seconds of CPU time that kernel threads have used since `before`."""
+    return sum(time - before.get(pid, 0) for pid, time in kernel_threads().items()) / 1e9
+
+
+def settle(daemons: list[Daemon], seconds: float = 10) -> None:
+    """Wait until the daemons and the kernel's threads have been all but idle for half a second."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        threads, before = kernel_threads(), sum(daemon.cpu() for daemon in daemons)
+        time.sleep(0.5)
+        if sum(daemon.cpu() for daemon in daemons) - before < 0.02 and kernel_cpu(threads) < 0.005:
+            return
+
+
+# The measurements.  Each takes the daemons and yields (what, unit, [the figure of each daemon]).
+
+Rows = Iterator["tuple[str, str, list[float]]"]
+
+
+def measure_idle(daemons: list[Daemon]) -> Rows:
+    """Memory of a daemon that has done nothing yet."""
+    settle(daemons)
+    yield "memory, idle", "MiB", [daemon.pss() for daemon in daemons]
+
+
+def measure_ping(daemons: list[Daemon], rounds: int = 5, requests: int = 400) -> Rows:
+    """Time of an answered GET /_ping on one kept-alive connection."""
+    times: list[list[float]] = [[] for _ in daemons]
+    for _ in range(rounds):
+        for daemon, found in zip(daemons, times):
+            with socket.socket(socket.AF_UNIX) as sock:  # http.client would take longer than the daemons do
+                sock.connect(f"{daemon.directory}/sock")
+                begin = time.perf_counter()
+                for _ in range(requests):
+                    sock.sendall(b"GET /_ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    answer = b""
+                    while not answer.endswith(b"\r\n\r\nOK"):
+                        answer += sock.recv(4096)
+                found.append((time.perf_counter() - begin) / requests * 1e6)
+    yield "GET /_ping, one connection", "us", [statistics.median(found) for found in times]
+
+
+def measure_steady_state(daemons: list[Daemon], count: int) -> Rows:
+    """Time of each step of a container's life, `count` containers in turns."""
+    times: list[list[list[float]]] = [[] for _ in daemons]
+    for number in range(-len(VARIANTS), count):
+        for index in range(len(daemons)) if number % 2 else reversed(range(len(daemons))):
+            steps = daemons[index].run(VARIANTS[number % len(VARIANTS)])
+            if number >= 0:  # the first round warms up
+                times[index].append(steps)
+    for step, name in enumerate(STEPS):
+        yield name, "ms", [statistics.median(steps[step] for steps in found) * 1e3 for found in times]
+    totals = [sorted(sum(steps) for steps in found) for found in times]
+    yield "create+start+wait+delete", "ms", [statistics.median(found) * 1e3 for found in totals]
+    yield "  its worst of a hundred", "ms", [found[int(len(found) * 0.99)] * 1e3 for found in totals]
+
+
+def measure_cpu(daemons: list[Daemon], count: int, rounds: int = 4) -> Rows:
+    """CPU time of a container's life, up to the end of what goes on behind the answer (the tail)."""
+    own: list[list[float]] = [[] for _ in daemons]
+    total: list[list[float]] = [[] for _ in daemons]
+    for _ in range(rounds):
+        for index, daemon in enumerate(daemons):
+            settle(daemons)
+            threads, before = kernel_threads(), daemon.cpu()
+            for number in range(count):
+                daemon.run(VARIANTS[number % len(VARIANTS)])
+            settle(daemons)
+            own[index].append((daemon.cpu() - before) / count * 1e3)
+            total[index].append(own[index][-1] + kernel_cpu(threads) / count * 1e3)
+    yield "CPU of its processes and containers", "ms", [statistics.median(found) for found in own]
+    yield "  with the kernel's part of the tail", "ms", [statistics.median(found) for found in total]
+
+
+def measure_running(daemons: list[Daemon], count: int = 20) -> Rows:
+    """Memory on the daemon's side for each further container that runs."""
+    figures = []
+    for daemon in daemons:
+        identities = [daemon.create({"Image": "one", "Cmd": ["sleep", "100000"]}) for _ in range(count + 5)]
+
+        def start(some: list[str], call: Callable[..., Any] = daemon.connection.call) -> None:
+            for identity in some:
+                call("POST", f"/containers/{identity}/start")
+
+        start(identities[:5])
+        settle(daemons)
+        before = daemon.pss()
+        start(identities[5:])
+        settle(daemons)
+        figures.append((daemon.pss() - before) / count)
+        for identity in identities:
+            daemon.connection.call("DELETE", f"/containers/{identity}?force=1")
+    yield "memory, each further container", "MiB", figures
+
+
+def measure_after(daemons: list[Daemon]) -> Rows:
+    """Memory of a daemon after all that."""
+    settle(daemons)
+    yield "memory, after the work", "MiB", [daemon.pss() for daemon in daemons]
+
+
+def measure_start(daemons: list[Daemon], rounds: int = 5) -> Rows:
+    """Time from the start of the process to the first answered ping and `info`."""
+    times: list[list[float]] = [[] for _ in daemons]
+    for _ in range(rounds):
+        for daemon, found in zip(daemons, times):
+            daemon.stop()
+            found.append(daemon.start() * 1e3)
+    yield "start of the daemon", "ms", [statistics.median(found) for found in times]
+
+
+def print_row(what: str, unit: str, figures: list[float]) -> None:
+    """One line of the table; the last column is theirs over ours."""
+    ratio = f"{figures[1] / figures[0]:10.1f} x" if len(figures) > 1 and figures[0] > 0 else ""
+    print(f"{what:36} {unit:>3}" + "".join(f"{figure:12.2f}" for figure in figures) + ratio, flush=True)
+
+
+def main() -> None:
+    """Run all measurements and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "-n", type=int, default=300, metavar="COUNT", help="containers in steady state, each (300)"
+    )
+    parser.add_argument(
+        "--real", default=shutil.which("dockerd"), metavar="FILE", help="the real dockerd; '' for none"
+    )
+    parser.add_argument(
+        "--python", default=sys.executable, metavar="FILE", help="the interpreter of dockerd.py"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    options = parser.parse_args()
+    figures: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        daemons = [our_daemon(options.python)]
+        stack.callback(daemons[0].close)
+        if options.real:
+            daemons.append(real_daemon(options.real))
+            stack.callback(daemons[1].close)
+        for daemon in daemons:
+            daemon.start()
+        versions = [daemon.connection.call("GET", "/version")["Version"] for daemon in daemons]
+        print(f"{'median':40}" + "".join(f"{daemon.name:>12}" for daemon in daemons))
+        print(f"{'':40}" + "".join(f"{version[:11]:>12}" for version in versions), flush=True)
+        for measure in (
+            measure_idle,
+            _import_images,
+            measure_ping,
+            functools.partial(measure_steady_state, count=options.n),
+            functools.partial(measure_cpu, count=max(5, options.n // 10)),
+            measure_running,
+            measure_after,
+            measure_start,
+        ):
+            for what, unit, row in measure(daemons):
+                print_row(what, unit, row)
+                figures[what.strip()] = {"unit": unit, **dict(zip((daemon.name for daemon in daemons), row))}
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(figures, file, indent=1)
+
+
+def _import_images(daemons: list[Daemon]) -> Rows:
+    """The two images, with the time that an import of busybox takes."""
+    times: list[list[float]] = [[] for _ in daemons]
+    for name in ("one", "two"):
+        tree = root_file_system(name)
+        for daemon, found in zip(daemons, times):
+            begin = time.perf_counter()
+            daemon.connection.call(
+                "POST",
+                f"/images/create?fromSrc=-&repo={name}&tag=latest&changes=ENV%20"
+                + PATH.replace("=", "%3D").replace("/", "%2F"),
+                tree,
+            )
+            found.append((time.perf_counter() - begin) * 1e3)
+    yield "import of busybox (2 MB)", "ms", [statistics.median(found) for found in times]
+
+
+if __name__ == "__main__":
+    main()

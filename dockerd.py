@@ -1,0 +1,13479 @@
+#!/usr/bin/env python3
+"""dockerd.py: a Docker daemon in one file.
+
+``sudo python3 dockerd.py -d`` serves the Docker API, v1.12 to v1.51; ``import dockerd`` embeds the engine in
+a program.  The standard library and ctypes only, Python 3.9 or newer, Linux on x86-64 and aarch64.
+
+A section uses only what stands above it:
+
+    Constants           kernel and protocol numbers
+    Errors              one exception class per HTTP meaning
+    Kernel calls        one small wrapper per system call
+    Netlink             links, addresses and routes over rtnetlink
+    Options             one table: flags, daemon.json, --help, man page
+    Engine              Engine, Job, Env, streams, shutdown, signal trap
+    Archives            tar streams: read, write, apply a layer, diff
+    Storage drivers     overlay2, btrfs and vfs behind one small interface; the writer of all state
+    Images              content-addressed layers, image configs, tags
+    Registry            the registry's jobs
+    Execution driver    container spec to running process: shim, init, cgroups, seccomp, console
+    Network driver      what a container's network namespace is given
+    Volumes             what is mounted into a container beside its root
+    Logs                json-file; follow, since, until, tail
+    Containers          state machine, monitor, attach, logs
+    Builder             Dockerfiles
+    Daemon              puts the parts together: load, recover, job handlers, events, info
+    API server          listeners, HTTP, one route table, version gates, hijack
+    Builtins and main   register the jobs, run
+
+Work flows one way: request -> route -> Job -> Daemon -> Container/Image -> driver -> kernel call.
+"""
+from __future__ import annotations
+
+import base64
+import codecs
+import collections
+import contextlib
+import copy
+import ctypes
+import errno
+import fcntl
+import functools
+import hashlib
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import queue
+import re
+import secrets
+import select
+import shlex
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+import zlib
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple, Optional, Union
+
+__all__ = ["Engine", "Job", "Env", "DockerError", "VERSION", "API_VERSION", "main"]
+
+VERSION = "28.2.2"
+GIT_COMMIT = "dockerd.py"
+API_VERSION = "1.51"
+MIN_API_VERSION = "1.12"
+
+log = logging.getLogger("dockerd")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Constants
+#
+# Numbers of the kernel's and the protocols' interfaces, alphabetical, each group with the header it comes
+# from. What os, socket, signal or stat already name is not repeated here.
+# ------------------------------------------------------------------------------------------------------------
+
+# <dirent.h>
+DT_UNKNOWN = 0
+
+# <fcntl.h>, <linux/fcntl.h>
+AT_EMPTY_PATH = 0x1000
+AT_FDCWD = -100
+AT_RECURSIVE = 0x8000
+AT_SYMLINK_NOFOLLOW = 0x100
+F_SETPIPE_SZ = 1031
+
+# <linux/bpf.h>
+BPF_CGROUP_DEVICE = 6
+BPF_F_ALLOW_MULTI = 2
+BPF_PROG_ATTACH = 8
+BPF_PROG_LOAD = 5
+BPF_PROG_TYPE_CGROUP_DEVICE = 15
+
+# <linux/sched.h>
+CLONE_FS = 0x00000200
+CLONE_INTO_CGROUP = 0x200000000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWNET = 0x40000000
+CLONE_NEWNS = 0x00020000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWTIME = 0x00000080
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWUTS = 0x04000000
+CLONE_PIDFD = 0x00001000
+
+# <linux/close_range.h>
+CLOSE_RANGE_CLOEXEC = 4
+
+# <linux/mount.h>
+FSCONFIG_CMD_CREATE = 6
+FSCONFIG_SET_FD = 5
+FSCONFIG_SET_FLAG = 0
+FSCONFIG_SET_STRING = 1
+FSMOUNT_CLOEXEC = 1
+FSOPEN_CLOEXEC = 1
+MNT_DETACH = 2
+MOUNT_ATTR_NOATIME = 0x10
+MOUNT_ATTR_NODEV = 0x4
+MOUNT_ATTR_NOEXEC = 0x8
+MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_RDONLY = 0x1
+MOUNT_ATTR_STRICTATIME = 0x20
+MOVE_MOUNT_F_EMPTY_PATH = 0x4
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
+MS_BIND = 4096
+MS_PRIVATE = 1 << 18
+MS_RDONLY = 1
+MS_REC = 16384
+MS_REMOUNT = 32
+MS_SHARED = 1 << 20
+MS_SLAVE = 1 << 19
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+OPEN_TREE_CLONE = 1
+
+# <linux/btrfs.h>
+BTRFS_FIRST_FREE_OBJECTID = 256
+BTRFS_IOC_SNAP_CREATE_V2 = 0x50009417
+BTRFS_IOC_SNAP_DESTROY = 0x5000940F
+BTRFS_IOC_SUBVOL_CREATE = 0x5000940E
+
+# <linux/fs.h>
+FICLONE = 0x40049409
+FS_APPEND_FL = 0x20
+FS_IMMUTABLE_FL = 0x10
+FS_IOC_GETFLAGS = 0x80086601
+FS_IOC_SETFLAGS = 0x40086602
+
+# <linux/ioctl.h> families: <asm-generic/ioctls.h>
+TIOCGPTPEER = 0x5441
+TIOCSCTTY = 0x540E
+TIOCSWINSZ = 0x5414
+
+# <linux/openat2.h>
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_NO_XDEV = 0x01
+
+# <linux/capability.h>
+LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+# <linux/magic.h>
+BTRFS_SUPER_MAGIC = 0x9123683E
+CGROUP2_SUPER_MAGIC = 0x63677270
+DEVPTS_SUPER_MAGIC = 0x1CD1
+OVERLAYFS_SUPER_MAGIC = 0x794C7630
+
+# <linux/keyctl.h>
+KEYCTL_JOIN_SESSION_KEYRING = 1
+KEYCTL_SETPERM = 5
+
+# <linux/prctl.h>
+PR_CAPBSET_DROP = 24
+PR_CAPBSET_READ = 23
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+PR_SET_CHILD_SUBREAPER = 36
+PR_SET_DUMPABLE = 4
+PR_SET_KEEPCAPS = 8
+PR_SET_NAME = 15
+PR_SET_NO_NEW_PRIVS = 38
+PR_SET_PDEATHSIG = 1
+
+# <linux/pidfd.h>: _IOWR(0xFF, 11, struct pidfd_info of 64 bytes)
+PIDFD_GET_INFO = 0xC040FF0B
+PIDFD_INFO_EXIT = 1 << 3
+
+# <linux/seccomp.h>
+SECCOMP_SET_MODE_FILTER = 1
+
+# <linux/rtnetlink.h>, <linux/netlink.h>, <linux/if.h>
+IFF_UP = 1
+NETLINK_CAP_ACK = 10
+NETLINK_EXT_ACK = 11
+NETLINK_ROUTE = 0
+NLMSG_ERROR = 2
+NLM_F_ACK = 4
+NLM_F_REQUEST = 1
+RTM_NEWLINK = 16
+SOL_NETLINK = 270
+
+# <asm/unistd.h>: system calls that the C library of the oldest host served does not wrap, by machine
+SYSCALLS = {
+    "x86_64": {"bpf": 321, "capget": 125, "capset": 126, "getdents64": 217, "keyctl": 250, "pivot_root": 155,
+               "rt_sigaction": 13, "seccomp": 317},
+    "aarch64": {"bpf": 280, "capget": 90, "capset": 91, "getdents64": 61, "keyctl": 219, "pivot_root": 41,
+                "rt_sigaction": 134, "seccomp": 277},
+}
+SYSCALL_CLONE3 = 435
+SYSCALL_CLOSE_RANGE = 436
+SYSCALL_FSCONFIG = 431
+SYSCALL_FSMOUNT = 432
+SYSCALL_FSOPEN = 430
+SYSCALL_MOUNT_SETATTR = 442
+SYSCALL_MOVE_MOUNT = 429
+SYSCALL_OPENAT2 = 437
+SYSCALL_OPEN_TREE = 428
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Errors
+#
+# One exception class per HTTP meaning, and one table that maps class to status.  Everything below raises
+# these (or OSError, which is a 500); only the API server reads the table.  The failpoints, by which the tests
+# make a step fail or take a defence away, stand here too, because every section asks them.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class DockerError(Exception):
+    """A failure that the client is told of; its text is one line.  The daemon's own fault: 500."""
+
+
+class BadParameter(DockerError):
+    """The request itself is wrong: 400."""
+
+
+class Unauthorized(DockerError):
+    """Credentials are missing or refused: 401."""
+
+
+class Forbidden(DockerError):
+    """The request is understood and not allowed: 403."""
+
+
+class NotFound(DockerError):
+    """The object asked for does not exist: 404."""
+
+
+class Conflict(DockerError):
+    """The object's state does not allow it: 409."""
+
+
+class NotModified(DockerError):
+    """The object already is in the state asked for: 304."""
+
+
+class NotSupported(DockerError):
+    """This daemon does not have the feature: 501."""
+
+
+class Unavailable(DockerError):
+    """The daemon cannot serve this now: 503."""
+
+
+HTTP_STATUS: dict[type, int] = {
+    BadParameter: 400, Unauthorized: 401, Forbidden: 403, NotFound: 404, Conflict: 409, NotModified: 304,
+    NotSupported: 501, Unavailable: 503, DockerError: 500,
+}
+
+
+def http_status(error: BaseException) -> int:
+    """The HTTP status of `error`: that of the nearest of its classes in HTTP_STATUS, else 500."""
+    return next((HTTP_STATUS[kind] for kind in type(error).__mro__ if kind in HTTP_STATUS), 500)
+
+
+def _parse_failpoints(text: str) -> dict[str, tuple[str, int]]:
+    """NAME=ACTION[@N],... as {NAME: (ACTION, N)}: the action happens at the Nth passage, by default the
+    first."""
+    points = {}
+    for item in filter(None, text.split(",")):
+        name, _, action = item.partition("=")
+        action, _, count = action.partition("@")
+        points[name] = (action, int(count or 1))
+    return points
+
+
+FAILPOINTS = _parse_failpoints(os.environ.get("DOCKERD_FAILPOINTS", ""))
+_failpoint_passages: dict[str, int] = {}
+
+
+def failpoint(name: str) -> None:
+    """A step that a test can make fail: `kill` ends the process on the spot, `enospc` and `eio` raise
+    OSError."""
+    if name not in FAILPOINTS:
+        return
+    action, at = FAILPOINTS[name]
+    passage = _failpoint_passages[name] = _failpoint_passages.get(name, 0) + 1
+    if passage != at:
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    number = {"enospc": errno.ENOSPC, "eio": errno.EIO}.get(action)
+    if number:
+        raise OSError(number, os.strerror(number), name)
+
+
+def defended(name: str) -> bool:
+    """Whether the security defence `name` stands; a test takes it away by DOCKERD_FAILPOINTS="NAME=off"."""
+    return FAILPOINTS.get(name, ("", 0))[0] != "off"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Kernel calls
+#
+# One small wrapper per system call: arguments in, OSError with the path out.  ctypes lives here and nowhere
+# else. What os, fcntl or signal already offer on Python 3.9 is used from there.  Sources: the man pages of
+# section 2, Documentation/filesystems/mount_api.rst for the mount calls that have none.
+# ------------------------------------------------------------------------------------------------------------
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc_with_gil = ctypes.PyDLL(None, use_errno=True)
+_syscall_function = _libc.syscall
+_syscall_function.restype = ctypes.c_long
+_MACHINE = os.uname().machine
+_NUMBERS = SYSCALLS.get(_MACHINE, SYSCALLS["x86_64"])
+
+
+def _check(result: int, path: Union[str, bytes, int, None] = None) -> int:
+    """`result`, or the OSError that errno tells of when it is negative."""
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path if path != "" else None)
+    return result
+
+
+def _pointer(value: Any) -> Any:
+    """One argument of a raw system call as ctypes wants it: str and bytes by address, None as NULL, int as
+    long."""
+    if isinstance(value, int):
+        return ctypes.c_long(value)
+    if isinstance(value, str):
+        return ctypes.c_char_p(os.fsencode(value))
+    return ctypes.c_char_p(value) if isinstance(value, bytes) else value
+
+
+def _syscall(number: int, *arguments: Any, path: Union[str, bytes, int, None] = None) -> int:
+    """syscall(2): the result, or OSError naming `path`."""
+    return _check(_syscall_function(ctypes.c_long(number), *map(_pointer, arguments)), path)
+
+
+def bpf(command: int, attributes: bytes) -> int:
+    """bpf(2) with the union's bytes; what the command returns, often a descriptor."""
+    return _syscall(_NUMBERS["bpf"], command, attributes, len(attributes))
+
+
+def bpf_load(program_type: int, program: bytes) -> int:
+    """A descriptor of the eBPF `program` (8 bytes an instruction) of BPF_PROG_TYPE_*; bpf(2),
+    BPF_PROG_LOAD."""
+    code, license_name = (
+        ctypes.create_string_buffer(program, len(program)),
+        ctypes.create_string_buffer(b"Apache-2.0"),
+    )
+    return bpf(BPF_PROG_LOAD, struct.pack("=IIQQ", program_type, len(program) // 8, ctypes.addressof(code),
+                                          ctypes.addressof(license_name)))
+
+
+def capget() -> tuple[int, int, int]:
+    """The calling thread's (effective, permitted, inheritable) capabilities as bit masks; capget(2)."""
+    data = ctypes.create_string_buffer(24)
+    _syscall(_NUMBERS["capget"], struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0), data)
+    low = struct.unpack("=6I", data.raw)
+    return low[0] | low[3] << 32, low[1] | low[4] << 32, low[2] | low[5] << 32
+
+
+def capset(effective: int, permitted: int, inheritable: int) -> None:
+    """Set the calling thread's capabilities from bit masks; capset(2)."""
+    sets = (effective, permitted, inheritable)
+    data = struct.pack("=6I", *(mask & 0xFFFFFFFF for mask in sets), *(mask >> 32 for mask in sets))
+    _syscall(_NUMBERS["capset"], struct.pack("=Ii", LINUX_CAPABILITY_VERSION_3, 0), data)
+
+
+def clone3(flags: int, cgroup: Optional[int] = None) -> tuple[int, int]:
+    """Fork into the namespaces of `flags` (CLONE_NEW*), in the cgroup v2 directory `cgroup` when given.
+
+    Returns (0, -1) in the child and (pid, pidfd) in the parent.  The interpreter is told, as os.fork tells
+    it; glibc's own fork handlers do not run, so the caller must be single-threaded (pitfall 5).
+    clone3(2)."""
+    pidfd = ctypes.c_int(-1)
+    flags |= CLONE_PIDFD | (0 if cgroup is None else CLONE_INTO_CGROUP)
+    arguments = struct.pack(
+        "=11Q", flags, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup or 0
+    )
+    api = ctypes.pythonapi
+    api.PyOS_BeforeFork()
+    pid = _libc_with_gil.syscall(
+        ctypes.c_long(SYSCALL_CLONE3), ctypes.c_char_p(arguments), ctypes.c_long(len(arguments))
+    )
+    number = ctypes.get_errno()
+    if pid == 0:
+        api.PyOS_AfterFork_Child()
+        return 0, -1
+    api.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError(number, "clone3: " + os.strerror(number))
+    return pid, pidfd.value
+
+
+def close_range(first: int, last: int = 0xFFFFFFFF, flags: int = 0) -> None:
+    """Close the descriptors `first` to `last`, or mark them with CLOSE_RANGE_CLOEXEC; close_range(2)."""
+    _syscall(SYSCALL_CLOSE_RANGE, first, last, flags)
+
+
+def directory_types(path: str) -> set[int]:
+    """The d_type values (DT_*) that the file system gives the entries of a directory; getdents64(2)."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        buffer, at, types = ctypes.create_string_buffer(32768), 0, set()
+        size = _syscall(_NUMBERS["getdents64"], fd, buffer, 32768, path=path)
+        while at < size:
+            length, kind = struct.unpack_from("=HB", buffer.raw, at + 16)
+            types.add(kind)
+            at += length
+        return types
+    finally:
+        os.close(fd)
+
+
+def fsconfig_create(fd: int) -> None:
+    """Make the superblock that the context `fd` describes; an error carries the kernel's own log lines."""
+    try:
+        _syscall(SYSCALL_FSCONFIG, fd, FSCONFIG_CMD_CREATE, None, None, 0)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            detail = os.read(fd, 4096).decode(errors="replace").strip()
+            error = OSError(error.errno, f"{error.strerror} ({detail})")
+        raise error
+
+
+def fsconfig_fd(fd: int, key: str, value: int) -> None:
+    """Give the parameter `key` of the context `fd` a descriptor."""
+    _syscall(SYSCALL_FSCONFIG, fd, FSCONFIG_SET_FD, key, None, value, path=key)
+
+
+def fsconfig_flag(fd: int, key: str) -> None:
+    """Set the valueless parameter `key` of the context `fd`."""
+    _syscall(SYSCALL_FSCONFIG, fd, FSCONFIG_SET_FLAG, key, None, 0, path=key)
+
+
+def fsconfig_string(fd: int, key: str, value: str) -> None:
+    """Give the parameter `key` of the context `fd` a string of fewer than 256 bytes."""
+    _syscall(SYSCALL_FSCONFIG, fd, FSCONFIG_SET_STRING, key, value, 0, path=value)
+
+
+def fsmount(fd: int, flags: int = FSMOUNT_CLOEXEC, attributes: int = 0) -> int:
+    """A descriptor of a detached mount of the context `fd`, with MOUNT_ATTR_* attributes."""
+    return _syscall(SYSCALL_FSMOUNT, fd, flags, attributes)
+
+
+def fsopen(filesystem: str, flags: int = FSOPEN_CLOEXEC) -> int:
+    """A descriptor of a new configuration context for `filesystem`."""
+    return _syscall(SYSCALL_FSOPEN, filesystem, flags, path=filesystem)
+
+
+def keyctl_join_session() -> None:
+    """Give the process an anonymous session keyring of its own; keyctl(2), KEYCTL_JOIN_SESSION_KEYRING."""
+    _syscall(_NUMBERS["keyctl"], KEYCTL_JOIN_SESSION_KEYRING, None, 0, 0, 0)
+
+
+def mount(source: str, target: str, fstype: str = "", flags: int = 0, data: str = "") -> None:
+    """mount(2); `data` is the file system's option string of at most one page."""
+    _check(_libc.mount(os.fsencode(source), os.fsencode(target), os.fsencode(fstype) or None,
+                       ctypes.c_ulong(flags), os.fsencode(data) or None), target)
+
+
+def mount_setattr(fd: int, path: str, flags: int = 0, set: int = 0, clear: int = 0, propagation: int = 0,
+                  userns_fd: int = 0) -> None:
+    """Change MOUNT_ATTR_* and the propagation of a mount, with AT_RECURSIVE of its whole tree;
+    mount_setattr(2)."""
+    attributes = struct.pack("=4Q", set, clear, propagation, userns_fd)
+    _syscall(SYSCALL_MOUNT_SETATTR, fd, path, flags, attributes, len(attributes), path=path)
+
+
+def move_mount(from_fd: int, from_path: str, to_fd: int, to_path: str, flags: int = 0) -> None:
+    """Attach the mount `from` at `to`; an empty path with MOVE_MOUNT_{F,T}_EMPTY_PATH means the
+    descriptor."""
+    _syscall(SYSCALL_MOVE_MOUNT, from_fd, from_path, to_fd, to_path, flags, path=to_path)
+
+
+def new_mount(
+    fstype: str, attributes: int = 0, source: str = "", options: Iterable[tuple[str, str]] = ()
+) -> int:
+    """A descriptor of a detached mount of a new `fstype` with its options: fsopen, fsconfig, fsmount in
+    one."""
+    context = fsopen(fstype)
+    try:
+        if source:
+            fsconfig_string(context, "source", source)
+        for key, value in options:
+            if value:
+                fsconfig_string(context, key, value)
+            else:
+                fsconfig_flag(context, key)
+        fsconfig_create(context)
+        return fsmount(context, FSMOUNT_CLOEXEC, attributes)
+    finally:
+        os.close(context)
+
+
+def open_tree(dirfd: int, path: str, flags: int = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC) -> int:
+    """A descriptor of the mount at `path`, with OPEN_TREE_CLONE of a detached copy of it; open_tree(2)."""
+    return _syscall(SYSCALL_OPEN_TREE, dirfd, path, flags, path=path)
+
+
+def openat2(dirfd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) -> int:
+    """openat2(2): open `path` with RESOLVE_* rules; O_CLOEXEC is always set."""
+    how = struct.pack("=3Q", flags | os.O_CLOEXEC, mode, resolve)
+    while True:
+        try:
+            return _syscall(SYSCALL_OPENAT2, dirfd, path, how, len(how), path=path)
+        except BlockingIOError:  # EAGAIN: a rename raced with the resolution; the man page says to try again
+            continue
+
+
+def pidfd_exit_code(pidfd: int) -> Optional[int]:
+    """The wait status of the ended process behind `pidfd`, ours or not; None where the kernel (before 6.15)
+    or the process does not tell.  Linux Documentation: struct pidfd_info in <linux/pidfd.h>."""
+    info = bytearray(struct.pack("=Q", PIDFD_INFO_EXIT) + bytes(56))
+    try:
+        fcntl.ioctl(pidfd, PIDFD_GET_INFO, info)
+    except OSError:
+        return None
+    mask, = struct.unpack_from("=Q", info, 0)
+    return struct.unpack_from("=i", info, 60)[0] if mask & PIDFD_INFO_EXIT else None
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """pivot_root(2)."""
+    _syscall(_NUMBERS["pivot_root"], new_root, put_old, path=new_root)
+
+
+def prctl(operation: int, *arguments: int) -> int:
+    """prctl(2) with integer arguments."""
+    values = [ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0, 0)[:4]]
+    return _check(_libc.prctl(operation, *values))
+
+
+def receive_fds(connection: socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
+    """Up to `size` bytes and `most` descriptors, close-on-exec from the start; unix(7), SCM_RIGHTS.
+
+    socket.recv_fds loses its flags on all Python versions served here."""
+    data, ancillary, _, _ = connection.recvmsg(size, socket.CMSG_SPACE(most * 4), socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds += struct.unpack(f"={len(content) // 4}i", content[:len(content) & ~3])
+    return data, fds
+
+
+def reset_signal(number: int) -> None:
+    """Give the signal its default action, also where the C library keeps it for itself; rt_sigaction(2)."""
+    _syscall(_NUMBERS["rt_sigaction"], number, bytes(32), None, 8)
+
+
+def seccomp_load(program: bytes, flags: int = 0) -> None:
+    """Install the classic BPF `program` (8 bytes an instruction) as this thread's filter; seccomp(2)."""
+    code = ctypes.create_string_buffer(program, len(program))
+    header = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
+    _syscall(_NUMBERS["seccomp"], SECCOMP_SET_MODE_FILTER, flags, header)
+
+
+def set_process_name(name: str) -> None:
+    """The name that ps shows for this thread, cut at 15 bytes; PR_SET_NAME."""
+    _check(_libc.prctl(PR_SET_NAME, ctypes.c_char_p(name.encode()[:15]), 0, 0, 0))
+
+
+def setdomainname(name: str) -> None:
+    """The NIS domain name of the UTS namespace; setdomainname(2)."""
+    _check(_libc.setdomainname(name.encode(), ctypes.c_size_t(len(name.encode()))))
+
+
+def setns(fd: int, kind: int = 0) -> None:
+    """Move the calling thread into the namespace (or those of a pidfd) behind `fd`; setns(2)."""
+    _check(_libc.setns(fd, kind))
+
+
+def statfs_type(path: str) -> int:
+    """The magic number of the file system below `path` (os.statvfs does not tell it); statfs(2)."""
+    buffer = ctypes.create_string_buffer(120)
+    _check(_libc.statfs(os.fsencode(path), buffer), path)
+    return struct.unpack_from("=Q", buffer.raw)[0] & 0xFFFFFFFF
+
+
+def syncfs(fd: int) -> None:
+    """Write the whole file system behind `fd` out, and tell of errors; syncfs(2)."""
+    _check(_libc.syncfs(fd))
+
+
+def umount(path: str, flags: int = 0) -> None:
+    """umount2(2)."""
+    _check(_libc.umount2(os.fsencode(path), flags), path)
+
+
+def unshare(flags: int) -> None:
+    """Give the calling thread new namespaces, or a file system context of its own (CLONE_FS); unshare(2)."""
+    _check(_libc.unshare(flags))
+
+
+def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function(*arguments)` returns or raises, run in a thread that ends with it: for calls whose
+    effect on the thread (setns, unshare, chroot) must not outlive them (pitfall 8)."""
+    outcome: dict[str, Any] = {}
+
+    def body() -> None:
+        try:
+            outcome["result"] = function(*arguments)
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=body, name="confined", daemon=True)
+    thread.start()
+    thread.join()
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["result"]
+
+
+def confined(root: Union[str, int], function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run `function` in a throwaway thread whose root directory is `root` (a path or a descriptor).
+
+    The kernel resolves every path of it inside `root`: no link and no `..` leads out.  The function must not
+    import, nor load anything by name (pitfalls 3 and 8)."""
+
+    def body() -> Any:
+        unshare(CLONE_FS)
+        os.fchdir(root) if isinstance(root, int) else os.chdir(root)
+        if defended("chroot"):
+            os.chroot(".")
+        return function(*arguments)
+
+    return in_thread(body)
+
+
+def read_text(path: str, limit: int = 1 << 20) -> str:
+    """The text of one of the host's files, above all of /proc and /sys; "" where it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(limit)
+    except OSError:
+        return ""
+
+
+def load_native() -> Any:
+    """The compiled helper `_native` beside this file, or None: every function in it has a twin in Python
+    here."""
+    if os.environ.get("DOCKERD_NATIVE") == "0":
+        return None
+    try:
+        from _native import lib
+    except ImportError:
+        return None
+    return lib
+
+
+native: Any = None  # set by main and by Engine users who want it: native = load_native()
+
+
+def sd_notify(state: str) -> bool:
+    """Tell the service manager `state` (READY=1, STOPPING=1, WATCHDOG=1, ...); whether one listens.
+
+    Source: sd_notify(3): one datagram to the Unix socket that $NOTIFY_SOCKET names, '@' for an abstract
+    one."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return False
+    if native is not None:
+        return native.sd_notify(address.encode(), state.encode()) >= 0
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as notify:
+        try:
+            notify.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
+        except OSError as error:
+            log.warning("cannot notify %s of %s: %s", address, state, error)
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Netlink
+#
+# Requests to the kernel's networking over rtnetlink: one socket, one round trip per batch, errors with the
+# kernel's own text (extended ack).  RFC 3549, rtnetlink(7), Documentation/userspace-api/netlink.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def netlink_message(kind: int, payload: bytes, flags: int = 0, sequence: int = 1) -> bytes:
+    """One request with its header, acknowledged by the kernel; `payload` is the family's fixed part and
+    attributes."""
+    return (
+        struct.pack("=IHHII", 16 + len(payload), kind, NLM_F_REQUEST | NLM_F_ACK | flags, sequence, 0)
+        + payload
+    )
+
+
+def netlink_batch(messages: list[bytes], protocol: int = NETLINK_ROUTE) -> None:
+    """Send `messages` in one call and read their acknowledgements.
+
+    Raises OSError with the kernel's extended text for the first that failed."""
+    if native is not None:
+        _netlink_batch_native(b"".join(messages), len(messages), protocol)
+        return
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as link:
+        with contextlib.suppress(OSError):
+            link.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
+            link.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
+        link.send(b"".join(messages))
+        waiting = len(messages)
+        while waiting:
+            for number, text in _acknowledgements(link.recv(65536)):
+                waiting -= 1
+                if number:
+                    raise OSError(number, f"{os.strerror(number)}{': ' + text if text else ''}")
+
+
+def _netlink_batch_native(data: bytes, count: int, protocol: int) -> None:
+    from _native import ffi
+    text = ffi.new("char[256]")
+    number = -native.netlink_batch(protocol, data, len(data), count, text, 256)
+    if number:
+        words = ffi.string(text).decode(errors="replace")
+        raise OSError(number, f"{os.strerror(number)}{': ' + words if words else ''}")
+
+
+def _acknowledgements(data: bytes) -> Iterator[tuple[int, str]]:
+    """(errno, extended text) of each NLMSG_ERROR message in `data`."""
+    offset = 0
+    while offset + 16 <= len(data):
+        length, kind, flags = struct.unpack_from("=IHH", data, offset)
+        if kind == NLMSG_ERROR:
+            number = -struct.unpack_from("=i", data, offset + 16)[0]
+            yield number, _extended_text(data[offset + 36:offset + length]) if number else ""
+        offset += (length + 3) & ~3
+
+
+def _extended_text(attributes: bytes) -> str:
+    """NLMSGERR_ATTR_MSG (1) among the attributes that may follow the failed request's header."""
+    offset = 0
+    while offset + 4 <= len(attributes):
+        length, kind = struct.unpack_from("=HH", attributes, offset)
+        if length < 4:
+            break
+        if kind == 1:
+            return attributes[offset + 4:offset + length].rstrip(b"\0").decode(errors="replace")
+        offset += (length + 3) & ~3
+    return ""
+
+
+def link_up(index: int) -> None:
+    """Bring the link with this interface index up (loopback is 1 in every new namespace)."""
+    netlink_batch([netlink_message(RTM_NEWLINK, struct.pack("=BxHiII", 0, 0, index, IFF_UP, IFF_UP))])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Options
+#
+# ONE table of options.  From it come the flags with every spelling that Docker took since 1.2.0, daemon.json,
+# --help, the reload list, the man page and the shell completions.  Every flag and every key of dockerd 20.10
+# to 28 has its row: it is served, ignored or refused, and the row says why; nothing is silently ignored.
+# Sources: docker 1.2.0's flags.go, daemon/config.go and pkg/mflag; dockerd(8); "Daemon configuration file" of
+# https://docs.docker.com/reference/cli/dockerd/.  The texts of errors are dockerd's, because tools show them.
+# ------------------------------------------------------------------------------------------------------------
+
+DEFAULT_HOST = "unix:///var/run/docker.sock"
+DEFAULT_CONFIG_FILE = "/etc/docker/daemon.json"
+
+
+class UsageError(DockerError):
+    """The command line is wrong; one line, as dockerd words it."""
+
+
+class LeftoverArgument(UsageError):
+    """An argument that is no flag: the caller prints the usage too."""
+
+
+class ConfigError(DockerError):
+    """The configuration, from wherever it comes, does not allow the daemon to start; one line."""
+
+
+# Values, as Go's strconv and time and Docker's go-units read them
+
+
+def parse_bool(text: str) -> bool:
+    """1, t, T, TRUE, true, True, and their opposites (Go: strconv.ParseBool); BadParameter for all else."""
+    if text in ("1", "t", "T", "TRUE", "true", "True"):
+        return True
+    if text in ("0", "f", "F", "FALSE", "false", "False"):
+        return False
+    raise BadParameter(f'strconv.ParseBool: parsing "{text}": invalid syntax')
+
+
+def parse_int(text: str) -> int:
+    """A decimal or 0x, 0o, 0b integer; BadParameter for all else."""
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise BadParameter(f'strconv.ParseInt: parsing "{text}": invalid syntax') from None
+
+
+_DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0,
+                   "h": 3600.0}
+_DURATION_PART = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)([a-z\u00b5\u03bc]*)", re.ASCII)
+
+
+def parse_duration(text: str) -> float:
+    """'1h2m3.5s', '-1.5h', '300ms' or '0' in seconds (Go: time.ParseDuration); BadParameter for all else."""
+    body = text[1:] if text[:1] in ("-", "+") else text
+    if body == "0":
+        return 0.0
+    parts = list(_DURATION_PART.finditer(body))
+    if not body or "".join(part.group() for part in parts) != body:
+        raise BadParameter(f'time: invalid duration "{text}"')
+    seconds = 0.0
+    for part in parts:
+        number, unit = part.groups()
+        if unit not in _DURATION_UNITS:
+            fault = f'unknown unit "{unit}"' if unit else "missing unit"
+            raise BadParameter(f'time: {fault} in duration "{text}"')
+        seconds += float(number) * _DURATION_UNITS[unit]
+    return -seconds if text[0] == "-" else seconds
+
+
+_SIZE_TEXT = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+) ?([a-z]*)", re.ASCII | re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """'64M', '1.5 GiB', '512kb' or '1024' in bytes (go-units: RAMInBytes); BadParameter for all else."""
+    match = _SIZE_TEXT.fullmatch(text)
+    if not match:
+        raise BadParameter(f"invalid size: '{text}'")
+    suffix = match.group(2).lower()
+    if not re.fullmatch(r"b?|[kmgtp](i?b)?", suffix):
+        raise BadParameter(f"invalid suffix: '{suffix}'")
+    exponent = " kmgtp".find(suffix[:1]) if suffix not in ("", "b") else 0
+    return int(float(match.group(1)) * 1024 ** exponent)
+
+
+ULIMITS = ("core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss",
+           "rtprio", "rttime", "sigpending", "stack")
+
+
+def check_ulimit(limit: dict[str, Any]) -> dict[str, Any]:
+    """{"Name", "Soft", "Hard"} of the API, unchanged; -1 is unlimited.  BadParameter where it cannot be."""
+    name, soft, hard = limit.get("Name"), limit.get("Soft", 0), limit.get("Hard", 0)
+    if name not in ULIMITS:
+        raise BadParameter(f"invalid ulimit type: {name}")
+    if not isinstance(soft, int) or not isinstance(hard, int):
+        raise BadParameter(f"invalid ulimit {name}: its limits must be integers")
+    if hard != -1 and (soft == -1 or soft > hard):
+        shown = f"soft: -1 (unlimited), hard: {hard}" if soft == -1 else f"{soft} > {hard}"
+        raise BadParameter(f"ulimit soft limit must be less than or equal to hard limit: {shown}")
+    return limit
+
+
+def parse_ulimit(text: str) -> dict[str, Any]:
+    """'nofile=1024:2048' (soft, hard; hard defaults to soft) as {"Name", "Soft", "Hard"}."""
+    name, equals, limits = text.partition("=")
+    if not equals:
+        raise BadParameter(f"invalid ulimit argument: {text}")
+    numbers = limits.split(":")
+    if len(numbers) > 2:
+        raise BadParameter(f"too many limit value arguments - {limits}, can only have up to two, "
+                           "`soft[:hard]`")
+    return check_ulimit({"Name": name, "Soft": parse_int(numbers[0]), "Hard": parse_int(numbers[-1])})
+
+
+def parse_ip(text: str) -> str:
+    """The address in canonical form, '' for none; BadParameter for what is no IP address."""
+    try:
+        return str(ipaddress.ip_address(text.strip())) if text else ""
+    except ValueError:
+        raise BadParameter(f"{text} is not an ip address") from None
+
+
+def _parse_pair(text: str) -> dict[str, Any]:
+    key, _, value = text.partition("=")
+    return {key: value}
+
+
+def _parse_switch(text: str) -> dict[str, Any]:
+    name, _, value = text.partition("=")
+    return {name: parse_bool(value or "true")}
+
+
+def _parse_named_ulimit(text: str) -> dict[str, Any]:
+    limit = parse_ulimit(text)
+    return {limit["Name"]: limit}
+
+
+def _parse_network_option(text: str) -> dict[str, Any]:
+    driver, equals, option = text.partition("=")
+    if not equals or "=" not in option:
+        raise BadParameter(f"invalid value {text}: must be DRIVER=OPTION=VALUE")
+    return {driver: _parse_pair(option)}
+
+
+def _parse_address_pool(text: str) -> dict[str, Any]:
+    pool: dict[str, Any] = {}
+    for field in text.split(","):
+        key, equals, value = field.lower().partition("=")
+        if not equals:
+            raise BadParameter(f"invalid field '{field}' must be a key=value pair")
+        if key not in ("base", "size"):
+            raise BadParameter(f"unexpected key '{key}' in '{field}'")
+        pool[key] = parse_int(value) if key == "size" else value
+    return pool
+
+
+# What a value must be, beyond its kind: each check returns the value in the form the daemon uses
+
+
+def check_host(host: str) -> str:
+    """A listening address as unix://PATH, tcp://HOST:PORT or fd://[N], with Docker's defaults filled in."""
+    host = host.strip()
+    protocol, separator, address = host.partition("://")
+    if host and not separator:
+        protocol, address = "tcp", host
+    if protocol == "unix" and "://" in address:
+        raise BadParameter(f"invalid bind address ({host}): invalid unix address: {address}")
+    if not host or protocol == "unix":
+        return "unix://" + address if address else DEFAULT_HOST
+    if protocol == "tcp":
+        return _check_tcp_address(host, address)
+    if protocol != "fd":
+        raise BadParameter(f"invalid bind address ({host}): unsupported proto '{protocol}'")
+    return host
+
+
+def _check_tcp_address(host: str, address: str) -> str:
+    match = re.fullmatch(r"(\[[^]/]*\]|[^]\[:/]*)(?::(\d*))?", address)
+    if not match:
+        fault = "should not contain a path element" if "/" in address else "expected tcp://HOST:PORT"
+        raise BadParameter(f"invalid bind address ({host}): {fault}")
+    port = match.group(2) or "2375"
+    if not 0 < int(port) < 65536:
+        raise BadParameter(f"invalid bind address ({host}): invalid port: {port}")
+    return f"tcp://{match.group(1) or 'localhost'}:{port}"
+
+
+_DOMAIN_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
+_SEARCH_DOMAIN = re.compile(rf"((?=.*[a-zA-Z]){_DOMAIN_LABEL}(?:\.{_DOMAIN_LABEL})*)\.?\s*")
+
+
+def check_dns_search(domain: str) -> str:
+    """A search domain without its last dot; '.' stands for none."""
+    domain = domain.strip(" ")
+    match = _SEARCH_DOMAIN.fullmatch(domain)
+    if domain != "." and (not match or len(match.group(1)) >= 255):
+        raise BadParameter(f"{domain} is not a valid domain")
+    return match.group(1) if match else domain
+
+
+def check_label(label: str) -> str:
+    """A daemon label KEY=VALUE outside the reserved name spaces."""
+    if "=" not in label:
+        raise BadParameter(f"bad attribute format: {label}")
+    if label.lower().startswith(("com.docker.", "io.docker.", "org.dockerproject.")):
+        raise BadParameter(f"label {label} is not allowed: the namespaces com.docker.*, io.docker.*, and "
+                           "org.dockerproject.* are reserved for internal use")
+    return label
+
+
+def check_mirror(mirror: str) -> str:
+    """The URL of a registry mirror, with one slash at its end."""
+    scheme, separator, _ = mirror.partition("://")
+    if not separator or not scheme:
+        raise BadParameter(f'invalid mirror: no scheme specified for "{mirror}": must use either '
+                           "'https://' or 'http://'")
+    if not re.fullmatch(r"https?://[^/?#@]+(/[^?#]*)?", mirror):
+        raise BadParameter(f'invalid mirror: "{_go_text(mirror)}" must be an http or https URL without user '
+                           "name, query and fragment")
+    return mirror.rstrip("/") + "/"
+
+
+def check_insecure_registry(registry: str) -> str:
+    """A registry's HOST[:PORT] or a CIDR range; a scheme is taken off, as dockerd does."""
+    return re.sub(r"^https?://", "", registry, flags=re.IGNORECASE)
+
+
+def _check_exec_option(option: str) -> str:
+    name, _, value = (part.strip() for part in option.partition("="))
+    if not name or not value:
+        raise BadParameter(f"invalid exec-opt ({option}): must be formatted 'opt=value'")
+    if name.lower() != "native.cgroupdriver":
+        raise BadParameter(f"invalid exec-opt ({option}): unknown option: '{name.lower()}'")
+    if value != "cgroupfs":
+        raise BadParameter(f"invalid exec-opt ({option}): the only cgroup driver here is cgroupfs")
+    return f"native.cgroupdriver={value}"
+
+
+def _check_ulimits(limits: dict[str, Any]) -> dict[str, Any]:
+    """By name; the keys of each limit may be in any case, as Go's JSON takes them."""
+    return {name: check_ulimit({"Name": name, **{field.capitalize(): limit[field] for field in limit}})
+            for name, limit in limits.items()}
+
+
+def _check_pool(pool: dict[str, Any]) -> dict[str, Any]:
+    try:
+        base = ipaddress.ip_network(str(pool.get("base")), strict=False)
+    except ValueError:
+        raise BadParameter("invalid base prefix in default-address-pools: " + str(pool.get("base"))) from None
+    size = pool.get("size", 0)
+    if not isinstance(size, int) or not base.prefixlen <= size <= base.max_prefixlen:
+        raise BadParameter(f"invalid default address pool {base}: size {size} is below the prefix's length")
+    return {"base": str(base), "size": size}
+
+
+def _at_least_zero(name: str, value: int) -> int:
+    if value < 0:
+        raise BadParameter(f"invalid {name}: {value}")
+    return value
+
+
+def _one_of(choices: tuple[Any, ...], text: str, value: Any) -> Any:
+    if value not in choices:
+        raise BadParameter(text.format(value))
+    return value
+
+
+def _choice(text: str, *choices: Any) -> Callable[[Any], Any]:
+    return functools.partial(_one_of, choices, text)
+
+
+class Kind(NamedTuple):
+    """How a value is written: on the command line (one text for each occurrence) and in daemon.json."""
+
+    placeholder: str                 # in --help; "" for a switch
+    container: type                  # bool, int or str: one value; list, dict: each occurrence adds to it
+    item: type                       # what JSON must have, inside the container
+    parse: Callable[[str], Any]      # text to value, or to the dict that is merged in
+    go_type: str                     # as dockerd names it when JSON has something else
+
+
+KINDS = {
+    "bool": Kind("", bool, bool, parse_bool, "bool"),
+    "int": Kind("int", int, int, parse_int, "int"),
+    "string": Kind("string", str, str, str, "string"),
+    "ip": Kind("ip", str, str, parse_ip, "string"),
+    "size": Kind("bytes", int, str, parse_size, "string"),
+    "list": Kind("list", list, str, str, "[]string"),
+    "ips": Kind("list", list, str, parse_ip, "[]string"),
+    "map": Kind("map", dict, str, _parse_pair, "map[string]string"),
+    "switches": Kind("map", dict, bool, _parse_switch, "map[string]bool"),
+    "ulimits": Kind("ulimit", dict, dict, _parse_named_ulimit, "map[string]*units.Ulimit"),
+    "pools": Kind("pool-options", list, dict, _parse_address_pool, "[]*ipamutils.NetworkToSplit"),
+    "runtimes": Kind("runtime", dict, dict, _parse_pair, "map[string]types.Runtime"),
+    "network-options": Kind("mapmap", dict, dict, _parse_network_option, "map[string]map[string]string"),
+    "object": Kind("object", dict, object, _parse_pair, "map[string]interface {}"),
+}
+
+# What becomes of an option that is given a value other than its default: (status, reason)
+SERVED = ("served", "")
+NETWORK = ("ignored", "bridge networking has not landed yet; containers have loopback only")
+SWARM = ("ignored", "this daemon has no swarm mode")
+CONTAINERD = ("ignored", "this daemon works without containerd")
+CLASSIC_SWARM = ("refused", "Swarm classic and its cluster stores were removed from Docker")
+
+
+class Option(NamedTuple):
+    """One row of the table.
+
+    `key` is the name in daemon.json and, with '_' for '-', the attribute of Config; further words are older
+    names of the key.  `flags` are the spellings, the preferred long one last; '#' marks a deprecated one."""
+
+    key: str
+    flags: str
+    kind: str
+    help: str
+    default: Any = None              # None: the kind's empty value
+    check: Optional[Callable[[Any], Any]] = None   # of each item of a list, of the whole value otherwise
+    reload: bool = False
+    status: tuple[str, str] = SERVED
+    in_file: bool = True             # whether daemon.json may have it
+
+    @property
+    def name(self) -> str:
+        return self.key.partition(" ")[0]
+
+    @property
+    def attribute(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def spellings(self) -> list[str]:
+        """The flags that are shown to users: no deprecated one."""
+        return [flag for flag in self.flags.split() if flag[0] != "#"]
+
+    @property
+    def empty(self) -> Any:
+        """The default, in a copy of its own."""
+        return KINDS[self.kind].container() if self.default is None else copy.copy(self.default)
+
+
+OPTIONS = (
+    # about the command itself
+    Option("help", "-h --help", "bool", "Print usage", in_file=False),
+    Option("version", "-v --version", "bool", "Print version information and quit", in_file=False),
+    Option("daemon", "-d --daemon", "bool", "Enable daemon mode, as Docker 1.2.0 had it", True,
+           _choice("this program is the daemon only; the client is docker", True), in_file=False),
+    Option("config-file", "--config-file", "string", "Daemon configuration file", DEFAULT_CONFIG_FILE,
+           in_file=False),
+    Option("validate", "--validate", "bool", "Validate daemon configuration and exit", in_file=False),
+    Option("print", "--print", "string", "Write an asset to standard output and exit: daemon.json, man, "
+           "openrc, systemd-service, systemd-socket, sysvinit, or bash, fish, zsh for completions",
+           in_file=False),
+    Option("check", "--check", "bool", "Check the state on disk and in the kernel and exit", in_file=False,
+           status=("unlanded", "the check of the state on disk")),
+    Option("repair", "--repair", "bool", "Like --check, and mend what does not agree", in_file=False,
+           status=("unlanded", "the repair of the state on disk")),
+    Option("restart", "#-r #--restart", "bool", "Deprecated in favor of --restart policies on docker run",
+           True, in_file=False, status=("ignored", "restart policies are given to docker run")),
+    # listening, TLS, logging of the daemon
+    Option("hosts", "-H --host", "list",
+           "Daemon socket(s) to listen on: unix://PATH, tcp://HOST:PORT, fd:// or fd://N (default "
+           f"{DEFAULT_HOST})",
+           check=check_host),
+    Option("group", "-G --group", "string", "Group for the unix socket; '' for none", "docker"),
+    Option("tls", "--tls", "bool", "Use TLS; implied by --tlsverify"),
+    Option("tlsverify", "--tlsverify", "bool", "Use TLS and verify the remote"),
+    Option("tlscacert", "--tlscacert", "string", "Trust certs signed only by this CA (default "
+           "~/.docker/ca.pem)"),
+    Option("tlscert", "--tlscert", "string", "Path to TLS certificate file (default ~/.docker/cert.pem)"),
+    Option("tlskey", "--tlskey", "string", "Path to TLS key file (default ~/.docker/key.pem)"),
+    Option("api-enable-cors", "--api-enable-cors", "bool", "Enable CORS headers in the remote API"),
+    Option("api-cors-header", "--api-cors-header", "string", "Set CORS headers in the Engine API",
+           status=("refused", "Docker removed it in 28.0; use a reverse proxy if you need CORS headers")),
+    Option("authorization-plugins", "--authorization-plugin", "list", "Authorization plugins to load",
+           reload=True, status=("refused", "there are no plugins here, and starting without the one that "
+           "guards this host would leave it open")),
+    Option("debug", "-D --debug", "bool", "Enable debug mode", reload=True),
+    Option("log-level", "-l --log-level", "string", "Set the logging level", "info",
+           _choice("invalid logging level: {}", "debug", "info", "warn", "error", "fatal", "panic", "trace")),
+    Option("log-format", "--log-format", "string", "Set the logging format", "text",
+           _choice("invalid log format: {}", "text", "json")),
+    Option("raw-logs", "--raw-logs", "bool", "Full timestamps without ANSI coloring"),
+    Option("pidfile", "-p --pidfile", "string", "Path to use for daemon PID file; '' for none",
+           "/var/run/docker.pid"),
+    Option("oom-score-adjust", "--oom-score-adjust", "int", "Set the oom_score_adj for the daemon",
+           status=("ignored", "Docker removed it in 25.0; the service unit sets OOMScoreAdjust=")),
+    Option("shutdown-timeout", "--shutdown-timeout", "int", "Set the default shutdown timeout, in seconds",
+           15, reload=True),
+    Option("experimental", "--experimental", "bool", "Enable experimental features"),
+    Option("labels", "--label", "list", "Set key=value labels to the daemon", check=check_label, reload=True),
+    Option("features", "--feature", "switches", "Enable a feature in the daemon", reload=True,
+           status=("ignored", "the features of BuildKit and containerd do not exist here")),
+    Option("metrics-addr", "--metrics-addr", "string", "Address and port to serve the metrics api on",
+           status=("unlanded", "the metrics API")),
+    Option("rootless", "--rootless", "bool", "Enable rootless mode", status=("unlanded", "rootless mode")),
+    Option("deprecated-key-path", "", "string", "Formerly the key of the daemon's identity",
+           status=("ignored", "Docker removed it in 20.10")),
+    # state on disk
+    Option("data-root graph", "-g --graph --data-root", "string", "Root directory of persistent Docker state",
+           "/var/lib/docker"),
+    Option("exec-root", "--exec-root", "string", "Root directory for execution state files",
+           "/var/run/docker"),
+    Option("storage-driver", "-s --storage-driver", "string", "Storage driver to use: overlay2, btrfs, vfs"),
+    Option("storage-opts", "--storage-opt", "list", "Storage driver options"),
+    Option("live-restore", "--live-restore", "bool", "Keep containers running while the daemon is down",
+           reload=True, status=("unlanded", "live restore")),
+    Option("userns-remap", "--userns-remap", "string", "User/Group setting for user namespaces",
+           status=("unlanded", "user namespaces")),
+    # execution
+    Option("exec-driver", "-e --exec-driver", "string", "Execution driver to use", "native",
+           _choice("unsupported exec driver {}: the only one here is native", "native")),
+    Option("exec-opts", "--exec-opt", "list", "Runtime execution options", check=_check_exec_option),
+    Option("cgroup-parent", "--cgroup-parent", "string", "Set parent cgroup for all containers"),
+    Option("default-ulimits", "--default-ulimit", "ulimits", "Default ulimits for containers",
+           check=_check_ulimits),
+    Option("default-shm-size", "--default-shm-size", "size", "Default shm size for containers", 64 << 20,
+           reload=True),
+    Option("default-ipc-mode", "--default-ipc-mode", "string", "Default mode for containers ipc", "private",
+           _choice('IPC mode "{}" is not supported as default value; use "shareable" or "private"',
+                   "private", "shareable"),
+           reload=True),
+    Option("default-cgroupns-mode", "--default-cgroupns-mode", "string", "Default mode for containers cgroup "
+           "namespace (default private on cgroup v2, host on v1)", "",
+           _choice('invalid default cgroup namespace ({}): use "host" or "private"', "", "host", "private"),
+           reload=True),
+    Option("seccomp-profile", "--seccomp-profile", "string", 'Path to seccomp profile; "unconfined" for none',
+           "builtin"),
+    Option("no-new-privileges", "--no-new-privileges", "bool", "Set no-new-privileges by default for new "
+           "containers"),
+    Option("selinux-enabled", "--selinux-enabled", "bool", "Enable selinux support",
+           status=("unlanded", "SELinux")),
+    Option("init", "--init", "bool", "Run an init in the container to forward signals and reap processes",
+           status=("unlanded", "an init inside containers")),
+    Option("init-path", "--init-path", "string", "Path to the docker-init binary",
+           status=("ignored", "there is no init inside containers yet")),
+    Option("cpu-rt-period", "--cpu-rt-period", "int", "CPU real-time period of the parent cgroup, in "
+           "microseconds", status=("unlanded", "real-time scheduling of containers")),
+    Option("cpu-rt-runtime", "--cpu-rt-runtime", "int", "CPU real-time runtime of the parent cgroup, in "
+           "microseconds", status=("unlanded", "real-time scheduling of containers")),
+    Option("default-runtime", "--default-runtime", "string", "Default OCI runtime for containers", "runc",
+           reload=True, status=("unlanded", "OCI runtimes other than its own, which goes by the name runc,")),
+    Option("runtimes", "--add-runtime", "runtimes", "Register an additional OCI compatible runtime",
+           reload=True, status=("unlanded", "OCI runtimes")),
+    Option("cdi-spec-dirs", "--cdi-spec-dir", "list", "CDI specification directories to use",
+           status=("ignored", "CDI devices have not landed yet; containers that ask for one are refused")),
+    Option("containerd", "--containerd", "string", "containerd grpc address", status=CONTAINERD),
+    Option("containerd-namespace", "--containerd-namespace", "string", "Containerd namespace to use", "moby",
+           status=CONTAINERD),
+    Option("containerd-plugins-namespace containerd-plugin-namespace", "--containerd-plugins-namespace",
+           "string", "Containerd namespace to use for plugins", "plugins.moby", status=CONTAINERD),
+    Option("cri-containerd", "--cri-containerd", "bool", "Start containerd with cri", status=CONTAINERD),
+    # logs of containers
+    Option("log-driver", "--log-driver", "string", "Default driver for container logs", "json-file",
+           _choice("logger: no log driver named '{}' is registered", "json-file", "none")),
+    Option("log-opts", "--log-opt", "map", "Default log driver options for containers"),
+    # images and registries
+    Option("insecure-registries", "--insecure-registry", "list", "Enable insecure registry communication",
+           check=check_insecure_registry, reload=True),
+    Option("registry-mirrors", "--registry-mirror", "list", "Preferred Docker registry mirror",
+           check=check_mirror, reload=True),
+    Option("max-concurrent-downloads", "--max-concurrent-downloads", "int", "Set max concurrent downloads", 3,
+           functools.partial(_at_least_zero, "max concurrent downloads"), reload=True),
+    Option("max-concurrent-uploads", "--max-concurrent-uploads", "int", "Set max concurrent uploads", 5,
+           functools.partial(_at_least_zero, "max concurrent uploads"), reload=True),
+    Option("max-download-attempts", "--max-download-attempts", "int", "Set the max download attempts for "
+           "each pull", 5, functools.partial(_at_least_zero, "max download attempts"), reload=True),
+    Option("allow-nondistributable-artifacts", "--allow-nondistributable-artifacts", "list",
+           "Allow push of nondistributable artifacts to registry", status=("ignored", "they always are")),
+    Option("http-proxy", "--http-proxy", "string", "HTTP proxy URL to use for outgoing traffic"),
+    Option("https-proxy", "--https-proxy", "string", "HTTPS proxy URL to use for outgoing traffic"),
+    Option("no-proxy", "--no-proxy", "string", "Comma-separated list of hosts or IP addresses for which the "
+           "proxy is skipped"),
+    Option("builder", "", "object", "Settings of the builder's cache",
+           status=("ignored", "the settings of BuildKit's cache do not exist here")),
+    # name resolution and networks
+    Option("dns", "--dns", "ips", "DNS server to use"),
+    Option("dns-opts", "--dns-opt", "list", "DNS options to use"),
+    Option("dns-search", "--dns-search", "list", "DNS search domains to use", check=check_dns_search),
+    Option("host-gateway-ips host-gateway-ip", "--host-gateway-ip", "ips", "IP addresses that the special "
+           "'host-gateway' string in --add-host resolves to", status=NETWORK),
+    Option("bridge", "-b --bridge", "string", "Attach containers to a network bridge; 'none' turns bridge "
+           "networking off", status=NETWORK),
+    Option("bip", "--bip", "string", "IPv4 address for the default bridge, with its prefix; not with -b",
+           status=NETWORK),
+    Option("bip6", "--bip6", "string", "IPv6 address for the default bridge", status=NETWORK),
+    Option("fixed-cidr", "--fixed-cidr", "string", "IPv4 subnet for the default bridge network",
+           status=NETWORK),
+    Option("fixed-cidr-v6", "--fixed-cidr-v6", "string", "IPv6 subnet for the default bridge network",
+           status=NETWORK),
+    Option("default-gateway", "--default-gateway", "ip", "Default gateway IPv4 address for the default "
+           "bridge network", status=NETWORK),
+    Option("default-gateway-v6", "--default-gateway-v6", "ip", "Default gateway IPv6 address for the default "
+           "bridge network", status=NETWORK),
+    Option("icc", "--icc", "bool", "Enable inter-container communication for the default bridge network",
+           True, status=NETWORK),
+    Option("ip", "--ip", "ip", "Host IP for port publishing from the default bridge network", "0.0.0.0",
+           status=NETWORK),
+    Option("ip-forward", "--ip-forward", "bool", "Enable IP forwarding in system configuration", True,
+           status=NETWORK),
+    Option("ip-forward-no-drop", "--ip-forward-no-drop", "bool", "Do not set the filter-FORWARD policy to "
+           "DROP when enabling IP forwarding", status=NETWORK),
+    Option("ip-masq", "--ip-masq", "bool", "Enable IP masquerading for the default bridge network", True,
+           status=NETWORK),
+    Option("iptables", "--iptables", "bool", "Enable addition of iptables rules", True, status=NETWORK),
+    Option("ip6tables", "--ip6tables", "bool", "Enable addition of ip6tables rules", True, status=NETWORK),
+    Option("firewall-backend", "--firewall-backend", "string", "Firewall backend to use", "auto",
+           _choice('invalid firewall-backend "{}": use auto, iptables, nftables or none',
+                   "auto", "", "iptables", "nftables", "none"),
+           status=NETWORK),
+    Option("allow-direct-routing", "--allow-direct-routing", "bool", "Allow remote access to published ports "
+           "on container IP addresses", status=NETWORK),
+    Option("bridge-accept-fwmark", "--bridge-accept-fwmark", "string", "In bridge networks, accept packets "
+           "with this firewall mark/mask", status=NETWORK),
+    Option("ipv6", "--ipv6", "bool", "Enable IPv6 networking for the default bridge network", status=NETWORK),
+    Option("mtu", "--mtu", "int", "Set the MTU of the default bridge network; 0 for the default route's", 0,
+           functools.partial(_at_least_zero, "default MTU"), status=NETWORK),
+    Option("default-address-pools", "--default-address-pool", "pools", "Default address pools for node "
+           "specific local networks", check=_check_pool, status=NETWORK),
+    Option("default-network-opts", "--default-network-opt", "network-options", "Default network options",
+           status=NETWORK),
+    Option("userland-proxy", "--userland-proxy", "bool", "Use userland proxy for loopback traffic", True,
+           status=NETWORK),
+    Option("userland-proxy-path", "--userland-proxy-path", "string", "Path to the userland proxy binary",
+           status=("ignored", "the proxy is part of this program")),
+    # swarm
+    Option("swarm-default-advertise-addr", "--swarm-default-advertise-addr", "string", "Default address or "
+           "interface for swarm advertised address", status=SWARM),
+    Option("swarm-raft-heartbeat-tick", "", "int", "Ticks of swarm's raft heartbeat", status=SWARM),
+    Option("swarm-raft-election-tick", "", "int", "Ticks of swarm's raft election", status=SWARM),
+    Option("node-generic-resources", "--node-generic-resource", "list", "Advertise user-defined resource",
+           status=SWARM),
+    Option("network-control-plane-mtu", "--network-control-plane-mtu", "int", "Network Control plane MTU",
+           1500, status=SWARM),
+    Option("network-diagnostic-port", "--network-diagnostic-port", "int", "TCP port number of the network "
+           "diagnostic server", reload=True, status=SWARM),
+    Option("cluster-store", "--cluster-store", "string", "URL of the distributed storage backend",
+           status=CLASSIC_SWARM),
+    Option("cluster-store-opts", "--cluster-store-opt", "map", "Set cluster store options",
+           status=CLASSIC_SWARM),
+    Option("cluster-advertise", "--cluster-advertise", "string", "Address or interface name to advertise",
+           status=CLASSIC_SWARM),
+)
+
+RELOADABLE = frozenset(option.name for option in OPTIONS if option.reload)
+_BY_FLAG = {flag.lstrip("#"): option for option in OPTIONS for flag in option.flags.split()}
+_BY_KEY = {key: option for option in OPTIONS if option.in_file for key in option.key.split()}
+
+
+class Config:
+    """The daemon's configuration: one attribute for each row of OPTIONS, '_' for '-'.
+
+    `Config(data_root="/srv/docker")` is the defaults with some values changed, for programs that embed the
+    daemon.  `given` says where each option that is set was set ("--debug", "debug in /some/daemon.json");
+    `warnings` are lines that the caller shows to the user; `argv` is the command line that it was made from.
+    ConfigError: an option that this version does not serve, or options that disagree."""
+
+    tls: bool
+    tlsverify: bool
+    hosts: list[str]
+    labels: list[str]
+    seccomp_profile: str
+    default_cgroupns_mode: str
+
+    data_root: str
+    exec_root: str
+
+    def __init__(self, given: Optional[dict[str, str]] = None, /, **values: Any) -> None:
+        self.argv: list[str] = []
+        self.warnings: list[str] = []
+        self.given = given or {row.name: row.attribute for row in OPTIONS if row.attribute in values}
+        for option in OPTIONS:
+            setattr(self, option.attribute, values.pop(option.attribute, option.empty))
+        if values:
+            raise ConfigError(f"no such option: {', '.join(sorted(values))}")
+        _apply_status(self)
+        _complete_config(self)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"no option {name.replace('_', '-')}")
+
+
+def parse_options(argv: list[str]) -> Config:
+    """The configuration from the command line `argv` (without the program's name) and daemon.json.
+
+    UsageError: the command line is wrong.  ConfigError: daemon.json is wrong, sets what a flag sets too, or
+    an option that this version does not serve is asked for.  --help, --version and --print read no file."""
+    warnings: list[str] = []
+    values = _parse_flags(argv, warnings)
+    at_once = {name: values[name] for name in ("help", "version", "print") if values.get(name, ("", ""))[1]}
+    values = at_once or {**values, **_read_config_file(values)}
+    given = {name: where for name, (where, _) in values.items()}
+    config = Config(given, **{name.replace("-", "_"): value for name, (_, value) in values.items()})
+    config.argv, config.warnings = list(argv), warnings + config.warnings
+    return config
+
+
+def changed_options(config: Config) -> dict[str, Any]:
+    """What a reload (SIGHUP) changes: {attribute: new value} of the RELOADABLE options that differ by now.
+
+    Reads the same daemon.json again; raises as parse_options, and then nothing is to be changed.  What a
+    flag or an embedding program has set stays."""
+    fresh = parse_options(config.argv)
+    free = [row for row in OPTIONS if row.reload and " in " in config.given.get(row.name, " in ")]
+    values = {option.attribute: getattr(fresh, option.attribute) for option in free}
+    return {name: value for name, value in values.items() if value != getattr(config, name)}
+
+
+# The command line: Docker 1.2.0's (pkg/mflag) and today's (pflag) in one grammar
+
+
+def _parse_flags(argv: list[str], warnings: list[str]) -> dict[str, tuple[str, Any]]:
+    """{option name: (spelling, value)} of the flags in `argv`; deprecated spellings add to `warnings`."""
+    flags: dict[str, tuple[str, Any]] = {}
+    words = collections.deque(argv)
+    while words:
+        word = words.popleft()
+        if word == "--" and not words:
+            break
+        if len(word) < 2 or word[0] != "-" or word == "--":
+            raise LeftoverArgument('"dockerd" accepts no argument(s).')
+        spelling, option, text = _next_flag(word, words)
+        _note_deprecation(spelling, option, warnings)
+        spelling = "-" + spelling if "-" + spelling in _BY_FLAG else spelling
+        try:
+            value = _parse_occurrence(option, text, flags.get(option.name, ("", option.empty))[1])
+        except BadParameter as error:
+            shown = ", ".join(option.spellings) or spelling
+            raise UsageError(f'invalid argument "{text}" for "{shown}" flag: {error}') from None
+        flags[option.name] = (spelling, value)
+    return flags
+
+
+def _next_flag(word: str, words: collections.deque[str]) -> tuple[str, Option, str]:
+    """The flag that `word` is, its row and its text, which may be the next of `words`.
+
+    A word of one dash is a flag by its own name (-D), a long one as Go writes them (-iptables=false), or
+    letters with the last one's value attached (-Dlerror)."""
+    spelling, equals, text = word.partition("=")
+    option = _BY_FLAG.get(spelling) or _BY_FLAG.get("-" + spelling)
+    if option is None and spelling.startswith("--"):
+        raise UsageError(f"unknown flag: {spelling}")
+    if option is None:
+        spelling = word[:2]
+        option = _BY_FLAG.get(spelling)
+        if option is None:
+            raise UsageError(f"unknown shorthand flag: '{word[1]}' in {word}")
+        if option.kind == "bool":
+            words.appendleft("-" + word[2:])
+        else:
+            equals, text = "=", word[2:]
+    if not equals and option.kind == "bool":
+        text = "true"
+    elif not equals and not words:
+        raise UsageError(f"flag needs an argument: {spelling}")
+    elif not equals:
+        text = words.popleft()
+    elif len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]   # as mflag: options files quote, and no shell takes the quotes away
+    return spelling, option, text
+
+
+def _note_deprecation(spelling: str, option: Option, warnings: list[str]) -> None:
+    """Docker 1.2.0's line for a spelling that is on its way out."""
+    if "#" + spelling in option.flags.split():
+        warnings.append(f"Warning: '{spelling}' is deprecated, it will be removed soon. See usage.")
+    elif spelling not in _BY_FLAG:
+        warnings.append(f"Warning: '{spelling}' is deprecated, it will be replaced by '-{spelling}' soon. "
+                        "See usage.")
+
+
+def _parse_occurrence(option: Option, text: str, before: Any) -> Any:
+    """The value of `option` after one more occurrence, with `text`, where it was `before`."""
+    kind = KINDS[option.kind]
+    value = kind.parse(text)
+    if option.kind == "network-options":
+        value = {driver: {**before.get(driver, {}), **options} for driver, options in value.items()}
+    if kind.container is dict:
+        value = {**before, **value}
+    if option.check:
+        value = option.check(value)
+    return [*before, value] if kind.container is list else value
+
+
+# daemon.json
+
+
+def _read_config_file(flags: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
+    """{option name: (where, value)} of daemon.json; empty where the default file does not exist."""
+    path = flags.get("config-file", ("", DEFAULT_CONFIG_FILE))[1]
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return _parse_config(file.read(), path, flags)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and "config-file" not in flags:
+            return {}
+        fault = f"open {path}: {(error.strerror or '').lower()}"
+    except (BadParameter, ValueError, RecursionError) as error:
+        fault = str(error)
+    raise ConfigError(f"unable to configure the Docker daemon with file {path}: {fault}")
+
+
+def _parse_config(text: str, path: str, flags: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
+    text = re.sub(r"(?m)^\s*//.*$", "", text)   # the comments of `--print daemon.json`; JSON has no such line
+    document = json.loads(text) if text.strip() else {}
+    if not isinstance(document, dict):
+        raise BadParameter(f"json: cannot unmarshal {_json_type(document)} into Go value of type "
+                           "map[string]interface {}")
+    if isinstance(document.get("proxies"), dict):
+        document.update(document.pop("proxies"))
+    unknown = [key for key in document if key not in _BY_KEY]
+    if unknown:
+        raise BadParameter("the following directives don't match any configuration option: "
+                           + ", ".join(unknown))
+    _refuse_duplicates(document, flags)
+    return {_BY_KEY[key].name: (f"{key} in {path}", _decode_option(_BY_KEY[key], key, value))
+            for key, value in document.items() if value is not None}
+
+
+def _refuse_duplicates(document: dict[str, Any], flags: dict[str, tuple[str, Any]]) -> None:
+    names: dict[str, str] = {}
+    conflicts = []
+    for key in sorted(document):
+        name = _BY_KEY[key].name
+        if name in names:
+            raise BadParameter(f"{key} and {names[name]} must not both be specified in the config file")
+        names[name] = key
+        if name in flags:
+            in_flag, in_file = _go_text(flags[name][1]), _go_text(document[key])
+            conflicts.append(f"{key}: (from flag: {in_flag}, from file: {in_file})")
+    if conflicts:
+        raise BadParameter("the following directives are specified both as a flag and in the configuration "
+                           "file: " + ", ".join(conflicts))
+
+
+def _decode_option(option: Option, key: str, value: Any) -> Any:
+    """What the JSON `value` of `key` stands for; BadParameter, which names `key`, where it is wrong."""
+    try:
+        return _decode_value(option, key, value)
+    except BadParameter as error:
+        if str(error).startswith("json: "):
+            raise
+        raise BadParameter(f"configuration validation from file failed: {key}: {error}") from None
+
+
+def _decode_value(option: Option, key: str, value: Any) -> Any:
+    kind = KINDS[option.kind]
+    if kind.container is list:
+        if isinstance(value, str) and key == "host-gateway-ip":
+            value = [value]
+        _expect_json(key, value, list, kind.go_type)
+        return [_decode_item(option, key, item) for item in value]
+    if kind.container is dict:
+        _expect_json(key, value, dict, kind.go_type)
+        for item in value.values():
+            _expect_json(key, item, kind.item, kind.go_type.partition("]")[2])
+        return option.check(value) if option.check else value
+    return _decode_item(option, key, value)
+
+
+def _decode_item(option: Option, key: str, value: Any) -> Any:
+    kind = KINDS[option.kind]
+    _expect_json(key, value, kind.item, kind.go_type.replace("[]", "", 1))
+    value = kind.parse(value) if kind.item is str else value
+    return option.check(value) if option.check else value
+
+
+def _expect_json(key: str, value: Any, wanted: type, go_type: str) -> None:
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise BadParameter(f"json: cannot unmarshal {_json_type(value)} into Go struct field Config.{key} of "
+                           f"type {go_type}")
+
+
+def _json_type(value: Any) -> str:
+    """The type of a decoded JSON value by Go's name."""
+    names = {bool: "bool", str: "string", list: "array", dict: "object", type(None): "null"}
+    return names.get(type(value), "number")
+
+
+def _go_text(value: Any) -> str:
+    """`value` as Go's %v prints it; the credentials of a proxy's URL are masked."""
+    if isinstance(value, list):
+        return f"[{' '.join(map(_go_text, value))}]"
+    if isinstance(value, dict):
+        return f"map[{' '.join(f'{key}:{_go_text(value[key])}' for key in sorted(value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return re.sub(r"//[^/@]*@", "//xxxxx:xxxxx@", str(value))
+
+
+# What follows from the values
+
+
+def _apply_status(config: Config) -> None:
+    """Refuse what is not served (ConfigError), and add a line to the warnings for what has no effect."""
+    for option in OPTIONS:
+        value = getattr(config, option.attribute)
+        harmless = value == option.empty or not (value or option.kind == "bool") or (
+            option.status is NETWORK and value == "none")
+        if option.name not in config.given or harmless:
+            continue
+        where, (status, reason) = config.given[option.name], option.status
+        if status == "unlanded":
+            reason = f"this version does not support {reason} yet"
+        if status in ("refused", "unlanded"):
+            raise ConfigError(f"{where} is refused: {reason}")
+        if status == "ignored":
+            config.warnings.append(f"{where} has no effect: {reason}")
+
+
+def _complete_config(config: Config) -> None:
+    """Fill in what depends on the host, the environment or other options; ConfigError where they disagree."""
+    # --tlsverify, true or false, asks for TLS; it verifies clients unless told not to: as in dockerd 20.10
+    if "tlsverify" not in config.given:
+        config.tlsverify = config.tls or bool(os.environ.get("DOCKER_TLS_VERIFY"))
+    config.tls = config.tls or config.tlsverify or "tlsverify" in config.given
+    folder = os.environ.get("DOCKER_CERT_PATH") or os.environ.get("DOCKER_CONFIG") or "~/.docker"
+    folder = os.path.expanduser(folder)
+    for attribute, name in (("tlscacert", "ca.pem"), ("tlscert", "cert.pem"), ("tlskey", "key.pem")):
+        setattr(config, attribute, getattr(config, attribute) or os.path.join(folder, name))
+    config.seccomp_profile = config.seccomp_profile or "builtin"   # '' is not "unconfined"
+    config.hosts = list(dict.fromkeys(config.hosts or [DEFAULT_HOST]))
+    if not config.default_cgroupns_mode:
+        unified = os.path.exists("/sys/fs/cgroup/cgroup.controllers")
+        config.default_cgroupns_mode = "private" if unified else "host"
+    labels: dict[str, str] = {}
+    for key, _, value in (label.partition("=") for label in config.labels):
+        if labels.setdefault(key, value) != value:
+            raise ConfigError(f"conflict labels for {key}={value} and {key}={labels[key]}")
+    config.labels = [f"{key}={value}" for key, value in labels.items()]
+
+
+# What is made from the table: help, man page, completions; and the service files that belong to the program
+
+
+def _flag_text(option: Option) -> str:
+    """'-H, --host list': the spellings and the placeholder."""
+    placeholder = KINDS[option.kind].placeholder
+    return ", ".join(option.spellings) + (" " + placeholder if placeholder else "")
+
+
+def _help_text(option: Option) -> str:
+    """The row's help with choices, default and, where it is not served, its status."""
+    choices = option.check.args[0] if isinstance(option.check, functools.partial) else ""
+    listed = option.kind == "string" and isinstance(choices, tuple)
+    text = option.help + (f" ({' | '.join(filter(None, choices))})" if listed else "")
+    if option.default not in (None, "", 0, False):
+        text += f" (default {json.dumps(option.default)})"
+    note = {"served": "", "ignored": "ignored", "refused": "refused", "unlanded": "not supported yet"}
+    return text + ("; " if note[option.status[0]] else "") + note[option.status[0]]
+
+
+def _shown_options() -> list[Option]:
+    """The rows that have a flag to show, by that flag's name."""
+    return sorted((option for option in OPTIONS if option.spellings), key=lambda option: option.spellings[-1])
+
+
+def usage() -> str:
+    """The text of --help."""
+    import textwrap
+
+    lines = ["Usage:  dockerd.py [OPTIONS]", "", "A self-sufficient runtime for containers.", "", "Options:"]
+    for option in _shown_options():
+        flags = ("  " if option.spellings[0][1] != "-" else "      ") + _flag_text(option)
+        wrapped = textwrap.wrap(_help_text(option), 64)
+        lines.append(f"{flags:<44}  {wrapped[0]}" if len(flags) < 45 else f"{flags}\n{'':46}{wrapped[0]}")
+        lines.extend(" " * 46 + line for line in wrapped[1:])
+    return "\n".join(lines) + "\n"
+
+
+def answer_at_once(config: Config) -> bool:
+    """Do what --help, --version, --print and --validate ask for; False where the daemon is to be started."""
+    if config.help:
+        sys.stdout.write(usage())
+    elif config.version:
+        sys.stdout.write(f"Docker version {VERSION}, build {GIT_COMMIT}\n")
+    elif config.print:
+        sys.stdout.write(print_asset(config.print))
+    elif config.validate:
+        sys.stderr.write("configuration OK\n")
+    return bool(config.help or config.version or config.print or config.validate)
+
+
+def _man_page() -> str:
+    def roff(text: str) -> str:
+        return text.replace("\\", "\\e").replace("-", "\\-").replace("'", "\\(aq")
+
+    entries = []
+    for option in _shown_options():
+        place = f"\ndaemon.json: {option.name}." if option.in_file else ""
+        entries.append(f".TP\n.B {roff(_flag_text(option))}\n{roff(_help_text(option))}.{roff(place)}")
+    return _MAN_TEMPLATE.replace("@VERSION@", VERSION).replace("@OPTIONS@", "\n".join(entries)).replace(
+        "@RELOADABLE@", roff(", ".join(sorted(RELOADABLE))))
+
+
+def _commented_config() -> str:
+    entries = [f"  // {_help_text(option)}\n  // {json.dumps(option.name)}: {json.dumps(option.empty)}"
+               for option in OPTIONS if option.in_file and option.status[0] == "served"]
+    return ("{\n  // Remove the slashes before an option to set it; put commas between options.\n"
+            + "\n".join(entries) + "\n}\n")
+
+
+def _bash_completion() -> str:
+    words = " ".join(flag for option in _shown_options() for flag in option.spellings)
+    return f"complete -o default -W '{words}' dockerd.py\n"
+
+
+def _zsh_completion() -> str:
+    rows = ["#compdef dockerd.py", "_arguments -S"]
+    for option in _shown_options():
+        value = "" if option.kind == "bool" else f":{KINDS[option.kind].placeholder}:_files"
+        text = re.sub(r"[]\[:'\\]", "", option.help)
+        rows.extend(f"    '*{flag}[{text}]{value}'" for flag in option.spellings)
+    return rows[0] + "\n" + " \\\n".join(rows[1:]) + "\n"
+
+
+def _fish_completion() -> str:
+    rows = []
+    for option in _shown_options():
+        names = " ".join(re.sub("^-(.)$", r"-s \1", flag).replace("--", "-l ") for flag in option.spellings)
+        text = option.help.replace("'", "\\'")
+        rows.append(f"complete -c dockerd.py {names}{'' if option.kind == 'bool' else ' -r'} -d '{text}'\n")
+    return "".join(rows)
+
+
+def print_asset(what: str, program: str = "") -> str:
+    """The text of the asset `what`, one of ASSETS, for this file at the path `program` (default: its own)."""
+    if what not in ASSETS:
+        names = ", ".join(ASSETS)
+        raise UsageError(f'invalid argument "{what}" for "--print" flag: use one of {names}')
+    program = program or os.path.abspath(__file__)
+    asset = ASSETS[what]
+    return asset.replace("@PROGRAM@", program) if isinstance(asset, str) else asset()
+
+
+_SYSTEMD_SERVICE = """\
+[Unit]
+Description=Docker Application Container Engine (dockerd.py)
+Documentation=man:dockerd.py(8)
+After=network-online.target nss-lookup.target docker.socket firewalld.service time-set.target
+Wants=network-online.target
+Requires=docker.socket
+StartLimitBurst=3
+StartLimitIntervalSec=60
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart=/usr/bin/env python3 @PROGRAM@ -H fd://
+ExecReload=/bin/kill -s HUP $MAINPID
+TimeoutStartSec=0
+RestartSec=2
+Restart=always
+LimitNPROC=infinity
+LimitCORE=infinity
+LimitNOFILE=1048576
+TasksMax=infinity
+# The containers' cgroups are the daemon's, and the shim outlives it
+Delegate=yes
+KillMode=process
+OOMScoreAdjust=-500
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+_SYSTEMD_SOCKET = """\
+[Unit]
+Description=Docker Socket for the API
+
+[Socket]
+ListenStream=/run/docker.sock
+SocketMode=0660
+SocketUser=root
+SocketGroup=docker
+
+[Install]
+WantedBy=sockets.target
+"""
+
+_OPENRC = """\
+#!/sbin/openrc-run
+# Options go to DOCKER_OPTS in /etc/conf.d/docker
+description="Docker Application Container Engine (dockerd.py)"
+command="@PROGRAM@"
+pidfile="${DOCKER_PIDFILE:-/run/docker.pid}"
+command_args="-p ${pidfile} ${DOCKER_OPTS}"
+command_background="no"
+DOCKER_LOGFILE="${DOCKER_LOGFILE:-/var/log/docker.log}"
+start_stop_daemon_args="--background --stderr ${DOCKER_LOGFILE} --stdout ${DOCKER_LOGFILE}"
+rc_ulimit="${DOCKER_ULIMIT:--c unlimited -n 1048576 -u unlimited}"
+retry="${DOCKER_RETRY:-TERM/60/KILL/10}"
+extra_started_commands="reload"
+
+depend() {
+\tneed localmount
+\tafter net firewall
+}
+
+reload() {
+\tebegin "Reloading ${RC_SVCNAME}"
+\tstart-stop-daemon --signal HUP --pidfile "${pidfile}"
+\teend $?
+}
+"""
+
+_SYSVINIT = """\
+#!/bin/sh
+### BEGIN INIT INFO
+# Provides:          docker
+# Required-Start:    $local_fs $syslog
+# Required-Stop:     $local_fs $syslog
+# Should-Start:      $network
+# Should-Stop:       $network
+# Default-Start:     2 3 4 5
+# Default-Stop:      0 1 6
+# Short-Description: Docker Application Container Engine (dockerd.py)
+### END INIT INFO
+# Options go to DOCKER_OPTS in /etc/default/docker
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+PIDFILE=/var/run/docker.pid
+LOGFILE=/var/log/docker.log
+DOCKER_OPTS=
+[ -r /etc/default/docker ] && . /etc/default/docker
+
+running() {
+    [ -s "$PIDFILE" ] && kill -0 "$(cat "$PIDFILE")" 2>/dev/null
+}
+
+start() {
+    running && return 0
+    umask 022
+    ulimit -n 1048576 2>/dev/null
+    # shellcheck disable=SC2086
+    setsid python3 @PROGRAM@ -p "$PIDFILE" $DOCKER_OPTS >>"$LOGFILE" 2>&1 </dev/null &
+    left=60
+    until running; do
+        left=$((left - 1))
+        [ $left -gt 0 ] || { echo "docker did not start; see $LOGFILE" >&2; return 1; }
+        sleep 1
+    done
+}
+
+stop() {
+    running || return 0
+    pid=$(cat "$PIDFILE")
+    kill -TERM "$pid"
+    left=60
+    while kill -0 "$pid" 2>/dev/null; do
+        left=$((left - 1))
+        [ $left -gt 0 ] || { kill -KILL "$pid"; break; }
+        sleep 1
+    done
+}
+
+case "$1" in
+start) start ;;
+stop) stop ;;
+restart|force-reload) stop; start ;;
+reload) running && kill -HUP "$(cat "$PIDFILE")" ;;
+status) if running; then echo "docker is running"; else echo "docker is not running"; exit 3; fi ;;
+*) echo "Usage: $0 {start|stop|restart|reload|force-reload|status}" >&2; exit 2 ;;
+esac
+"""
+
+_MAN_TEMPLATE = """\
+.TH DOCKERD.PY 8 "" "dockerd.py @VERSION@" "System administration"
+.SH NAME
+dockerd.py \\- a Docker daemon in one file
+.SH SYNOPSIS
+.B dockerd.py
+[OPTIONS]
+.SH DESCRIPTION
+Serves the Docker Engine API, v1.12 to v1.51, to every Docker client.
+Options are given on the command line or in daemon.json, never the same one in both.
+.SH OPTIONS
+@OPTIONS@
+.SH FILES
+.TP
+.I /etc/docker/daemon.json
+The configuration; a missing file is an empty one.
+.TP
+.I /var/lib/docker
+Images, containers, volumes and networks.
+.TP
+.I /var/run/docker.sock
+The socket of the API.
+.SH ENVIRONMENT
+.TP
+.B DOCKER_CERT_PATH
+Where ca.pem, cert.pem and key.pem are, instead of ~/.docker.
+.TP
+.B DOCKER_TLS_VERIFY
+Not empty: as \\-\\-tlsverify.
+.SH SIGNALS
+.TP
+.B SIGINT, SIGTERM
+Shut down; the third repeat ends the daemon at once.
+.TP
+.B SIGHUP
+Read daemon.json again. Takes effect at once: @RELOADABLE@.
+.TP
+.B SIGUSR1
+Write the stacks of all threads to the log.
+.SH EXIT STATUS
+0 after a shutdown that was asked for; another number where the daemon did not start.
+.SH SEE ALSO
+.BR docker (1)
+"""
+
+ASSETS: dict[str, Union[str, Callable[[], str]]] = {
+    "bash": _bash_completion, "daemon.json": _commented_config, "fish": _fish_completion, "man": _man_page,
+    "openrc": _OPENRC, "systemd-service": _SYSTEMD_SERVICE, "systemd-socket": _SYSTEMD_SOCKET,
+    "sysvinit": _SYSVINIT, "zsh": _zsh_completion,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Engine
+#
+# The core that Docker 1.2.0 named: everything the daemon can do is a Job, started from the API server, the
+# command line or an embedding program in the same way: ``engine.job("start", id).run()``.  A job has a name,
+# arguments, an environment, standard streams and a status, like a Unix process.  The engine keeps the
+# handlers and ends orderly.
+# ------------------------------------------------------------------------------------------------------------
+
+STATUS_OK, STATUS_ERROR, STATUS_NOT_FOUND = 0, 1, 127
+GLOBAL_HANDLERS: dict[str, Handler] = {}  # every new Engine starts with a copy of these
+
+JobMethod = Callable[..., Any]
+
+
+class Env(dict):
+    """A job's environment: keys are the API's names, values are of JSON's types.
+
+    The getters read strings too, as a query string or a program of 1.2.0's times gives them."""
+
+    def get_bool(self, key: str) -> bool:
+        """False for an absent value and for '', 0, no, false and none in any case; true for all else."""
+        value = self.get(key)
+        if isinstance(value, str):
+            return value.strip(" \t").lower() not in ("", "0", "no", "false", "none")
+        return bool(value)
+
+    def get_int(self, key: str, default: int = -1) -> int:
+        """The integer value of `key`; `default` where it is absent or is none."""
+        try:
+            return int(self.get(key, default))
+        except (TypeError, ValueError):
+            return default
+
+    def get_list(self, key: str) -> list[Any]:
+        """A list: of a list, of a JSON list in a string, or of the single other value; [] where absent."""
+        value = self.get_json(key)
+        if value in (None, ""):
+            return []
+        return list(value) if isinstance(value, (list, tuple)) else [value]
+
+    def get_json(self, key: str) -> Any:
+        """The value of `key`, decoded when it is a string that holds a JSON document."""
+        value = self.get(key)
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                return json.loads(value)
+        return value
+
+
+class Output:
+    """A job's output stream: what is written goes to every destination (an object with write(bytes))."""
+
+    def __init__(self) -> None:
+        self.destinations: list[Any] = []
+        self._lock = threading.Lock()
+
+    def add(self, destination: Any) -> Any:
+        """Also write to `destination` from now on; returns it."""
+        self.destinations.append(destination)
+        return destination
+
+    def write(self, data: bytes) -> int:
+        """Write `data` to all destinations; raises what a destination raises."""
+        with self._lock:
+            for destination in self.destinations:
+                destination.write(data)
+        return len(data)
+
+
+class Job:
+    """One unit of the engine's work; see the section's head.
+
+    `name`, `args` (strings), `env` (Env), `stdin` (an object with read(n)), `stdout`, `stderr` (Output),
+    `status` (None before the end, then 0, 1 or 127), `cancelled` (an Event that streaming handlers watch)."""
+
+    def __init__(self, engine: Engine, name: str, arguments: tuple[str, ...], env: dict[str, Any]) -> None:
+        self.engine, self.name, self.args, self.env = engine, name, list(arguments), Env(env)
+        self.stdin: Any = io.BytesIO()
+        self.stdout, self.stderr = Output(), Output()
+        self.hijacked: Any = None
+        self.status: Optional[int] = None
+        self.streaming = False
+        self.cancelled = threading.Event()
+        self.on_ready: Callable[[dict[str, Any]], None] = lambda facts: None
+        self._on_cancel: list[Callable[[], None]] = []
+        self._result: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(self.args)})"
+
+    def run(self) -> Any:
+        """Run the job to its end and return what its handler gave to reply().
+
+        Raises Unavailable after the engine's shutdown, DockerError when the job has run before or its handler
+        is missing or failed; the handler's own exception passes through.  The text is the last line of
+        stderr."""
+        with self.engine.counted(self):
+            if self.status is not None:
+                raise DockerError(f"{self.name}: job has already completed")
+            self.engine.log(f"+job {self}")
+            errors = self.stderr.add(io.BytesIO())
+            failure = self._handle()
+            verdict = "OK" if self.status == STATUS_OK else "ERR"
+            self.engine.log(f"-job {self} = {verdict} ({self.status})")
+        if failure is not None:
+            raise failure
+        if self.status:
+            raise DockerError(errors.getvalue().decode(errors="replace").rstrip("\n").rpartition("\n")[2])
+        return self._result
+
+    def _handle(self) -> Optional[BaseException]:
+        """Call the handler and set the status; the exception that it ended with."""
+        handler = self.engine.handler(self.name)
+        if handler is None:
+            self.error(f"{self.name}: command not found")
+            self.status = STATUS_NOT_FOUND
+            return None
+        try:
+            self.status = handler(self) or STATUS_OK
+        except BaseException as error:
+            self.error(str(error))
+            self.status = STATUS_ERROR
+            return error
+        return None
+
+    def error(self, text: str) -> int:
+        """Write `text` as a line to stderr; returns the status of failure, for a handler to return."""
+        self.stderr.write(text.encode(errors="replace") + b"\n")
+        return STATUS_ERROR
+
+    def printf(self, text: str) -> None:
+        """Write `text` to stdout."""
+        self.stdout.write(text.encode())
+
+    def reply(self, result: Any) -> None:
+        """Give the caller of run() a structured result; it also goes to stdout as a line of JSON."""
+        self._result = result
+        if self.stdout.destinations:
+            self.stdout.write(json.dumps(result).encode() + b"\n")
+
+    def progress(self, **line: Any) -> None:
+        """Write one line of Docker's JSON message stream to stdout."""
+        self.stdout.write(json.dumps(line, separators=(",", ":")).encode() + b"\r\n")
+
+    def ready(self, **facts: Any) -> None:
+        """The job has accepted its arguments and streams from now on: the caller's on_ready(facts) runs."""
+        self.streaming = True
+        if self.engine.is_shutdown:
+            self.cancel()
+        self.on_ready(facts)
+
+    def cancel(self) -> None:
+        """Ask a streaming job to end; it then returns as at the end of its stream."""
+        self.cancelled.set()
+        for callback in list(self._on_cancel):
+            callback()
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when the job is cancelled; at once if it is already."""
+        self._on_cancel.append(callback)
+        if self.cancelled.is_set():
+            callback()
+
+
+Handler = Callable[[Job], Optional[int]]
+
+
+def job(name: str) -> Callable[[JobMethod], JobMethod]:
+    """Mark a method as the handler of the job `name`; Engine.install registers it."""
+
+    def mark(method: JobMethod) -> JobMethod:
+        method.job_name = name  # type: ignore[attr-defined]
+        return method
+
+    return mark
+
+
+class Engine:
+    """Keeps the handlers of all jobs, and ends them.
+
+    `logging` tells whether jobs are logged; `shutdown_timeout` is how long (seconds) the shutdown handlers
+    may take together; `variables` are the named objects that parts leave for each other (httpapi.daemon,
+    ...)."""
+
+    UNCOUNTED = frozenset(["serveapi"])  # runs as long as the daemon: shutdown must not wait for it
+
+    def __init__(self) -> None:
+        self.id = secrets.token_hex(16)
+        self.logging = True
+        self.shutdown_timeout = 10.0
+        self.variables: dict[str, Any] = {}
+        self._handlers: dict[str, Handler] = dict(GLOBAL_HANDLERS)
+        self._catchall: Optional[Handler] = None
+        self._running: set[Job] = set()
+        self._on_shutdown: list[Callable[[], None]] = []
+        self._condition = threading.Condition()
+        self.is_shutdown = False
+        self.register("commands", self._commands)
+
+    def log(self, text: str) -> None:
+        """Write one line to the daemon's log, marked with the engine's id."""
+        if self.logging:
+            log.info("[%s] %s", self.id[:8], text)
+
+    def register(self, name: str, handler: Handler) -> None:
+        """Make `handler` the one of the job `name`; DockerError when the name has one."""
+        if name in self._handlers:
+            raise DockerError(f"Can't overwrite handler for command {name}")
+        self._handlers[name] = handler
+
+    def register_catchall(self, handler: Handler) -> None:
+        """Make `handler` the one of every job whose name has none."""
+        self._catchall = handler
+
+    def install(self, part: Any) -> None:
+        """Register every method of `part` that is marked with @job."""
+        for attribute in dir(type(part)):
+            name = getattr(getattr(type(part), attribute), "job_name", None)
+            if name:
+                self.register(name, getattr(part, attribute))
+
+    def handler(self, name: str) -> Optional[Handler]:
+        """The handler of the job `name`, the catch-all, or None; an empty name has none."""
+        return self._handlers.get(name, self._catchall) if name else None
+
+    def has(self, name: str) -> bool:
+        """Whether the job `name` has a handler of its own."""
+        return name in self._handlers
+
+    def job(self, name: str, *arguments: str, **env: Any) -> Job:
+        """A new job, not yet run."""
+        new = Job(self, name, arguments, env)
+        if self.logging:
+            new.stderr.add(self)
+        return new
+
+    def write(self, data: bytes) -> None:
+        """Take a job's stderr into the log."""
+        for line in data.decode(errors="replace").splitlines():
+            log.log(logging.INFO, "[%s] %s", self.id[:8], line)
+
+    def _commands(self, job: Job) -> None:
+        names = sorted(self._handlers)
+        job.printf("".join(name + "\n" for name in names))
+        job.reply(names)
+
+    @contextlib.contextmanager
+    def counted(self, job: Job) -> Iterator[None]:
+        """Count `job` among the running while the block runs; Unavailable after shutdown."""
+        with self._condition:
+            if self.is_shutdown:
+                raise Unavailable("engine is shutdown")
+            if job.name not in self.UNCOUNTED:
+                self._running.add(job)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._running.discard(job)
+                self._condition.notify_all()
+
+    @property
+    def running(self) -> int:
+        """How many jobs run now, those that last as long as the daemon left out."""
+        return len(self._running)
+
+    def on_shutdown(self, handler: Callable[[], None]) -> None:
+        """Have `handler` called by shutdown()."""
+        self._on_shutdown.append(handler)
+
+    def shutdown(self) -> None:
+        """End the engine: refuse new jobs at once, cancel the streaming ones, wait at most 5 s for the rest,
+        run all shutdown handlers at the same time within `shutdown_timeout`.  A second call returns at
+        once."""
+        with self._condition:
+            if self.is_shutdown:
+                return
+            self.is_shutdown = True
+            streaming = [job for job in self._running if job.streaming]
+        for running in streaming:
+            running.cancel()
+        with self._condition:
+            self._condition.wait_for(lambda: not self._running, timeout=5)
+        threads = [
+            threading.Thread(target=handler, name="shutdown", daemon=True) for handler in self._on_shutdown
+        ]
+        for thread in threads:
+            thread.start()
+        deadline = time.monotonic() + self.shutdown_timeout
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+class SignalTrap:
+    """The daemon's signals.  SIGINT and SIGTERM run `cleanup` once and exit 0; the third repeat forces the
+    exit with 128+n.  SIGQUIT exits 128+3 without cleanup; with DEBUG in the environment it dumps all stacks
+    and exits 2, as a Go program does.  SIGUSR1 dumps them and goes on.  SIGHUP runs `reload`.  Call install()
+    in the main thread."""
+
+    NAMES = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated", signal.SIGQUIT: "quit"}
+
+    def __init__(self, cleanup: Callable[[], None], reload: Callable[[], None] = lambda: None) -> None:
+        self.cleanup, self.reload = cleanup, reload
+        self.interrupts = 0
+
+    def install(self) -> None:
+        """Take the signals over; ValueError outside the main thread."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1, signal.SIGHUP):
+            signal.signal(number, self._handle)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if number == signal.SIGUSR1:
+            self._dump_stacks()
+        elif number == signal.SIGHUP:
+            threading.Thread(target=self.reload, name="reload", daemon=True).start()
+        elif number == signal.SIGQUIT:
+            if os.environ.get("DEBUG"):
+                self._dump_stacks()
+                os._exit(2)
+            os._exit(128 + number)
+        else:
+            self._interrupted(number)
+
+    def _interrupted(self, number: int) -> None:
+        log.info("Received signal '%s', starting shutdown of docker...", self.NAMES[signal.Signals(number)])
+        self.interrupts += 1
+        if self.interrupts == 1:
+            threading.Thread(target=self._clean_up_and_exit, name="shutdown", daemon=True).start()
+        elif self.interrupts > 3:
+            log.warning("Force shutdown of docker, interrupting cleanup")
+            os._exit(128 + number)
+
+    def _clean_up_and_exit(self) -> None:
+        try:
+            self.cleanup()
+        except Exception:
+            log.exception("the shutdown failed")
+        logging.shutdown()
+        os._exit(0)
+
+    @staticmethod
+    def _dump_stacks() -> None:
+        import faulthandler
+        faulthandler.dump_traceback(all_threads=True)
+
+
+# Values as the API writes them: quoted text, times, signals
+
+
+def go_quote(text: str) -> str:
+    """`text` in double quotes, as Go's %q prints it in error messages."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+ZERO_TIME = "0001-01-01T00:00:00Z"
+_TIMESTAMP = re.compile(
+    r"(\d{4}-\d\d-\d\d)(?:T(\d\d:\d\d)(:\d\d)?(?:\.(\d{1,9})\d*)?(Z|[+-]\d\d:\d\d)?)?", re.ASCII
+)
+_UNIX_TIME = re.compile(r"(-?\d{1,15})(?:\.(\d{1,9})\d*)?", re.ASCII)
+
+
+@functools.lru_cache(maxsize=64)
+def _date_text(seconds: int) -> str:
+    moment = time.gmtime(seconds)
+    return f"{moment.tm_year:04d}-" + time.strftime("%m-%dT%H:%M:%S", moment)
+
+
+@functools.lru_cache(maxsize=64)
+def _date_seconds(text: str, utc: bool) -> int:
+    import calendar
+    moment = time.strptime(text, "%Y-%m-%dT%H:%M:%S")
+    return calendar.timegm(moment) if utc else int(time.mktime(moment))
+
+
+def rfc3339nano(nanoseconds: int, padded: bool = False) -> str:
+    """Nanoseconds since 1970 as Go's RFC3339Nano in UTC: without trailing zeros, or `padded` to nine
+    digits."""
+    seconds, fraction = divmod(nanoseconds, 10**9)
+    digits = f".{fraction:09d}"
+    return _date_text(seconds) + (digits if padded else digits.rstrip("0").rstrip(".")) + "Z"
+
+
+def parse_timestamp(text: str) -> int:
+    """The nanoseconds since 1970 of a time as the API's since and until take it; else BadParameter.
+
+    Unix seconds with a fraction, RFC 3339 (also shortened to minutes or the day; without a zone in the local
+    one), or a Go duration, which is so long before now."""
+    match = _UNIX_TIME.fullmatch(text)
+    if match:
+        fraction = int((match[2] or "").ljust(9, "0"))
+        return int(match[1]) * 10**9 + (-fraction if text.startswith("-") else fraction)
+    match = _TIMESTAMP.fullmatch(text)
+    try:
+        if match:
+            date, minutes, seconds, digits, zone = match.groups()
+            whole = _date_seconds(f"{date}T{minutes or '00:00'}{seconds or ':00'}", zone is not None)
+            if zone and zone != "Z":
+                whole -= int(zone[0] + "1") * (int(zone[1:3]) * 3600 + int(zone[4:]) * 60)
+            return whole * 10**9 + int((digits or "").ljust(9, "0"))
+        return time.time_ns() - int(parse_duration(text) * 10**9)
+    except (ValueError, OverflowError, BadParameter):
+        raise BadParameter(f"strconv.ParseInt: parsing {go_quote(text)}: invalid syntax") from None
+
+
+SIGNALS = {"STKFLT": 16, **{name[3:]: int(number) for name, number in signal.Signals.__members__.items()},
+           **{f"RTMIN+{n}": signal.SIGRTMIN + n for n in range(1, 16)},
+           **{f"RTMAX-{n}": signal.SIGRTMAX - n for n in range(1, 15)}}
+
+
+def parse_signal(text: str) -> int:
+    """The number of a signal that is written "9", "KILL", "SIGKILL" or "rtmin+3"; else BadParameter."""
+    if text.isascii() and text.isdigit() and len(text) < 10 and int(text):
+        if int(text) > signal.SIGRTMAX:
+            raise BadParameter(f"The linux daemon does not support signal {text}")
+        return int(text)
+    name = text.upper()
+    number = SIGNALS.get(name[3:] if name.startswith("SIG") else name)
+    if number is None:
+        raise BadParameter(f"Invalid signal: {text}")
+    return number
+# ------------------------------------------------------------------------------------------------------------
+# Archives
+#
+# Tar streams in and out: reading headers, unpacking a layer or any archive, packing a directory or an
+# overlay's upper directory as a layer.  Nothing here trusts its input: whatever touches files runs in a
+# thread that the kernel confines to the one directory (pitfalls 3 and 8), while the stream itself is read and
+# written by the caller's thread outside of it, and names are bytes, owners numbers.  Formats: POSIX.1-2017
+# pax (ustar and extended headers), GNU tar's manual ("Basic Tar Format", "Storing Sparse Files"), the
+# SCHILY.xattr keyword of star; layers by the OCI image specification, "Image Layer Filesystem Changeset".
+# ------------------------------------------------------------------------------------------------------------
+
+CHUNK = 1 << 19  # bytes read or written at a time
+TAR_BLOCK = 512
+TAR_HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12s")
+TAR_SPECIAL_LIMIT = (
+    1 << 20
+)  # bytes of one extended header, long name or sparse map, as Go's archive/tar has it
+TAR_NUMERIC_ERROR = "archive/tar: invalid tar header"
+TAR_ZEROES = bytes(TAR_BLOCK)
+WHITEOUT = b".wh."
+WHITEOUT_OPAQUE = b".wh..wh..opq"
+OVERLAY_OPAQUE = "trusted.overlay.opaque"
+NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+
+class UnpackLimits(NamedTuple):
+    """What an archive may ask for: `entries` in it, `size` in bytes of the tar stream; 0 is no limit."""
+
+    entries: int = 4_000_000
+    size: int = 0
+
+
+class LayerStats(NamedTuple):
+    """What was unpacked: `size` in bytes as Docker counts a layer (files once and link texts), and
+    `entries`."""
+
+    size: int
+    entries: int
+
+
+class IdMap:
+    """Whose files an image's users are on the host: identity, or the ranges of --userns-remap.
+
+    `uids` and `gids` are (first in the container, first on the host, count) triples; none is identity."""
+
+    def __init__(
+        self, uids: Iterable[tuple[int, int, int]] = (), gids: Iterable[tuple[int, int, int]] = ()
+    ) -> None:
+        self.uids, self.gids = list(uids), list(gids)
+
+    def __bool__(self) -> bool:
+        return bool(self.uids)
+
+    @property
+    def root(self) -> tuple[int, int]:
+        """(uid, gid) on the host of the container's root."""
+        return self.to_host(0, 0)
+
+    def to_host(self, uid: int, gid: int) -> tuple[int, int]:
+        """A container's (uid, gid) on the host; BadParameter when it has none there."""
+        if not self.uids:
+            return uid, gid
+        text = "container ID {} cannot be mapped to a host ID"
+        return self._shift(self.uids, uid, 0, 1, text), self._shift(self.gids, gid, 0, 1, text)
+
+    def to_container(self, uid: int, gid: int) -> tuple[int, int]:
+        """A host's (uid, gid) in the container; BadParameter when it has none there."""
+        if not self.uids:
+            return uid, gid
+        text = "host ID {} cannot be mapped to a container ID"
+        return self._shift(self.uids, uid, 1, 0, text), self._shift(self.gids, gid, 1, 0, text)
+
+    @staticmethod
+    def _shift(ranges: list[tuple[int, int, int]], number: int, source: int, target: int, text: str) -> int:
+        for extent in ranges:
+            if 0 <= number - extent[source] < extent[2]:
+                return number - extent[source] + extent[target]
+        raise BadParameter(text.format(number))
+
+
+def write_all(fd: int, data: Union[bytes, memoryview]) -> None:
+    """Write the whole of `data` to the descriptor; write(2) may take only a part."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view):]
+
+
+def quoted(name: bytes) -> str:
+    """A file name from an archive as error messages show it: in quotes, what is no text escaped."""
+    return json.dumps(name.decode("utf-8", "backslashreplace"), ensure_ascii=False)
+
+
+class Feed:
+    """Chunks of bytes on their way from one thread to another, a few megabytes at most.
+
+    One thread calls put() and finish(), the other read(); stop() by the reader ends the writer's put() for
+    good."""
+
+    def __init__(self, depth: int = 6) -> None:
+        self._queue: queue.Queue[Any] = queue.Queue(depth)
+        self._stopped = self._ended = False
+
+    def put(self, data: bytes) -> bool:
+        """Hand `data` over, waiting for room; False when the reader has stopped."""
+        if not self._stopped and data:
+            self._queue.put(data)
+        return not self._stopped
+
+    def finish(self, error: Optional[BaseException] = None) -> None:
+        """Nothing more comes; the reader gets `error`, or the end."""
+        if not self._stopped:
+            self._queue.put(error or b"")
+
+    def fill(self, stream: Any) -> None:
+        """Put all that `stream` holds, small pieces joined, and finish with what reading it raises."""
+        try:
+            while self.put(data := read_chunk(stream)):
+                if not data:
+                    break
+            self.finish()
+        except BaseException as error:
+            self.finish(error)
+
+    def read(self, size: int = -1) -> bytes:
+        """The next chunk, of whatever size; b"" at the end; raises what the writer finished with."""
+        if self._ended:
+            return b""
+        data = self._queue.get()
+        if isinstance(data, BaseException):
+            self._ended = True
+            raise data
+        self._ended = not data
+        return bytes(data)
+
+    def stop(self) -> None:
+        """The reader wants nothing more: let the writer go on without it."""
+        self._stopped = self._ended = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()
+
+
+def read_chunk(stream: Any, size: int = CHUNK) -> bytes:
+    """About `size` bytes from a stream that hands out small pieces; b"" at its end."""
+    parts, have = [], 0
+    while have < size:
+        data = stream.read(size)
+        if not data:
+            break
+        parts.append(data)
+        have += len(data)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def start_confined(
+    root: Union[str, int], failed: Callable[[BaseException], None], function: Callable[[], Any]
+) -> Callable[[], Any]:
+    """Start confined(root, function) and return at once; the result is a function that waits for the outcome
+    and returns or raises it.  `failed(error)` is called as soon as the outcome is an error."""
+    outcome: list[Any] = []
+
+    def body() -> None:
+        try:
+            outcome.extend((confined(root, function), None))
+        except BaseException as error:
+            outcome.extend((None, error))
+            failed(error)
+
+    def join() -> Any:
+        thread.join()
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    thread = threading.Thread(target=body, name="archive", daemon=True)
+    thread.start()
+    return join
+
+
+# Compression
+
+class Decompressor:
+    """A readable stream of what a compressed `stream` holds; read(n) gives at most n bytes.
+
+    `make` makes a decoder with decompress(data, max_length), eof and unused_data, as zlib, bz2 and lzma have
+    them; several compressed members after one another are one stream.  BadParameter on damage, a truncated
+    stream, or when more than `ratio` bytes come from each compressed one (above a gigabyte, which zeroes
+    reach honestly)."""
+
+    HONEST = 1 << 30
+
+    def __init__(self, stream: Any, make: Callable[[], Any], ratio: int) -> None:
+        self._stream, self._make, self._ratio = stream, make, ratio
+        self._decoder = make()
+        self._taken = self._given = 0
+        self._left: bytes = b""  # input that the decoder has not taken yet
+        self._ended = False
+
+    def read(self, size: int = CHUNK) -> bytes:
+        """At most `size` bytes; b"" at the end."""
+        size = max(size, 1) if size >= 0 else CHUNK
+        while not self._ended:
+            if self._decoder.eof and not self._next_member():
+                break
+            data = self._decode(size)
+            if data:
+                return data
+        return b""
+
+    def _decode(self, size: int) -> bytes:
+        source = self._left
+        if not source and getattr(self._decoder, "needs_input", True):
+            source = self._input()
+        try:
+            data: bytes = self._decoder.decompress(source, size)
+        except Exception as error:  # zlib.error, OSError, lzma.LZMAError, by the format
+            raise BadParameter(f"the compressed stream is damaged: {error}") from error
+        self._left = getattr(self._decoder, "unconsumed_tail", b"")
+        self._given += len(data)
+        if self._given > max(self.HONEST, self._taken * self._ratio):
+            raise BadParameter(f"the compressed stream unpacks to more than {self._ratio} times its size")
+        if not source and not data and not self._decoder.eof and getattr(self._decoder, "needs_input", True):
+            raise BadParameter("unexpected EOF")
+        return data
+
+    def _input(self) -> bytes:
+        data: bytes = self._stream.read(CHUNK)
+        self._taken += len(data)
+        return data
+
+    def _next_member(self) -> bool:
+        """Begin with what follows a complete member: another one, or padding of zeroes and the end."""
+        rest = self._decoder.unused_data.lstrip(b"\0")
+        while not rest:
+            data = self._input()
+            if not data:
+                self._ended = True
+                return False
+            rest = data.lstrip(b"\0")
+        self._decoder, self._left = self._make(), rest
+        return True
+
+
+class _Prefixed:
+    """`stream` with `head`, which was read from it already, in front."""
+
+    def __init__(self, head: bytes, stream: Any) -> None:
+        self._head, self._stream = head, stream
+
+    def read(self, size: int = CHUNK) -> bytes:
+        if self._head:
+            data, self._head = (self._head, b"") if size < 0 else (self._head[:size], self._head[size:])
+            return data
+        data = self._stream.read(size)
+        return data
+
+
+def decompress(stream: Any, ratio: int = 1000) -> Any:
+    """A readable stream of what `stream` holds, uncompressed: gzip, bzip2 and xz are recognised by their
+    first bytes (RFC 1952, the formats' own documents), all else passes as it is.
+
+    NotSupported for zstd, which Python has from 3.14 on; BadParameter as Decompressor says."""
+    head = b""
+    while len(head) < 10:
+        data = stream.read(10 - len(head))
+        if not data:
+            break
+        head += data
+    whole = _Prefixed(head, stream)
+    if head.startswith(b"\x1f\x8b\x08"):
+        return Decompressor(whole, lambda: zlib.decompressobj(31), ratio)
+    if head.startswith(b"BZh"):
+        import bz2
+        return Decompressor(whole, bz2.BZ2Decompressor, ratio)
+    if head.startswith(b"\xfd7zXZ\0"):
+        import lzma
+        return Decompressor(whole, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 29), ratio)
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        raise NotSupported("zstd archives are not supported yet: compress the archive with gzip or xz")
+    return whole
+
+
+# Reading tar
+
+class TarEntry:
+    """One entry of an archive.  Names are bytes as they stand there, `kind` is the type flag's character
+    code, times are in nanoseconds, `size` is the file's length and `stored` how many bytes of it the archive
+    holds; `sparse` lists (offset, length) of what those are, or is None when they are the whole file."""
+
+    __slots__ = (
+        "name",
+        "kind",
+        "mode",
+        "uid",
+        "gid",
+        "size",
+        "mtime",
+        "atime",
+        "link",
+        "device",
+        "xattrs",
+        "sparse",
+        "stored",
+    )
+
+    def __init__(
+        self,
+        name: bytes,
+        kind: int = ord("0"),
+        mode: int = 0o644,
+        uid: int = 0,
+        gid: int = 0,
+        size: int = 0,
+        mtime: int = 0,
+        link: bytes = b"",
+        device: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.name, self.kind, self.mode, self.uid, self.gid, self.size = name, kind, mode, uid, gid, size
+        self.mtime, self.atime, self.link, self.device = mtime, 0, link, device
+        self.xattrs: dict[bytes, bytes] = {}
+        self.sparse: Optional[list[tuple[int, int]]] = None
+        self.stored = size
+
+
+REGULAR, HARD_LINK, SYMLINK, CHARACTER, BLOCK, DIRECTORY, FIFO = b"0123456"
+REGULAR_KINDS = b"\x000S"  # old tar's and GNU's sparse files among them
+HEADER_ONLY = b"123456"
+
+
+def _number(field: bytes) -> int:
+    """A number of a header: octal text, or base 256 with the top bit set (GNU); ValueError when it is
+    neither."""
+    try:
+        return int(field.rstrip(b"\0 "), 8)
+    except ValueError:
+        if not field[0] & 0x80:
+            return int(field.partition(b"\0")[0].strip() or b"0", 8)
+    value = int.from_bytes(field, "big") & (1 << 8 * len(field) - 1) - 1
+    return value - (1 << 8 * len(field) - 1) if field[0] & 0x40 else value
+
+
+_repeated_number = functools.lru_cache(1024)(_number)  # modes and owners are the same in most headers
+
+
+def _nanoseconds(text: bytes) -> int:
+    """A pax time ("-1.25") in nanoseconds; ValueError."""
+    whole, _, fraction = text.partition(b".")
+    value = int(fraction[:9].ljust(9, b"0") or b"0")
+    return int(whole or b"0") * 1_000_000_000 + (-value if whole.startswith(b"-") else value)
+
+
+PAX_FIELDS: dict[bytes, tuple[str, Callable[[bytes], Any]]] = {  # the keywords that overrule the header
+    b"path": ("name", bytes), b"linkpath": ("link", bytes), b"uid": ("uid", int), b"gid": ("gid", int),
+    b"size": ("size", int), b"mtime": ("mtime", _nanoseconds), b"atime": ("atime", _nanoseconds),
+}
+
+
+def _pax_records(data: bytes) -> list[tuple[bytes, bytes]]:
+    """The ("keyword", value) records of an extended header, in order; ValueError."""
+    records, at, size = [], 0, len(data)
+    while at < size:
+        space = data.index(b" ", at, at + 21)
+        end = at + int(data[at:space])
+        if not space < end <= size or data[end - 1] != 10:
+            raise ValueError("no pax record")
+        keyword, equals, value = data[space + 1:end - 1].partition(b"=")
+        named = keyword in (b"path", b"linkpath")
+        if not keyword or not equals or b"\0" in keyword or (b"\0" in value and named):
+            raise ValueError("no keyword or name")
+        records.append((keyword, value))
+        at = end
+    return records
+
+
+class TarReader:
+    """The entries of the tar stream `stream`, in order, in bounded memory.
+
+    `observer(entry, data)` is told of every byte in order: entry is None for headers, padding and what
+    follows the end, so that the stream can be rebuilt from it and the files.  BadParameter with Go's texts on
+    damage."""
+
+    def __init__(
+        self, stream: Any, observer: Optional[Callable[[Optional[TarEntry], bytes], None]] = None
+    ) -> None:
+        self._stream, self._observer = stream, observer
+        self._buffer, self._view, self._at = b"", memoryview(b""), 0
+        self._entry: Optional[TarEntry] = None
+        self._left = self._padding = 0  # of the current entry: what the archive still holds of it
+        self.offset = 0  # bytes of the stream behind us, less what is in the buffer
+
+    def __iter__(self) -> Iterator[TarEntry]:
+        while True:
+            self._leave_entry()
+            entry = self._next_entry()
+            if entry is None:
+                return
+            self._entry = entry
+            yield entry
+
+    def copy(self, fd: int, size: int) -> None:
+        """Write the next `size` bytes of the current entry's content to a descriptor."""
+        while size:
+            if self._at == len(self._buffer):
+                self._refill()
+            piece = self._view[self._at:self._at + size]
+            done = os.write(fd, piece) if fd >= 0 else len(piece)
+            if self._observer:
+                self._observer(self._entry, bytes(piece[:done]))
+            self._at += done
+            self._left -= done
+            size -= done
+
+    def drain(self) -> None:
+        """Read the stream to its very end, which the archive's end need not be."""
+        while self._fill(1):
+            self._take(len(self._buffer) - self._at)
+
+    def _refill(self) -> None:
+        if not self._fill(1):
+            raise BadParameter("unexpected EOF")
+
+    def _fill(self, size: int) -> bool:
+        """Have at least `size` bytes in the buffer; False when the stream ends before."""
+        parts = [self._buffer[self._at:]]
+        have = len(parts[0])
+        self.offset += self._at
+        while have < size:
+            data = self._stream.read(CHUNK)
+            if not data:
+                break
+            parts.append(data)
+            have += len(data)
+        self._buffer = parts[-1] if have == len(parts[-1]) else b"".join(parts)
+        self._view, self._at = memoryview(self._buffer), 0
+        return have >= size
+
+    def _take(self, size: int) -> bytes:
+        """The next `size` bytes that are no content; fewer only at the stream's end."""
+        if self._at + size > len(self._buffer):
+            self._fill(size)
+        data = self._buffer[self._at:self._at + size]
+        self._at += len(data)
+        if self._observer and data:
+            self._observer(None, data)
+        return data
+
+    def _leave_entry(self) -> None:
+        if self._left:
+            self.copy(-1, self._left)
+        if self._padding:
+            self._take(self._padding)
+            self._padding = 0
+
+    def _special(self, size: int) -> bytes:
+        """The content of an extended header or a long name, with its padding."""
+        if not 0 <= size <= TAR_SPECIAL_LIMIT:
+            raise BadParameter("archive/tar: header field too long")
+        data = self._take(size + -size % TAR_BLOCK)
+        if len(data) < size:
+            raise BadParameter("unexpected EOF")
+        return data[:size]
+
+    def _next_entry(self) -> Optional[TarEntry]:
+        try:
+            return self._parse()
+        except (ValueError, OverflowError) as error:
+            raise BadParameter(TAR_NUMERIC_ERROR) from error
+
+    def _parse(self) -> Optional[TarEntry]:
+        """The next entry with its extended headers; None at the archive's end; ValueError when it is no
+        header."""
+        records: list[tuple[bytes, bytes]] = []
+        longs: dict[int, bytes] = {}
+        while True:
+            header = self._header(bool(records or longs))
+            if header is None:
+                return None
+            kind = header[7][0]
+            if kind in b"xgLK":
+                data = self._special(_number(header[4]))
+                if kind == ord("x"):
+                    records = _pax_records(data)
+                elif kind != ord("g"):  # global headers are read over, as Docker does
+                    longs[kind] = data.partition(b"\0")[0]
+                continue
+            return self._finish(header, records, longs)
+
+    def _header(self, needed: bool) -> Optional[tuple[bytes, ...]]:
+        """The fields of the next header block; None at the end, which two blocks of zeroes or the stream's
+        end mark."""
+        block = self._take(TAR_BLOCK)
+        if not block and not needed:
+            return None
+        if len(block) < TAR_BLOCK:
+            raise BadParameter("unexpected EOF")
+        if block == TAR_ZEROES:
+            if self._take(TAR_BLOCK) not in (TAR_ZEROES, b""):
+                raise ValueError("a lone block of zeroes")
+            return None
+        self._check_sum(block)
+        return TAR_HEADER.unpack(block)
+
+    @staticmethod
+    def _check_sum(block: bytes) -> None:
+        """ValueError when the header's sum is wrong; the sum counts its own field as spaces.
+
+        Adler-32's low half is one plus the sum modulo 65521, in a tenth of sum()'s time; old programs summed
+        signed bytes."""
+        field = block[148:156]
+        told, spaces = _number(field), 256
+        if ((zlib.adler32(block) & 0xFFFF) - 1 - sum(field) + spaces - told) % 65521 == 0:
+            return
+        if sum(struct.unpack("512b", block[:148] + b" " * 8 + block[156:])) != told:
+            raise ValueError("wrong sum")
+
+    def _finish(self, header: tuple[bytes, ...], records: list[tuple[bytes, bytes]],
+                longs: dict[int, bytes]) -> TarEntry:
+        """The entry that a header and what stood before it describe."""
+        name = header[0].partition(b"\0")[0]
+        if header[14][0] and header[9][:6] == b"ustar\0":
+            star = header[15][-4:] == b"tar\0"  # which keeps times behind a shorter prefix
+            prefix = header[14][:131] if star else header[14]
+            name = prefix.partition(b"\0")[0] + b"/" + name
+        kind = header[7][0]
+        owner = _repeated_number(header[2]), _repeated_number(header[3])
+        mode = _repeated_number(header[1]) & 0o7777
+        entry = TarEntry(name, kind or ord("0"), mode, *owner, _number(header[4]),
+                         _number(header[5]) * 1_000_000_000, header[8].partition(b"\0")[0])
+        if kind in b"34":
+            entry.device = _number(header[12]), _number(header[13])
+        sparse = self._apply_records(entry, records)
+        entry.name, entry.link = longs.get(ord("L"), entry.name), longs.get(ord("K"), entry.link)
+        if kind == 0 and entry.name.endswith(b"/"):
+            entry.kind = DIRECTORY
+        entry.stored = 0 if entry.kind in HEADER_ONLY else entry.size
+        self._left, self._padding = entry.stored, -entry.stored % TAR_BLOCK
+        if kind == ord("S"):
+            self._old_sparse(entry, header)
+        elif sparse:
+            self._pax_sparse(entry, records)
+        in_range = 0 <= entry.size < 1 << 63 and 0 <= entry.uid < 1 << 32 and 0 <= entry.gid < 1 << 32
+        if not in_range or not entry.name:
+            raise ValueError("a number out of range")
+        return entry
+
+    @staticmethod
+    def _apply_records(entry: TarEntry, records: list[tuple[bytes, bytes]]) -> bool:
+        """Let the pax records overrule the header; whether they tell of a sparse file."""
+        sparse = False
+        for keyword, value in records:
+            field = PAX_FIELDS.get(keyword)
+            if field:
+                setattr(entry, field[0], field[1](value))
+            elif keyword.startswith(b"SCHILY.xattr."):
+                entry.xattrs[keyword[13:]] = value
+            elif keyword.startswith(b"GNU.sparse."):
+                sparse = True
+        return sparse
+
+    def _old_sparse(self, entry: TarEntry, header: tuple[bytes, ...]) -> None:
+        """GNU's old sparse format: four extents in the header (at byte 386), then blocks of 21."""
+        area = header[14] + header[15]
+        pairs, more, entry.size = [area[41:137]], area[137], _number(area[138:150])
+        while more:
+            block = self._take(TAR_BLOCK)
+            if len(block) < TAR_BLOCK or len(pairs) * TAR_BLOCK > TAR_SPECIAL_LIMIT:
+                raise ValueError("no end of the sparse map")
+            pairs.append(block[:504])
+            more = block[504]
+        extents = [chunk[at:at + 24] for chunk in pairs for at in range(0, len(chunk), 24)]
+        self._set_sparse(
+            entry, [(_number(extent[:12]), _number(extent[12:])) for extent in extents if extent[0]]
+        )
+
+    def _pax_sparse(self, entry: TarEntry, records: list[tuple[bytes, bytes]]) -> None:
+        """GNU's pax sparse formats: 0.0 (repeated keywords), 0.1 (one keyword) and 1.0 (the map before the
+        content)."""
+        keywords = dict(records)
+        entry.name = keywords.get(b"GNU.sparse.name", entry.name)
+        size = keywords.get(b"GNU.sparse.realsize") or keywords.get(b"GNU.sparse.size")
+        if b"GNU.sparse.map" in keywords:
+            numbers = [int(number) for number in keywords[b"GNU.sparse.map"].split(b",") if number]
+        elif keywords.get(b"GNU.sparse.major") == b"1":
+            numbers = self._sparse_map_in_content(entry)
+        else:
+            numbers = [int(value) for keyword, value in records
+                       if keyword in (b"GNU.sparse.offset", b"GNU.sparse.numbytes")]
+        entry.size = int(size) if size else entry.size
+        self._set_sparse(entry, list(zip(numbers[::2], numbers[1::2])))
+
+    def _sparse_map_in_content(self, entry: TarEntry) -> list[int]:
+        data, lines = b"", [b""]
+        while (
+            len(lines) < 2 or len(lines) < 2 * int(lines[0]) + 2
+        ):  # the count, its pairs, and what follows the last
+            block = self._take(TAR_BLOCK)
+            data += block
+            self._left -= len(block)
+            if len(block) < TAR_BLOCK or self._left < 0 or len(data) > TAR_SPECIAL_LIMIT:
+                raise ValueError("no end of the sparse map")
+            lines = data.split(b"\n")
+        entry.stored = self._left
+        return [int(line) for line in lines[1:2 * int(lines[0]) + 1]]
+
+    @staticmethod
+    def _set_sparse(entry: TarEntry, extents: list[tuple[int, int]]) -> None:
+        end = 0
+        for offset, length in extents:
+            if length < 0 or offset < end:
+                raise ValueError("extents out of order")
+            end = offset + length
+        if end > entry.size or sum(length for _, length in extents) != entry.stored:
+            raise ValueError("extents that do not fit the file")
+        entry.kind, entry.sparse = REGULAR, [extent for extent in extents if extent[1]]
+
+
+# Unpacking
+
+def apply_layer(stream: Any, directory: Union[str, int], whiteouts: str, idmap: IdMap,
+                limits: UnpackLimits = UnpackLimits(), observer: Any = None) -> LayerStats:
+    """Unpack the tar `stream` into `directory` (a path or a descriptor) in one pass, reading it to its end.
+
+    `whiteouts`: "overlay" turns them into overlay's (character device 0:0, trusted.overlay.opaque), "apply"
+    deletes what they name, "" takes them for ordinary files.  Owners are mapped by `idmap`.  The stream is
+    read in the calling thread; files are made in one that the kernel confines to the directory.  BadParameter
+    for a damaged or hostile archive, DockerError for what the file system refuses; what is there by then is
+    the caller's to remove."""
+    feed = Feed()
+    unpacker = Unpacker(TarReader(feed, observer), whiteouts, idmap, limits)
+    join = start_confined(directory, lambda error: feed.stop(), unpacker.run)
+    feed.fill(stream)
+    stats: LayerStats = join()
+    if unpacker.refused:
+        log.warning("ignored xattrs that the kernel refused: %s", ", ".join(sorted(unpacker.refused)))
+    return stats
+
+
+class Unpacker:
+    """Makes the entries of an archive below the current directory of a confined thread.
+
+    `made` holds, where whiteouts are applied, the names that this archive made, with all above them."""
+
+    def __init__(self, reader: TarReader, whiteouts: str, idmap: IdMap, limits: UnpackLimits) -> None:
+        self.reader, self.whiteouts, self.idmap, self.limits = reader, whiteouts, idmap, limits
+        self.size = self.entries = 0
+        self.made: set[bytes] = set()
+        self.refused: set[str] = set()
+        self._directories: dict[bytes, tuple[int, int]] = {}
+        self._makers: dict[int, Callable[[bytes, TarEntry], None]] = {
+            REGULAR: self._file,
+            HARD_LINK: self._hard_link,
+            SYMLINK: self._symlink,
+            DIRECTORY: self._directory,
+            CHARACTER: self._node,
+            BLOCK: self._node,
+            FIFO: self._node,
+        }
+
+    def run(self) -> LayerStats:
+        """Unpack everything; the modes of what is made are as asked, whatever the daemon's umask is."""
+        os.umask(0)  # of this thread alone: confined() has unshared CLONE_FS
+        for entry in self.reader:
+            self._count()
+            try:
+                self._unpack(entry)
+            except OSError as error:
+                reason = (error.strerror or str(error)).lower()
+                raise DockerError(f"failed to unpack {quoted(entry.name)}: {reason}") from error
+        self._set_directory_times()
+        self.reader.drain()
+        return LayerStats(self.size, self.entries)
+
+    def _count(self) -> None:
+        self.entries += 1
+        if self.limits.entries and self.entries > self.limits.entries:
+            raise BadParameter(f"the archive has more than {self.limits.entries} entries")
+        if self.limits.size and self.reader.offset > self.limits.size:
+            raise BadParameter(f"the archive is longer than {self.limits.size} bytes")
+
+    def _unpack(self, entry: TarEntry) -> None:
+        name = self._clean(entry.name, "entry name")
+        if name == b"." or (self.whiteouts and name.startswith(b".wh..wh.") and name != WHITEOUT_OPAQUE):
+            return  # the root itself, and aufs' own files, as Docker leaves them out
+        if self.whiteouts and WHITEOUT in name:
+            base = name[name.rfind(b"/") + 1:]
+            if base.startswith(WHITEOUT):
+                return self._whiteout(name, base)
+        make = self._makers.get(entry.kind)
+        if make is None:
+            raise BadParameter(f"unhandled tar header type {entry.kind}")
+        make(name, entry)
+        if self.whiteouts == "apply":
+            self._remember(name)
+
+    @staticmethod
+    def _clean(name: bytes, what: str) -> bytes:
+        """A name relative to the root, without empty, '.' and '..' parts; BadParameter when it leads out."""
+        clean = name.strip(b"/")
+        if b"//" in clean or b"/." in clean or clean[:1] == b"." or not clean:
+            clean = os.path.normpath(name.lstrip(b"/") or b".")
+            if clean == b".." or clean.startswith(b"../"):
+                raise BadParameter(f"invalid {what} {quoted(name)}")
+        return clean
+
+    def _remember(self, name: bytes) -> None:
+        while name and name not in self.made:
+            self.made.add(name)
+            name = name.rpartition(b"/")[0]
+
+    # What stands in the way
+
+    def _place(self, name: bytes, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call `make`, which makes `name`; make its parents, or remove what is in its place, if it must
+        be."""
+        try:
+            return make(*arguments, **options)
+        except FileExistsError:
+            self._directories.pop(name, None)
+            remove_entry(name)
+        except (FileNotFoundError, NotADirectoryError):
+            self._make_parents(name)
+        return make(*arguments, **options)
+
+    def _make_parents(self, name: bytes) -> None:
+        at = name.find(b"/")
+        while at >= 0:
+            parent = name[:at]
+            try:
+                os.mkdir(parent, 0o755)
+                os.chown(parent, *self.idmap.root)
+            except FileExistsError:
+                if not stat.S_ISDIR(os.stat(parent).st_mode):
+                    self._replace_whiteout(parent)
+            at = name.find(b"/", at + 1)
+
+    def _replace_whiteout(self, name: bytes) -> None:
+        """A whiteout in the same layer hides what lies below, and the directory made in its place must
+        too."""
+        if self.whiteouts != "overlay" or not is_whiteout(os.lstat(name)):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), name)
+        os.unlink(name)
+        os.mkdir(name, 0o755)
+        os.chown(name, *self.idmap.root)
+        os.setxattr(name, OVERLAY_OPAQUE, b"y")
+
+    # Whiteouts
+
+    def _whiteout(self, name: bytes, base: bytes) -> None:
+        directory = name[:-len(base)]
+        target = directory + base[len(WHITEOUT):]
+        if base in (WHITEOUT, WHITEOUT + b".", WHITEOUT + b".."):
+            raise BadParameter(f"invalid whiteout entry {quoted(name)}")
+        if self.whiteouts == "overlay":
+            return self._overlay_whiteout(name, target, base == WHITEOUT_OPAQUE)
+        if base != WHITEOUT_OPAQUE:
+            return self._hide(target)
+        self._make_parents(name)
+        for child in os.listdir(directory or b"."):
+            self._hide(directory + child)
+
+    def _overlay_whiteout(self, name: bytes, target: bytes, opaque: bool) -> None:
+        """A whiteout concerns the layers below alone: what this one has made in its place stays."""
+        self._make_parents(name)
+        if opaque:
+            os.setxattr(os.path.dirname(name) or b".", OVERLAY_OPAQUE, b"y")
+            return
+        try:
+            os.mknod(target, stat.S_IFCHR, 0)
+            os.chown(target, *self.idmap.root, follow_symlinks=False)
+        except FileExistsError:
+            if stat.S_ISDIR(os.lstat(target).st_mode):
+                os.setxattr(target, OVERLAY_OPAQUE, b"y")
+
+    def _hide(self, name: bytes) -> None:
+        """Remove what lower layers have at `name`, and keep what this one has made there."""
+        if name not in self.made:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                remove_entry(name)
+        elif stat.S_ISDIR(os.lstat(name).st_mode):
+            for child in os.listdir(name):
+                self._hide(name + b"/" + child)
+
+    # The kinds of entries
+
+    def _file(self, name: bytes, entry: TarEntry) -> None:
+        fd = self._place(name, os.open, name, NEW_FILE, entry.mode & 0o777)
+        try:
+            if entry.sparse is None:
+                self.reader.copy(fd, entry.stored)
+            else:
+                for offset, length in entry.sparse:
+                    os.lseek(fd, offset, os.SEEK_SET)
+                    self.reader.copy(fd, length)
+                os.ftruncate(fd, entry.size)
+            os.chown(fd, *self.idmap.to_host(entry.uid, entry.gid))
+            for key, value in entry.xattrs.items():
+                self._set_xattr(fd, key, value, entry)
+            if entry.mode & 0o7000:  # after chown, which takes setuid away
+                os.chmod(fd, entry.mode)
+            os.utime(fd, ns=self._times(entry))
+        finally:
+            os.close(fd)
+        self.size += entry.size
+
+    def _directory(self, name: bytes, entry: TarEntry) -> None:
+        fresh = True
+        try:
+            os.mkdir(name, entry.mode & 0o777)
+        except FileExistsError:
+            fresh = self._clear_for_directory(name, entry)
+        except (FileNotFoundError, NotADirectoryError):
+            self._make_parents(name)
+            os.mkdir(name, entry.mode & 0o777)
+        self._attributes(name, entry)
+        if not fresh or entry.mode & 0o7000:
+            os.chmod(name, entry.mode)
+        self._directories[name] = self._times(entry)
+
+    def _clear_for_directory(self, name: bytes, entry: TarEntry) -> bool:
+        """Make way for a directory where something is; False when that is a directory, which is kept."""
+        known = os.lstat(name)
+        if stat.S_ISDIR(known.st_mode):
+            return False
+        os.unlink(name)
+        os.mkdir(name, entry.mode & 0o777)
+        if self.whiteouts == "overlay" and is_whiteout(known):
+            os.setxattr(name, OVERLAY_OPAQUE, b"y")
+        return True
+
+    def _hard_link(self, name: bytes, entry: TarEntry) -> None:
+        """A second name of a file in this archive, which has its attributes already."""
+        target = self._clean(entry.link, "hardlink target")
+        if target in (b".", name):
+            raise BadParameter(f"invalid hardlink target {quoted(entry.link)}")
+        self._place(name, os.link, target, name, follow_symlinks=False)
+
+    def _symlink(self, name: bytes, entry: TarEntry) -> None:
+        self._place(name, os.symlink, entry.link, name)
+        self._attributes(name, entry)
+        os.utime(name, ns=self._times(entry), follow_symlinks=False)
+        self.size += len(entry.link)
+
+    def _node(self, name: bytes, entry: TarEntry) -> None:
+        if self.idmap and entry.kind != FIFO:
+            return  # a remapped root may not make devices, and an image must not make them for it
+        kind = {CHARACTER: stat.S_IFCHR, BLOCK: stat.S_IFBLK, FIFO: stat.S_IFIFO}[entry.kind]
+        if not all(0 <= number < 1 << 32 for number in entry.device):
+            raise BadParameter(TAR_NUMERIC_ERROR)
+        device = os.makedev(
+            entry.device[0] & 0xFFF, entry.device[1] & 0xFFFFF
+        )  # what the kernel's numbers hold
+        self._place(name, os.mknod, name, kind | entry.mode & 0o777, device)
+        self._attributes(name, entry)
+        if entry.mode & 0o7000:
+            os.chmod(name, entry.mode)
+        os.utime(name, ns=self._times(entry), follow_symlinks=False)
+
+    def _attributes(self, name: bytes, entry: TarEntry) -> None:
+        """Owner and xattrs of what is no regular file."""
+        os.chown(name, *self.idmap.to_host(entry.uid, entry.gid), follow_symlinks=False)
+        for key, value in entry.xattrs.items():
+            self._set_xattr(name, key, value, entry)
+
+    def _set_xattr(self, target: Union[bytes, int], key: bytes, value: bytes, entry: TarEntry) -> None:
+        """Set one attribute.  Those of overlay itself could make a layer show what is not the image's."""
+        if key.startswith(b"trusted.overlay.") and defended("overlay-xattrs"):
+            raise BadParameter(
+                f"invalid xattr {quoted(key)} of {quoted(entry.name)}: it belongs to the storage driver"
+            )
+        try:
+            os.setxattr(target, key, value, **({} if isinstance(target, int) else {"follow_symlinks": False}))
+        except PermissionError:
+            self.refused.add(os.fsdecode(key))
+
+    @staticmethod
+    def _times(entry: TarEntry) -> tuple[int, int]:
+        """(access, modification) in ns; what is before 1970 or beyond 64 bits is 1970, as Docker has it."""
+        modified = entry.mtime if 0 <= entry.mtime < 1 << 63 else 0
+        return (entry.atime if modified < entry.atime < 1 << 63 else modified), modified
+
+    def _set_directory_times(self) -> None:
+        """At the end, because every file made in a directory changes its time."""
+        for name, times in self._directories.items():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                os.utime(name, ns=times, follow_symlinks=False)
+
+
+def is_whiteout(facts: os.stat_result) -> bool:
+    """Whether lstat's answer is an overlay whiteout: the character device 0:0."""
+    return stat.S_ISCHR(facts.st_mode) and facts.st_rdev == 0
+
+
+def remove_entry(name: bytes) -> None:
+    """Remove the file or tree `name`; the last component is never followed."""
+    try:
+        os.unlink(name)
+    except IsADirectoryError:
+        remove_tree(name)
+
+
+# Removing trees
+
+def remove_tree(path: Union[str, bytes]) -> None:
+    """Remove a directory with all below it, or a file; nothing when there is none.
+
+    Goes by descriptors and never through a link, holds few of them however deep the tree is, and takes
+    immutable and append-only flags away.  OSError for what stays, after everything else has gone."""
+    parent, base = os.path.split(os.path.abspath(path))
+    try:
+        fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    names: list[Any] = [base]
+    try:
+        while names:
+            _remove_below(fd, names.pop(), 0, fd, names)
+    finally:
+        os.close(fd)
+
+
+def _remove_below(directory: int, name: Any, depth: int, top: int, moved: list[Any]) -> None:
+    """Remove `name` in the open `directory`; what lies deep is moved into the directory `top` and added to
+    `moved`."""
+    if _unlinked(directory, name):
+        return
+    if depth > 40:
+        moved.append(f".{secrets.token_hex(16)}-removing")
+        return os.rename(name, moved[-1], src_dir_fd=directory, dst_dir_fd=top)
+    failure: Optional[OSError] = None
+    with contextlib.suppress(FileNotFoundError):
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        try:
+            for child in os.listdir(fd):
+                try:
+                    _remove_below(fd, child, depth + 1, top, moved)
+                except OSError as error:
+                    failure = error
+        finally:
+            os.close(fd)
+    if failure:
+        raise failure
+    _forcing(directory, name, lambda: os.rmdir(name, dir_fd=directory))
+
+
+def _unlinked(directory: int, name: Any) -> bool:
+    """Remove what is no directory; False when it is one."""
+    try:
+        _forcing(directory, name, lambda: os.unlink(name, dir_fd=directory))
+    except IsADirectoryError:
+        return False
+    return True
+
+
+def _forcing(directory: int, name: Any, remove: Callable[[], None]) -> None:
+    """Call `remove`; where the kernel forbids it, once more without inode flags on the thing and on its
+    directory."""
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            return remove()
+        except PermissionError:
+            _clear_flags(directory)
+            with contextlib.suppress(OSError):
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+                fd = os.open(name, flags, dir_fd=directory)
+                try:
+                    _clear_flags(fd)
+                finally:
+                    os.close(fd)
+        remove()
+
+
+def _clear_flags(fd: int) -> None:
+    """Take the immutable and append-only flags of a file away, where its file system has them;
+    ioctl_iflags(2)."""
+    with contextlib.suppress(OSError):
+        value = bytearray(8)
+        fcntl.ioctl(fd, FS_IOC_GETFLAGS, value)
+        flags, = struct.unpack_from("=I", value)
+        if flags & (FS_IMMUTABLE_FL | FS_APPEND_FL):
+            struct.pack_into("=I", value, 0, flags & ~(FS_IMMUTABLE_FL | FS_APPEND_FL))
+            fcntl.ioctl(fd, FS_IOC_SETFLAGS, value)
+
+
+# Writing tar
+
+def tar_header(entry: TarEntry) -> bytes:
+    """The header of an entry as Go's archive/tar writes it: ustar where all fits, pax records before it where
+    not.
+
+    Times are cut to seconds, user and group names are left empty, as Docker does."""
+    name, split = entry.name, _split_name(entry.name)
+    seconds = entry.mtime // 1_000_000_000
+    records = {b"SCHILY.xattr." + key: value for key, value in entry.xattrs.items()}
+    numbers = {"uid": (entry.uid, 7), "gid": (entry.gid, 7), "size": (entry.size, 11), "mtime": (seconds, 11)}
+    records.update({keyword.encode(): b"%d" % value for keyword, (value, digits) in numbers.items()
+                    if not 0 <= value < 8 ** digits})
+    if len(entry.link) > 100 or not entry.link.isascii():
+        records[b"linkpath"] = entry.link
+    if split is None or (records and (len(name) > 100 or not name.isascii())):
+        records[b"path"] = name
+    if not records:
+        prefix, name = split or (b"", name)
+        return _tar_block(entry, name, prefix)
+    data = b"".join(_pax_record(key, value) for key, value in sorted(records.items()))
+    directory, base = os.path.split(name)
+    extended = TarEntry(
+        os.path.join(directory, b"PaxHeaders.0", base).rstrip(b"/"), ord("x"), 0, 0, 0, len(data)
+    )
+    return (
+        _tar_block(extended, extended.name) + data + bytes(-len(data) % TAR_BLOCK) + _tar_block(entry, name)
+    )
+
+
+def _split_name(name: bytes) -> Optional[tuple[bytes, bytes]]:
+    """A name as ustar's (prefix, name), or None where it does not fit."""
+    if not name.isascii():
+        return None
+    if len(name) <= 100:
+        return b"", name
+    slash = name.rfind(b"/", 0, min(len(name) - name.endswith(b"/"), 156))
+    if slash <= 0 or slash > 155 or not 0 < len(name) - slash - 1 <= 100:
+        return None
+    return name[:slash], name[slash + 1:]
+
+
+def _pax_record(keyword: bytes, value: bytes) -> bytes:
+    """"LENGTH KEYWORD=VALUE\n", its length counting its own digits."""
+    body = b" %s=%s\n" % (keyword, value)
+    length = len(body) + len(str(len(body)))
+    length = len(body) + len(str(length))
+    return b"%d" % length + body
+
+
+def _tar_block(entry: TarEntry, name: bytes, prefix: bytes = b"") -> bytes:
+    """One ustar header block; what does not fit is cut or zero, because a pax record tells it."""
+
+    def octal(value: int, digits: int) -> bytes:
+        return b"%0*o\0" % (digits, value if 0 <= value < 8 ** digits else 0)
+
+    def text(value: bytes, size: int = 100) -> bytes:
+        value = value.decode("ascii", "ignore").encode()
+        return value if len(value) <= size else value[:size].rstrip(b"/")  # a slash would make it a directory
+
+    device = (b"", b"") if entry.kind == ord("x") else tuple(octal(number, 7) for number in entry.device)
+    fields = [
+        text(name),
+        octal(entry.mode, 7),
+        octal(entry.uid, 7),
+        octal(entry.gid, 7),
+        octal(entry.size, 11),
+        octal(entry.mtime // 1_000_000_000, 11),
+        b" " * 8,
+        bytes([entry.kind]),
+        text(entry.link),
+        b"ustar\00000",
+        b"",
+        b"",
+        *device,
+        prefix,
+        b"",
+    ]
+    total = sum(TAR_HEADER.pack(*fields))
+    fields[6] = b"%06o\0 " % total
+    return TAR_HEADER.pack(*fields)
+
+
+def write_tree(directory: Union[str, int], write: Callable[[bytes], Any], idmap: IdMap = IdMap(),
+               whiteouts: str = "") -> None:
+    """Pack what is below `directory` (a path or a descriptor) as a tar stream, with names relative to it.
+
+    Sorted by name in each directory, hard links kept, sockets left out, of the xattrs security.capability
+    alone, as Docker packs.  `whiteouts` "overlay" packs an overlay's upper directory as a layer, its
+    whiteouts as .wh. files. Files that vanish meanwhile are left out.  The tree is read in a confined thread,
+    `write(data)` is called in the caller's; what it raises ends the packing, OSError tells of what cannot be
+    read."""
+    feed = Feed()
+    join = start_confined(directory, feed.finish, TreePacker(feed, idmap, whiteouts).run)
+    try:
+        while data := feed.read():
+            write(data)
+    finally:
+        feed.stop()
+        with contextlib.suppress(Exception):  # the feed has told of it
+            join()
+
+
+class TreePacker:
+    """Packs the tree below the current directory of a confined thread into a feed."""
+
+    def __init__(self, feed: Feed, idmap: IdMap, whiteouts: str) -> None:
+        self.feed, self.idmap, self.whiteouts = feed, idmap, whiteouts
+        self._pending: list[bytes] = []
+        self._pending_size = 0
+        self._inodes: dict[tuple[int, int], bytes] = {}
+
+    def run(self) -> None:
+        """Pack everything and finish the feed."""
+        names = sorted(os.listdir(b"."), reverse=True)
+        while names:
+            name = names.pop()
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it vanished meanwhile
+                if self._add(name):
+                    names += [name + b"/" + child for child in sorted(os.listdir(name), reverse=True)]
+        self._put(TAR_ZEROES * 2)
+        self._flush()
+        self.feed.finish()
+
+    def _put(self, data: bytes) -> None:
+        self._pending.append(data)
+        self._pending_size += len(data)
+        if self._pending_size >= CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self.feed.put(b"".join(self._pending)):
+            raise BrokenPipeError(errno.EPIPE, "nobody reads the archive any more")
+        self._pending, self._pending_size = [], 0
+
+    def _add(self, name: bytes) -> bool:
+        """Pack one name; whether it is a directory."""
+        facts = os.lstat(name)
+        kind = {
+            stat.S_IFREG: REGULAR,
+            stat.S_IFDIR: DIRECTORY,
+            stat.S_IFLNK: SYMLINK,
+            stat.S_IFCHR: CHARACTER,
+            stat.S_IFBLK: BLOCK,
+            stat.S_IFIFO: FIFO,
+        }.get(stat.S_IFMT(facts.st_mode))
+        if kind is None:  # a socket
+            return False
+        if self.whiteouts == "overlay" and is_whiteout(facts):
+            self._put(tar_header(self._whiteout(name, facts)))
+            return False
+        entry = self._entry(name, kind, facts)
+        if entry.kind == REGULAR and entry.size:
+            self._add_file(name, entry)
+        else:
+            self._put(tar_header(entry))
+        if kind == DIRECTORY and self.whiteouts == "overlay" and _xattr(name, OVERLAY_OPAQUE) == b"y":
+            self._put(
+                tar_header(
+                    TarEntry(entry.name + WHITEOUT_OPAQUE, REGULAR, entry.mode & 0o777, entry.uid, entry.gid)
+                )
+            )
+        return kind == DIRECTORY
+
+    def _entry(self, name: bytes, kind: int, facts: os.stat_result) -> TarEntry:
+        uid, gid = self.idmap.to_container(facts.st_uid, facts.st_gid)
+        entry = TarEntry(name, kind, stat.S_IMODE(facts.st_mode), uid, gid, 0, int(facts.st_mtime_ns))
+        if kind == DIRECTORY:
+            entry.name += b"/"
+        elif kind == SYMLINK:
+            entry.link = os.readlink(name)
+        elif kind == REGULAR:
+            entry.size = facts.st_size
+        elif kind in (CHARACTER, BLOCK):
+            entry.device = os.major(facts.st_rdev), os.minor(facts.st_rdev)
+        capability = _xattr(name, "security.capability") if kind == REGULAR else b""
+        if capability:
+            entry.xattrs[b"security.capability"] = _without_root_id(capability)
+        if facts.st_nlink > 1 and kind != DIRECTORY:
+            first = self._inodes.setdefault((facts.st_dev, facts.st_ino), name)
+            if first != name:
+                entry.kind, entry.link, entry.size = HARD_LINK, first, 0
+        return entry
+
+    @staticmethod
+    def _whiteout(name: bytes, facts: os.stat_result) -> TarEntry:
+        directory, base = os.path.split(name)
+        return TarEntry(
+            os.path.join(directory, WHITEOUT + base),
+            REGULAR,
+            0o600,
+            facts.st_uid,
+            facts.st_gid,
+            0,
+            int(facts.st_mtime_ns),
+        )
+
+    def _add_file(self, name: bytes, entry: TarEntry) -> None:
+        """A file's header and content: as long as the header says, whatever is written to it meanwhile."""
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            self._put(tar_header(entry))
+            left = entry.size
+            while left:
+                data = os.read(fd, min(left, CHUNK)) or bytes(min(left, CHUNK))
+                self._put(data)
+                left -= len(data)
+            self._put(bytes(-entry.size % TAR_BLOCK))
+        finally:
+            os.close(fd)
+
+
+def _xattr(name: Union[bytes, int], key: str) -> bytes:
+    """One extended attribute of a file, which is not followed when it is a link; b"" when it has none."""
+    try:
+        return os.getxattr(name, key, **({} if isinstance(name, int) else {"follow_symlinks": False}))
+    except OSError:
+        return b""
+
+
+def _without_root_id(capability: bytes) -> bytes:
+    """A file capability without its user namespace's root (<linux/capability.h>: revision 3 becomes 2)."""
+    return capability[:3] + b"\2" + capability[4:20] if capability[3:4] == b"\3" else capability
+# ------------------------------------------------------------------------------------------------------------
+# Storage drivers
+#
+# The one writer of state files, and the three drivers that keep layers: overlay2, btrfs and vfs behind one
+# small interface.  On disk everything stands where moby's drivers of the same names put it (DESIGN section
+# 5).  A driver knows directories and mounts, and neither images nor containers.  Sources: the kernel's
+# Documentation/filesystems/overlayfs.rst, <linux/btrfs.h>, rename(2), fsync(2).
+# ------------------------------------------------------------------------------------------------------------
+
+STATE_SYNC_INTERVAL = 0.05  # seconds between a background sync's first record and its work
+STATE_CHECKSUM = "trusted.dockerd.crc32"  # of a state file that was renamed before it was synced
+STATE_PREVIOUS = ".previous"
+
+
+class StateSync(threading.Thread):
+    """Brings state files that were renamed without a sync to the disk, in groups, within 100 ms.
+
+    Until then the version before, which is on the disk, stays beside each as NAME.previous."""
+
+    def __init__(self) -> None:
+        super().__init__(name="state-sync", daemon=True)
+        self._locks = [
+            threading.Lock() for _ in range(64)
+        ]  # by path, so that no two records wait for each other
+        self._pending: dict[str, int] = {}
+        self._versions = itertools.count()
+        self._wanted = threading.Event()
+        self._flushing = threading.Lock()
+        self._starting = threading.Lock()
+
+    def _lock(self, path: str) -> threading.Lock:
+        return self._locks[hash(path) % len(self._locks)]
+
+    def publish(self, temporary: str, path: str) -> None:
+        """Rename a whole, unsynced file to `path`, keep the version before, and sync it soon."""
+        with self._lock(path):
+            if path not in self._pending:
+                with contextlib.suppress(FileNotFoundError, FileExistsError):
+                    os.link(path, path + STATE_PREVIOUS)
+            os.rename(temporary, path)
+            self._pending[path] = next(self._versions)
+        with self._starting:
+            if not self.is_alive():
+                self.start()
+        self._wanted.set()
+
+    def forget(self, path: str) -> None:
+        """`path` is on the disk as it is: the version before it may go."""
+        with self._lock(path):
+            self._pending.pop(path, None)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + STATE_PREVIOUS)
+
+    def run(self) -> None:
+        """The thread: gather what is written together, then sync it."""
+        while True:
+            self._wanted.wait()
+            time.sleep(STATE_SYNC_INTERVAL)
+            self._wanted.clear()
+            self.flush()
+
+    def flush(self) -> None:
+        """Sync everything that is pending; on return it is on the disk."""
+        with self._flushing:
+            pending = list(self._pending.items())
+            directories = set()
+            for path, _ in pending:
+                with contextlib.suppress(FileNotFoundError):
+                    _sync_file(path)
+                    directories.add(os.path.dirname(path))
+            for directory in directories:
+                with contextlib.suppress(FileNotFoundError):
+                    _sync_file(directory)
+            for path, version in pending:
+                self._settle(path, version)
+
+    def _settle(self, path: str, version: int) -> None:
+        with self._lock(path):
+            if self._pending.get(path) == version:  # else a newer one waits, and needs the version before
+                del self._pending[path]
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path + STATE_PREVIOUS)
+
+
+STATE_SYNC = StateSync()
+
+
+def _sync_file(path: str) -> None:
+    """fsync a file or a directory; FileNotFoundError when it is gone, anything else is logged."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        log.error("cannot sync %s: %s", path, error.strerror)
+    finally:
+        os.close(fd)
+
+
+def write_state(path: str, data: Union[bytes, dict[str, Any], list[Any]], mode: int = 0o600,
+                durable: bool = True) -> None:
+    """Replace the state file `path` as a whole: the only writer of state; dict and list become JSON.
+
+    Durable: it is on the disk on return.  Else the new version is there for every reader at once, also after
+    a kill, and on the disk within 100 ms; read_state() finds a whole version after a power cut too.  OSError,
+    and then the old version stands."""
+    if not isinstance(data, bytes):
+        data = json.dumps(data, separators=(",", ":")).encode()
+    directory, base = os.path.split(os.path.abspath(path))
+    path, temporary = (
+        os.path.join(directory, base),
+        os.path.join(directory, f".tmp-{base}{secrets.token_hex(4)}"),
+    )
+    try:
+        durable = _write_whole(temporary, data, mode, durable)
+        failpoint("state-rename")
+        if not durable:
+            return STATE_SYNC.publish(temporary, path)
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_file(directory)
+    STATE_SYNC.forget(path)
+
+
+def _write_whole(path: str, data: bytes, mode: int, durable: bool) -> bool:
+    """Write a new file; whether it is on the disk, as it must be where a checksum cannot be kept with it."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        write_all(fd, data[:len(data) // 2])
+        failpoint("state-write")
+        write_all(fd, data[len(data) // 2:])
+        os.fchmod(fd, mode)
+        if not durable:
+            try:
+                os.setxattr(fd, STATE_CHECKSUM, b"%08x" % zlib.crc32(data))
+            except OSError:
+                durable = True
+        if durable:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    return durable
+
+
+def read_state(path: str) -> bytes:
+    """The newest whole version of a state file; FileNotFoundError when there is none, OSError EIO when it was
+    lost."""
+    data = _read_whole(path)
+    if data is None:
+        with contextlib.suppress(FileNotFoundError):
+            data = _read_whole(path + STATE_PREVIOUS)
+        if data is None:
+            raise OSError(errno.EIO, "the file is damaged, and no version before it is there", path)
+        log.warning("%s is damaged: taking the version before it", path)
+    return data
+
+
+def _read_whole(path: str) -> Optional[bytes]:
+    """A file's content, or None when it is not what was written: by its checksum, or empty where it has
+    none."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        data = file.read()
+        checksum = _xattr(fd, STATE_CHECKSUM)
+    whole = b"%08x" % zlib.crc32(data) == checksum if checksum else bool(data)
+    return data if whole else None
+
+
+def make_directory(path: str, mode: int, uid: int = 0, gid: int = 0) -> None:
+    """Make a directory with these rights, or give them to the one that is there."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, mode)
+    os.chmod(path, mode)
+    os.chown(path, uid, gid)
+
+
+# The drivers
+
+FILE_SYSTEMS = {  # f_type of statfs(2): the name that Docker shows
+    0x9123683E: "btrfs",
+    0xEF53: "extfs",
+    0xF2F52010: "f2fs",
+    0x65735546: "fuse",
+    0x3153464A: "jfs",
+    0x6969: "nfs",
+    0x794C7630: "overlayfs",
+    0x52654973: "reiserfs",
+    0x73717368: "squashfs",
+    0x01021994: "tmpfs",
+    0x58465342: "xfs",
+    0x2FC12FC1: "zfs",
+    0xCA451A4E: "bcachefs",
+    0xE0F5E1E2: "erofs",
+}
+OVERLAY_DEPTH = 128  # layers below one; moby's maxDepth
+
+
+class DriverNotSupported(NotSupported):
+    """The host cannot run a storage driver; auto-detection then tries the next one."""
+
+
+class StorageDriver:
+    """Layers in directories under `root`/`name`, each known by its cache id; options are KEY=VALUE texts.
+
+    A subclass says where a layer's directory is (diff_dir), makes and removes it, and how a stack is mounted.
+    `whiteouts` is what apply_layer must do with them.  DriverNotSupported when the host cannot run it,
+    BadParameter for an option it does not know."""
+
+    name = ""
+    whiteouts = "apply"
+    options: tuple[str, ...] = ()  # those it takes
+    unknown_option = "unknown option {} for {}"
+
+    def __init__(self, root: str, options: list[str], idmap: IdMap) -> None:
+        self.home, self.idmap = os.path.join(root, self.name), idmap
+        self.backing = FILE_SYSTEMS.get(statfs_type(self._existing()), "<unknown>")
+        for key, value in map(parse_storage_option, options):
+            if key not in self.options:
+                raise BadParameter(self.unknown_option.format(key, self.name))
+            self.take_option(key, value)
+        self.detect(self._existing())
+        make_directory(self.home, 0o710, 0, idmap.root[1])
+        make_directory(self.layers(), 0o710, 0, idmap.root[1])
+
+    def _existing(self) -> str:
+        """The driver's directory, or the root while there is none: what holds the layers."""
+        return self.home if os.path.isdir(self.home) else os.path.dirname(self.home)
+
+    def take_option(self, key: str, value: str) -> None:
+        """One of `options`; BadParameter when its value cannot be had."""
+
+    def detect(self, directory: str) -> None:
+        """DriverNotSupported when layers cannot be kept on the file system of `directory`."""
+
+    def status(self) -> list[list[str]]:
+        """What docker info shows of it."""
+        return []
+
+    def layers(self) -> str:
+        """The directory whose entries are the cache ids."""
+        return self.home
+
+    def _path(self, cache_id: str) -> str:
+        """A layer's directory; BadParameter for what is no name, because names come from files."""
+        if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]*", cache_id):
+            raise BadParameter(f"invalid layer id {cache_id!r}")
+        return os.path.join(self.layers(), cache_id)
+
+    def exists(self, cache_id: str) -> bool:
+        """Whether the driver has this layer."""
+        return os.path.isdir(self._path(cache_id))
+
+    def ids(self) -> list[str]:
+        """The cache ids of all that is there, half-made layers too."""
+        return [name for name in os.listdir(self.layers()) if re.fullmatch("[0-9a-f]{64}(-init)?", name)]
+
+    def diff_dir(self, cache_id: str) -> str:
+        """Where a layer is unpacked, and what is packed of it."""
+        return self._path(cache_id)
+
+    def create(
+        self, cache_id: str, parent: Optional[str] = None, writable: bool = False, size: int = 0
+    ) -> None:
+        """Make the directories of a layer on top of `parent`; `size` limits a writable one's bytes (0: no
+        limit).
+
+        DockerError or OSError, and then nothing of it is there."""
+        if size:
+            raise BadParameter(self.refuse_size())
+        if parent is not None and not self.exists(parent):
+            raise NotFound(f"parent layer {parent} does not exist")
+        if self.exists(cache_id):
+            raise Conflict(f"layer {cache_id} already exists")
+        try:
+            failpoint("layer-create")
+            self.make(cache_id, parent)
+        except BaseException:
+            self.remove(cache_id)
+            raise
+
+    def refuse_size(self) -> str:
+        """Why a layer cannot have a size limit."""
+        return f"the storage driver {self.name} has no size limits: leave out --storage-opt size"
+
+    def make(self, cache_id: str, parent: Optional[str]) -> None:
+        """Make the layer's directories; create() undoes what a failure leaves."""
+        raise NotImplementedError
+
+    def remove(self, cache_id: str) -> None:
+        """Remove a layer, whole or half-made; nothing when there is none.  It is renamed first, so that a
+        crash leaves no half layer under its name."""
+        path = self._path(cache_id)
+        doomed = os.path.join(self.layers(), f"{cache_id}-{secrets.token_hex(4)}-removing")
+        try:
+            os.rename(path, doomed)
+        except FileNotFoundError:
+            return
+        except OSError as error:  # a mount that another daemon left in it
+            if error.errno != errno.EBUSY:
+                raise
+            doomed = path
+        self.destroy(doomed)
+
+    def destroy(self, path: str) -> None:
+        """Remove a layer's directory."""
+        remove_tree(path)
+
+    def clean_up(self) -> None:
+        """Remove what remove() was about to when the daemon ended."""
+        for name in os.listdir(self.layers()):
+            if name.endswith("-removing"):
+                self.destroy(os.path.join(self.layers(), name))
+
+    def mount(self, cache_id: str, readonly: bool = False) -> int:
+        """A descriptor of a detached mount of the layer with all below it: it stands in no mount table, and
+        goes with its last user."""
+        fd = open_tree(AT_FDCWD, self.diff_dir(cache_id))
+        if readonly:
+            mount_setattr(fd, "", AT_EMPTY_PATH, set=MOUNT_ATTR_RDONLY)
+        return fd
+
+    def metadata(self, cache_id: str) -> Optional[dict[str, str]]:
+        """The GraphDriver.Data of inspect."""
+        return None
+
+
+def parse_storage_option(option: str) -> tuple[str, str]:
+    """A --storage-opt as (key in lower case, value); BadParameter."""
+    key, equals, value = option.partition("=")
+    if not equals:
+        raise BadParameter(f"unable to parse storage-opt key/value: {option}")
+    return key.strip().lower(), value.strip()
+
+
+class Overlay(StorageDriver):
+    """overlay2: a directory a layer, stacked by the kernel's overlay file system.
+
+    <id>/diff holds the layer, <id>/link its short name (a link of that name in l/ leads to diff), <id>/lower
+    the short names of those below it, uppermost first; work is overlay's own, `committed` marks a layer with
+    others above."""
+
+    name = "overlay2"
+    whiteouts = "overlay"
+    options = ("overlay2.override_kernel_check", "overlay2.size")
+    unknown_option = "{1}: unknown option {0}"
+    OFF = ("index", "metacopy", "redirect_dir")  # features that tie a layer to its neighbours
+
+    def __init__(self, root: str, options: list[str], idmap: IdMap) -> None:
+        super().__init__(root, options, idmap)
+        make_directory(os.path.join(self.home, "l"), 0o700)
+
+    def take_option(self, key: str, value: str) -> None:
+        if key == "overlay2.size":
+            raise BadParameter(
+                "Storage Option overlay2.size only supported for backingFS XFS with project quota, which is "
+                f"not supported yet. Found {self.backing}"
+            )
+
+    def refuse_size(self) -> str:
+        return "--storage-opt is supported only for overlay over xfs with 'pquota' mount option"
+
+    def detect(self, directory: str) -> None:
+        """Mount an overlay of two layers for real: what it says holds for nested overlays and for users'
+        kernels."""
+        parameters = "/sys/module/overlay/parameters/"
+        check = os.path.join(directory, f"check-overlayfs-support{secrets.token_hex(4)}")
+        os.mkdir(check, 0o700)
+        try:
+            paths = [os.path.join(check, name) for name in ("upper", "work", "lower2", "lower1", "merged")]
+            for path in paths:
+                os.mkdir(path)
+            if DT_UNKNOWN in directory_types(check):
+                raise DriverNotSupported(self._no_types())
+            self.appends = True
+            os.close(self._try_mount(paths))  # which loads the module; its parameters are there from then on
+            self.off = [name for name in self.OFF if os.path.exists(parameters + name)]
+        except OSError as error:
+            raise DriverNotSupported(f"failed to mount overlay: {error.strerror or error}") from error
+        finally:
+            remove_tree(check)
+
+    def _try_mount(self, paths: list[str]) -> int:
+        """Mount the test directories, with lowerdir+ where the kernel has it (6.5)."""
+        upper, work, *lowers, merged = paths
+        with contextlib.suppress(OSError):
+            return new_mount("overlay", 0, "overlay", [("lowerdir+", lower) for lower in lowers] + [
+                ("upperdir", upper), ("workdir", work)])
+        self.appends = False
+        return in_thread(
+            self._mount_by_options,
+            os.path.dirname(merged),
+            "merged",
+            f"lowerdir={':'.join(lowers)},upperdir={upper},workdir={work}",
+        )
+
+    def _no_types(self) -> str:
+        hint = {
+            "xfs": " Reformat the filesystem with ftype=1 to enable d_type support.",
+            "extfs": " Reformat the filesystem (or use tune2fs) with -O filetype to enable d_type support.",
+        }
+        return (
+            f"overlay2: the backing {self.backing} filesystem is formatted without d_type support, which "
+            f"leads to incorrect behavior.{hint.get(self.backing, '')} Backing filesystems without d_type "
+            "support are not supported."
+        )
+
+    def status(self) -> list[list[str]]:
+        return [
+            ["Backing Filesystem", self.backing],
+            ["Supports d_type", "true"],
+            ["Using metacopy", "false"],
+            ["Native Overlay Diff", "true"],
+            ["userxattr", "false"],
+        ]
+
+    def diff_dir(self, cache_id: str) -> str:
+        return os.path.join(self._path(cache_id), "diff")
+
+    def make(self, cache_id: str, parent: Optional[str]) -> None:
+        path, (uid, gid) = self._path(cache_id), self.idmap.root
+        make_directory(path, 0o710, 0, gid)
+        make_directory(os.path.join(path, "diff"), 0o755, uid, gid)
+        short = base64.b32encode(secrets.token_bytes(17)).decode()[:26]
+        os.symlink(f"../{cache_id}/diff", os.path.join(self.home, "l", short))
+        write_state(os.path.join(path, "link"), short.encode(), 0o644, durable=False)
+        if parent is None:
+            return
+        make_directory(os.path.join(path, "work"), 0o700, uid, gid)
+        lowers = [f"l/{self._short(parent)}", *self._lowers(parent)]
+        if len(lowers) > OVERLAY_DEPTH:
+            raise BadParameter("max depth exceeded")
+        write_state(os.path.join(path, "lower"), ":".join(lowers).encode(), 0o644, durable=False)
+        committed = os.path.join(self._path(parent), "committed")
+        os.close(os.open(committed, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+    def _short(self, cache_id: str) -> str:
+        return read_state(os.path.join(self._path(cache_id), "link")).decode()
+
+    def _lowers(self, cache_id: str) -> list[str]:
+        """The layers below one as paths relative to the driver's directory, uppermost first."""
+        try:
+            return read_state(os.path.join(self._path(cache_id), "lower")).decode().split(":")
+        except FileNotFoundError:
+            return []
+
+    def destroy(self, path: str) -> None:
+        """The short name goes last: without its layer it leads nowhere, and the next start sees the layer's
+        name."""
+        short = ""
+        with contextlib.suppress(OSError):
+            short = read_state(os.path.join(path, "link")).decode()
+        with contextlib.suppress(OSError):
+            umount(os.path.join(path, "merged"), MNT_DETACH)
+        remove_tree(path)
+        if re.fullmatch("[A-Z0-9]+", short):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self.home, "l", short))
+
+    def mount(self, cache_id: str, readonly: bool = False) -> int:
+        path, lowers = self._path(cache_id), self._lowers(cache_id)
+        readonly = readonly or os.path.exists(os.path.join(path, "committed"))
+        if not lowers:
+            return super().mount(cache_id, readonly)
+        upper = [] if readonly else [("upperdir", f"{path}/diff"), ("workdir", f"{path}/work")]
+        if readonly:
+            lowers = [f"{cache_id}/diff", *lowers]
+        fd = self._mount(cache_id, lowers, upper)
+        if upper and self.idmap:  # overlay in a user namespace needs to move directories through it
+            os.chown(f"{path}/work/work", *self.idmap.root)
+        return fd
+
+    def _mount(self, cache_id: str, lowers: list[str], upper: list[tuple[str, str]]) -> int:
+        """A stack as one lowerdir where the parameter holds it, so that a container sees the mount that it
+        sees under moby; else layer by layer; by mount(2) where the kernel cannot."""
+        paths = [os.path.join(self.home, lower) for lower in lowers]
+        settings = upper + [(name, "off") for name in self.off]
+        whole = ":".join(paths)
+        if (self.appends or len(whole) < 256) and all(len(value) < 256 for _, value in upper):
+            layers = [("lowerdir", whole)] if len(whole) < 256 else [("lowerdir+", path) for path in paths]
+            return new_mount("overlay", 0, "overlay", layers + settings)
+        options = ",".join(f"{key}={os.path.relpath(value, self.home) if value[:1] == '/' else value}"
+                           for key, value in [("lowerdir", ":".join(lowers)), *settings])
+        merged = os.path.join(self._path(cache_id), "merged")
+        make_directory(merged, 0o700, *self.idmap.root)
+        try:
+            return in_thread(self._mount_by_options, self.home, f"{cache_id}/merged", options)
+        finally:
+            os.rmdir(merged)
+
+    @staticmethod
+    def _mount_by_options(home: str, target: str, options: str) -> int:
+        """mount(2) with names relative to `home`, since its options must fit a page, and a detached copy of
+        that."""
+        unshare(CLONE_FS)
+        os.chdir(home)
+        mount("overlay", target, "overlay", 0, options)
+        try:
+            return open_tree(AT_FDCWD, target)
+        finally:
+            umount(target, MNT_DETACH)
+
+    def metadata(self, cache_id: str) -> Optional[dict[str, str]]:
+        path, data = self._path(cache_id), {}
+        lowers = [os.path.realpath(os.path.join(self.home, lower)) for lower in self._lowers(cache_id)]
+        if lowers:
+            data["LowerDir"] = ":".join(lowers)
+        return {**data, "MergedDir": f"{path}/merged", "UpperDir": f"{path}/diff", "WorkDir": f"{path}/work"}
+
+
+class Btrfs(StorageDriver):
+    """btrfs: a subvolume a layer, made as a snapshot of the one below."""
+
+    name = "btrfs"
+    unknown_option = "unknown option {}"
+
+    def detect(self, directory: str) -> None:
+        if statfs_type(directory) != BTRFS_SUPER_MAGIC:
+            raise DriverNotSupported("prerequisites for driver not satisfied (wrong filesystem?)")
+
+    def status(self) -> list[list[str]]:
+        return [["Btrfs", ""]]
+
+    def layers(self) -> str:
+        return os.path.join(self.home, "subvolumes")
+
+    def make(self, cache_id: str, parent: Optional[str]) -> None:
+        if parent is None:
+            self._ioctl(BTRFS_IOC_SUBVOL_CREATE, struct.pack("=q4088s", 0, cache_id.encode()))
+        else:
+            source = os.open(self._path(parent), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:  # struct btrfs_ioctl_vol_args_v2: fd, transid, flags, 4 unused, name
+                self._ioctl(BTRFS_IOC_SNAP_CREATE_V2, struct.pack("=q48x4040s", source, cache_id.encode()))
+            finally:
+                os.close(source)
+        if parent is None or self.idmap:
+            make_directory(self._path(cache_id), 0o755, *self.idmap.root)
+
+    def _ioctl(self, number: int, argument: bytes) -> None:
+        fd = os.open(self.layers(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(fd, number, bytearray(argument))
+        finally:
+            os.close(fd)
+
+    def destroy(self, path: str) -> None:
+        """In one step where no other subvolume is in it, else file by file."""
+        with contextlib.suppress(OSError):
+            self._ioctl(
+                BTRFS_IOC_SNAP_DESTROY, struct.pack("=q4088s", 0, os.fsencode(os.path.basename(path)))
+            )
+        remove_tree(path)
+
+
+class Vfs(StorageDriver):
+    """vfs: a directory a layer, a copy of the one below; blocks are shared where the file system can."""
+
+    name = "vfs"
+
+    def layers(self) -> str:
+        return os.path.join(self.home, "dir")
+
+    def make(self, cache_id: str, parent: Optional[str]) -> None:
+        make_directory(self._path(cache_id), 0o755, *self.idmap.root)
+        if parent is not None:
+            copy_tree(self._path(parent), self._path(cache_id))
+
+    def metadata(self, cache_id: str) -> Optional[dict[str, str]]:
+        return {"SourceDir": self._path(cache_id)}
+
+
+# Choosing one
+
+DRIVERS: dict[str, type[StorageDriver]] = {driver.name: driver for driver in (Overlay, Btrfs, Vfs)}
+REMOVED_DRIVERS = ("aufs", "devicemapper", "overlay")
+
+
+def select_driver(root: str, name: str, options: list[str], idmap: IdMap) -> StorageDriver:
+    """The storage driver `name`; for '' the one whose layers are there, else the first that the host can run.
+
+    DockerError with Docker's text when it cannot be used, or when the layers of several are there."""
+    try:
+        driver = _select(root, name or os.environ.get("DOCKER_DRIVER", ""), options, idmap)
+    except (DockerError, OSError) as error:
+        raise DockerError(f"error initializing graphdriver: {error}") from error
+    driver.clean_up()
+    return driver
+
+
+def _select(root: str, name: str, options: list[str], idmap: IdMap) -> StorageDriver:
+    if name:
+        return _configured(root, name, options, idmap)
+    prior = [name for name in DRIVERS if name != "vfs" and _has_layers(os.path.join(root, name))]
+    if prior:
+        return _prior(root, prior, options, idmap)
+    for name, driver in DRIVERS.items():
+        try:
+            return driver(root, options, idmap)
+        except DriverNotSupported as error:
+            log.info("[graphdriver] %s cannot be used: %s", name, error)
+    raise DriverNotSupported("no supported storage driver found")
+
+
+def _has_layers(path: str) -> bool:
+    try:
+        return bool(os.listdir(path))
+    except OSError:
+        return False
+
+
+def _configured(root: str, name: str, options: list[str], idmap: IdMap) -> StorageDriver:
+    log.info("[graphdriver] trying configured driver: %s", name)
+    if name in REMOVED_DRIVERS:
+        raise DriverNotSupported(
+            f"[graphdriver] ERROR: the {name} storage-driver has been deprecated and removed; visit "
+            "https://docs.docker.com/go/storage-driver/ for more information"
+        )
+    if name not in DRIVERS:
+        raise DriverNotSupported(f"driver not supported: {name}; this daemon has {', '.join(DRIVERS)}")
+    try:
+        return DRIVERS[name](root, options, idmap)
+    except DriverNotSupported as error:
+        raise DriverNotSupported(f"driver not supported: {name} ({error})") from error
+
+
+def _prior(root: str, prior: list[str], options: list[str], idmap: IdMap) -> StorageDriver:
+    """Go on with the driver whose images are there: with another one they would seem lost."""
+    try:
+        driver = DRIVERS[prior[0]](root, options, idmap)
+    except DockerError as error:
+        log.error("[graphdriver] prior storage driver %s failed: %s", prior[0], error)
+        raise
+    if len(prior) > 1:
+        raise DockerError(
+            f"{root} contains several valid graphdrivers: {', '.join(prior)}; cleanup or explicitly choose "
+            "storage driver (-s <DRIVER>)"
+        )
+    log.info("[graphdriver] using prior storage driver: %s", prior[0])
+    return driver
+
+
+# Copying trees
+
+def copy_tree(source: str, target: str) -> None:
+    """Copy all of the directory `source` into the directory `target`, which is empty: hard links, holes,
+    devices, owners, xattrs and times too, sockets not.  Goes by descriptors and follows no link.  OSError."""
+    copied: dict[tuple[int, int], str] = {}
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    with contextlib.ExitStack() as opened:
+        directories = [os.open(path, flags) for path in (source, target)]
+        for fd in directories:
+            opened.callback(os.close, fd)
+        _copy_below(directories[0], directories[1], target, copied)
+
+
+def _copy_below(source: int, target: int, path: str, copied: dict[tuple[int, int], str]) -> None:
+    """Copy what is in the open directory `source` into `target`, whose path is `path`, and its attributes."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    for name in os.listdir(source):
+        facts = os.stat(name, dir_fd=source, follow_symlinks=False)
+        made = os.path.join(path, name)
+        if stat.S_ISDIR(facts.st_mode):
+            os.mkdir(name, 0o700, dir_fd=target)
+            with contextlib.ExitStack() as opened:
+                below = [os.open(name, flags, dir_fd=directory) for directory in (source, target)]
+                for fd in below:
+                    opened.callback(os.close, fd)
+                _copy_below(below[0], below[1], made, copied)
+        elif facts.st_nlink > 1 and (facts.st_dev, facts.st_ino) in copied:
+            os.link(copied[facts.st_dev, facts.st_ino], name, dst_dir_fd=target, follow_symlinks=False)
+        elif not stat.S_ISSOCK(facts.st_mode):
+            copied[facts.st_dev, facts.st_ino] = made
+            _copy_entry(source, target, name, facts)
+    _copy_attributes(f"/proc/self/fd/{source}", f"/proc/self/fd/{target}", os.fstat(source), True)
+
+
+def _copy_entry(source: int, target: int, name: str, facts: os.stat_result) -> None:
+    """Copy one entry that is no directory between two open directories."""
+    if stat.S_ISLNK(facts.st_mode):
+        os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
+    elif stat.S_ISREG(facts.st_mode):
+        with contextlib.ExitStack() as opened:
+            read = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=source)
+            opened.callback(os.close, read)
+            write = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
+            opened.callback(os.close, write)
+            copy_content(read, write, facts.st_size)
+    else:
+        os.mknod(name, stat.S_IFMT(facts.st_mode) | 0o600, facts.st_rdev, dir_fd=target)
+    _copy_attributes(f"/proc/self/fd/{source}/{name}", f"/proc/self/fd/{target}/{name}", facts, False)
+
+
+def _copy_attributes(source: str, target: str, facts: os.stat_result, follow: bool) -> None:
+    """Owner, xattrs, mode and times, in the order in which none undoes another."""
+    os.chown(target, facts.st_uid, facts.st_gid, follow_symlinks=follow)
+    for key in os.listxattr(source, follow_symlinks=follow):
+        os.setxattr(target, key, os.getxattr(source, key, follow_symlinks=follow), follow_symlinks=follow)
+    if not stat.S_ISLNK(facts.st_mode):
+        os.chmod(target, stat.S_IMODE(facts.st_mode))
+    os.utime(target, ns=(facts.st_atime_ns, facts.st_mtime_ns), follow_symlinks=follow)
+
+
+def copy_content(source: int, target: int, size: int) -> None:
+    """Copy a file's `size` bytes between descriptors: its blocks shared where the file system can, else in
+    the kernel, its holes kept; ioctl_ficlone(2), copy_file_range(2)."""
+    try:
+        fcntl.ioctl(target, FICLONE, source)
+        return
+    except OSError:
+        os.ftruncate(target, size)
+    at = 0
+    while at < size:
+        try:
+            at = os.lseek(source, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but a hole is left
+            return
+        end = min(os.lseek(source, at, os.SEEK_HOLE), size)
+        while at < end:
+            done = _copy_range(source, target, at, end - at)
+            if not done:
+                return
+            at += done
+
+
+def _copy_range(source: int, target: int, at: int, size: int) -> int:
+    try:
+        return os.copy_file_range(source, target, size, at, at)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        return os.pwrite(target, os.pread(source, min(size, CHUNK), at), at)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images
+#
+# What the daemon knows of images: references (the grammar of the distribution project), content-addressed
+# layers, image configurations, tags, and the image jobs.  Everything lies under image/<driver> as moby keeps
+# it: layerdb, imagedb and repositories.json, so that a real dockerd finds our images and we find its.  A
+# layer's diff id is the sha256 of its tar stream, its chain id covers its parents too, an image's id is the
+# sha256 of its configuration (OCI image specification, config.md).  Whether a layer is still needed is
+# computed from the tables, never stored.
+#
+# One lock guards the tables of all three stores and is never held across I/O; the writers of one store go one
+# at a time through that store's writer lock.  The order is: writer of images, writer of layers, tables.
+# ------------------------------------------------------------------------------------------------------------
+
+HEX64 = re.compile(r"[0-9a-f]{64}\Z")
+MAX_LAYERS = 125  # moby's: 127 is the most some drivers take, and a container adds two
+
+_NAME_PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_HOST_PART = r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"
+_TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
+_REFERENCE = re.compile(
+    rf"((?:{_HOST_PART}(?:\.{_HOST_PART})*|\[[a-fA-F0-9:]+\])(?::[0-9]+)?)/({_NAME_PART}(?:/{_NAME_PART})*)"
+    rf"(?::({_TAG}))?(?:@([A-Za-z][A-Za-z0-9]*(?:[-_+.][A-Za-z][A-Za-z0-9]*)*:[0-9a-fA-F]{{32,}}))?\Z")
+_DIGEST_LENGTHS = {"sha256": 64, "sha384": 96, "sha512": 128}
+_GO_JSON = {"\\b": "\\u0008", "\\f": "\\u000c", "<": "\\u003c", ">": "\\u003e", "&": "\\u0026",
+            "\u2028": "\\u2028", "\u2029": "\\u2029"}
+_GO_DIFFERS = re.compile("\\\\\\\\|\\\\b|\\\\f|[<>&\u2028\u2029]")
+
+
+def docker_json(value: Any, sort: bool = False) -> bytes:
+    """`value` as Go's encoding/json writes it, byte for byte, so that ids computed over it are Docker's too.
+
+    Dictionaries keep their order (a Go struct) unless `sort` (a Go map).  Text that is no UTF-8 becomes
+    U+FFFD."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=sort)
+    text = _GO_DIFFERS.sub(lambda match: _GO_JSON.get(match[0], match[0]), text)
+    return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
+
+
+def parse_filters(value: Any, accepted: Optional[Iterable[str]] = None) -> dict[str, list[str]]:
+    """The API's `filters`, {name: {value: true}} or the old {name: [value]}, as {name: [value, ...]}.
+
+    `value` is JSON text or the decoded object.  BadParameter when it is no such object, or names one that is
+    not in `accepted`."""
+    try:
+        filters = json.loads(value or "{}") if isinstance(value, (str, bytes)) else value or {}
+    except (ValueError, RecursionError) as error:
+        raise BadParameter(f"invalid filter: {error}") from None
+    if not isinstance(filters, dict):
+        raise BadParameter("invalid filter")
+    for name, values in filters.items():
+        if not isinstance(values, (list, dict)) or (accepted is not None and name not in accepted):
+            raise BadParameter(f"invalid filter '{name}'")
+    return {name: [str(text) for text in values] for name, values in filters.items()}
+
+
+def matches_labels(wanted: Iterable[str], labels: Optional[dict[str, str]]) -> bool:
+    """Whether `labels` has every KEY or KEY=VALUE of `wanted`."""
+    for item in wanted:
+        key, equals, value = item.partition("=")
+        if key not in (labels or {}) or (equals and (labels or {})[key] != value):
+            return False
+    return True
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """A shell pattern of Go's path.Match (`*` and `?` do not match a slash) as an expression for fullmatch().
+
+    BadParameter("syntax error in pattern") where Go says so."""
+    expression, rest = "", pattern
+    while rest:
+        part = re.match(r"\*|\?|\\(.)|\[(\^?)((?:\\.|[^\\\]])+)\]|[^\\\[]", rest, re.DOTALL)
+        if part is None:
+            raise BadParameter("syntax error in pattern")
+        if part[3]:
+            members = re.sub(r"\\(.)|([\[&~|^])", lambda match: re.escape(match[1] or match[2]), part[3])
+            expression += f"[{part[2]}{members}]"
+        else:
+            expression += {"*": "[^/]*", "?": "[^/]"}.get(part[0]) or re.escape(part[1] or part[0])
+        rest = rest[part.end():]
+    try:
+        return re.compile(expression, re.DOTALL)
+    except re.error:
+        raise BadParameter("syntax error in pattern") from None
+
+
+# References
+
+
+class Reference(NamedTuple):
+    """The name of an image: `domain` (docker.io), `path` (library/busybox), and a `tag` and a `digest`, or
+    ''."""
+
+    domain: str
+    path: str
+    tag: str = ""
+    digest: str = ""
+
+    @property
+    def name(self) -> str:
+        """The full name of the repository."""
+        return f"{self.domain}/{self.path}"
+
+    @property
+    def familiar_name(self) -> str:
+        """The repository's name as users write it: without docker.io and library."""
+        if self.domain != "docker.io":
+            return self.name
+        first, _, rest = self.path.partition("/")
+        return rest if first == "library" and "/" not in rest else self.path
+
+    @property
+    def suffix(self) -> str:
+        """The tag and the digest with their separators."""
+        return (f":{self.tag}" if self.tag else "") + (f"@{self.digest}" if self.digest else "")
+
+    @property
+    def familiar(self) -> str:
+        """The reference as users write it."""
+        return self.familiar_name + self.suffix
+
+    def __str__(self) -> str:
+        return self.name + self.suffix
+
+    def with_default_tag(self) -> Reference:
+        """The same with the tag latest, where it has neither tag nor digest."""
+        return self if self.tag or self.digest else self._replace(tag="latest")
+
+    def with_tag(self, tag: str) -> Reference:
+        """The same with another tag; BadParameter when `tag` is none."""
+        if not re.fullmatch(_TAG, tag):
+            raise BadParameter("invalid tag format")
+        return self._replace(tag=tag)
+
+    def stored(self) -> Reference:
+        """The form that repositories.json knows: a digest wins over a tag, the default tag is written out."""
+        return self._replace(tag="") if self.digest else self.with_default_tag()
+
+
+def parse_digest(text: str) -> str:
+    """`text` when it is a digest (algorithm:hex); BadParameter otherwise."""
+    algorithm, _, value = text.partition(":")
+    if not re.fullmatch(r"[0-9a-f]{32,}", value) or not algorithm:
+        raise BadParameter("invalid checksum digest format")
+    if algorithm not in _DIGEST_LENGTHS:
+        raise BadParameter("unsupported digest algorithm")
+    if len(value) != _DIGEST_LENGTHS[algorithm]:
+        raise BadParameter("invalid checksum digest length")
+    return text
+
+
+def parse_reference(text: str) -> Reference:
+    """The reference that a user wrote, made complete with docker.io and library (distribution's
+    ParseNormalizedNamed); BadParameter with Docker's text when it is none."""
+    if HEX64.match(text):
+        raise BadParameter(f"invalid repository name ({text}), cannot specify 64-byte hexadecimal strings")
+    domain, slash, remainder = text.partition("/")
+    if not slash or not (re.search("[.:A-Z]", domain) or domain == "localhost"):
+        domain, remainder = "docker.io", text
+    if domain == "index.docker.io":
+        domain = "docker.io"
+    if domain == "docker.io" and "/" not in remainder:
+        remainder = "library/" + remainder
+    if re.search("[A-Z]", remainder.partition(":")[0].partition("@")[0]):
+        raise BadParameter("invalid reference format: repository name must be lowercase")
+    match = _REFERENCE.match(f"{domain}/{remainder}")
+    if match is None:
+        raise BadParameter("invalid reference format")
+    if len(match[2]) > 255:
+        raise BadParameter("repository name must not be more than 255 characters")
+    return Reference(match[1], match[2], match[3] or "", parse_digest(match[4]) if match[4] else "")
+
+
+def parse_repo_tag(repo: str, tag: str) -> Optional[Reference]:
+    """The reference that the parameters `repo` and `tag` of import, tag and commit name; None without `repo`.
+
+    BadParameter when they are malformed or name a digest."""
+    if not repo:
+        return None
+    reference = parse_reference(repo)
+    if reference.digest:
+        raise BadParameter("cannot import digest reference")
+    if reference.familiar_name == "sha256":
+        raise BadParameter("refusing to create an ambiguous tag using digest algorithm as name")
+    return reference.with_tag(tag) if tag else reference.with_default_tag()
+
+
+# Platforms
+
+_ARCHITECTURES = {"x86_64": "amd64", "x86-64": "amd64", "aarch64": "arm64", "i386": "386", "i486": "386",
+                  "i686": "386", "armhf": "arm", "armel": "arm"}
+_KNOWN_ARCHITECTURES = frozenset(
+    "386 amd64 arm arm64 loong64 mips mips64 mips64le mipsle ppc64 ppc64le riscv64 s390x wasm".split())
+_KNOWN_SYSTEMS = frozenset("aix android darwin dragonfly freebsd illumos ios js linux netbsd openbsd plan9 "
+                           "solaris wasip1 windows".split())
+_PLATFORM_KEYS = ("os", "architecture", "variant")
+
+
+class Platform(NamedTuple):
+    """What an image runs on, in Go's words: linux, arm64, v8."""
+
+    os: str
+    architecture: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, self))
+
+
+def host_platform() -> Platform:
+    """The platform of this machine."""
+    machine = os.uname().machine
+    return Platform("linux", _ARCHITECTURES.get(machine, machine))
+
+
+def parse_platform(text: str) -> Platform:
+    """OS, ARCH, OS/ARCH or OS/ARCH/VARIANT; BadParameter when it is none of these."""
+    parts = text.lower().split("/")
+    if not all(re.fullmatch("[a-z0-9_.-]+", part) for part in parts) or len(parts) > 3:
+        raise BadParameter(f"{go_quote(text)} is an invalid platform specifier: invalid argument")
+    if len(parts) == 1:
+        if parts[0] in _KNOWN_SYSTEMS:
+            return host_platform()._replace(os=parts[0])
+        parts = ["linux", *parts]
+        if _ARCHITECTURES.get(parts[1], parts[1]) not in _KNOWN_ARCHITECTURES:
+            raise BadParameter(f"{go_quote(text)}: unknown operating system or architecture: "
+                               "invalid argument")
+    architecture = _ARCHITECTURES.get(parts[1], parts[1])
+    variant = parts[2] if len(parts) == 3 else {"arm": "v7"}.get(architecture, "")
+    return Platform(parts[0], architecture, "" if (architecture, variant) == ("arm64", "v8") else variant)
+
+
+# Configurations
+
+# The fields of Docker's container.Config in the order in which Go writes them; those without a value for
+# "absent" are left out when empty.
+_OMITTED = object()
+_CONFIG_FIELDS: dict[str, Any] = {
+    "Hostname": "", "Domainname": "", "User": "", "AttachStdin": False, "AttachStdout": False,
+    "AttachStderr": False, "ExposedPorts": _OMITTED, "Tty": False, "OpenStdin": False, "StdinOnce": False,
+    "Env": None, "Cmd": None, "Healthcheck": _OMITTED, "ArgsEscaped": _OMITTED, "Image": "", "Volumes": None,
+    "WorkingDir": "", "Entrypoint": None, "NetworkDisabled": _OMITTED, "MacAddress": _OMITTED,
+    "OnBuild": None, "Labels": None,     "StopSignal": _OMITTED, "StopTimeout": _OMITTED, "Shell": _OMITTED,
+}
+_IMAGE_CONFIG_FIELDS = {"User": "", "ExposedPorts": _OMITTED, "Env": None, "Entrypoint": None, "Cmd": None,
+                        "Volumes": None, "WorkingDir": "", "Labels": None, "StopSignal": _OMITTED,
+                        "ArgsEscaped": _OMITTED, "Healthcheck": _OMITTED, "OnBuild": None, "Shell": _OMITTED}
+
+
+def _fill(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    full = {name: values.get(name, default) for name, default in fields.items()
+            if default is not _OMITTED or values.get(name)}
+    for name in ("ExposedPorts", "Volumes", "Labels"):
+        if full.get(name):
+            full[name] = dict(sorted(full[name].items()))
+    return full
+
+
+def full_config(values: dict[str, Any]) -> dict[str, Any]:
+    """A container.Config with every field that Docker always writes, in Go's order; others of `values` are
+    dropped."""
+    return _fill(values, _CONFIG_FIELDS)
+
+
+# Dockerfile instructions, as far as `changes` of import and commit go
+
+
+class DockerfileLine(NamedTuple):
+    """One instruction: its line number, name in lower case, flags (--x=y), arguments, and the line as
+    written."""
+
+    number: int
+    instruction: str
+    flags: list[str]
+    rest: str
+    original: str
+
+
+def parse_dockerfile(text: str) -> tuple[list[DockerfileLine], str]:
+    """The instructions of a Dockerfile, and its escape character; BadParameter when there is none at all.
+
+    Comments are dropped, continued lines joined, the `escape` directive obeyed."""
+    escape, lines, pending, start, directives = "\\", [], "", 0, True
+    for number, line in enumerate(text.lstrip("\ufeff").split("\n"), 1):
+        directive = re.match(r"#\s*(escape|syntax|check)\s*=\s*(.+?)\s*$", line.lstrip(), re.IGNORECASE)
+        directives = directives and directive is not None
+        if directives and directive and directive[1].lower() == "escape":
+            escape = directive[2]
+            if escape not in ("\\", "`"):
+                raise BadParameter(f"invalid escape token '{escape}' does not match ` or \\")
+        if line.lstrip().startswith("#") or not line.strip():
+            continue
+        start = start or number
+        joined = re.sub(rf"(^|[^{re.escape(escape)}]){re.escape(escape)}[ \t\r]*$", r"\1", line)
+        pending += joined if pending else joined.lstrip()
+        if joined == line:
+            lines.append(_split_instruction(pending, start))
+            pending, start = "", 0
+    if pending.strip():
+        lines.append(_split_instruction(pending, start))
+    if not lines:
+        raise BadParameter("file with no instructions")
+    return lines, escape
+
+
+def _split_instruction(line: str, number: int) -> DockerfileLine:
+    name, _, rest = re.sub(r"[\t\v\f\r ]+", " ", line.strip(), count=1).partition(" ")
+    rest, flags = rest.strip(), []
+    while rest.startswith("--"):
+        flag = re.match(r"""(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|[^\s\\"'])*\S*""", rest)
+        assert flag is not None
+        rest = rest[flag.end():].lstrip()
+        if flag[0] == "--":
+            break
+        flags.append(re.sub(r"""\\(.)|["']""", lambda match: match[1] or "", flag[0]))
+    return DockerfileLine(number, name.lower(), flags, rest, line.strip())
+
+
+def split_words(text: str, escape: str) -> list[str]:
+    """The words of an instruction, separated by blanks; quotes and escapes hold a word together and stay in
+    it."""
+    mark = re.escape(escape)
+    quoted = rf"""'[^']*(?:'|$)|"(?:{mark}.|[^"{mark}])*(?:"|{mark}?$)"""
+    return re.findall(rf"""(?s:{mark}.|{quoted}|[^\s"'{mark}])+""", text)
+
+
+def json_words(text: str) -> Optional[list[str]]:
+    """The strings of the JSON array that `text` begins with (the exec form); None when there is no array.
+
+    BadParameter for an array of anything else."""
+    if not text.startswith("["):
+        return None
+    try:
+        words, _ = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        return None
+    if not all(isinstance(word, str) for word in words):
+        raise BadParameter("when using JSON array syntax, arrays must be comprised of strings only")
+    return words
+
+
+class ShellWord:
+    """Quotes and $variables of a Dockerfile's word, as Docker's shell lexer treats them.
+
+    `environment` is a list of NAME=VALUE.  BadParameter names the word and what is wrong with it."""
+
+    def __init__(self, text: str, environment: list[str], escape: str) -> None:
+        self.text, self.escape, self.at = text, escape, 0
+        self.environment = dict(item.partition("=")[::2] for item in environment)
+
+    def expand(self) -> str:
+        """The word with its quotes removed and its variables replaced."""
+        return "".join(text for text, _ in self._parsed())
+
+    def split(self) -> list[str]:
+        """The words that result when blanks outside of quotes separate, those in variables' values too."""
+        words, current = [], ""
+        for text, splits in self._parsed():
+            first, *rest = re.split(r"\s+", text) if splits else [text]
+            current += first
+            for word in rest:
+                words.append(current)
+                current = word
+        return [word for word in [*words, current] if word]
+
+    def _parsed(self) -> list[tuple[str, bool]]:
+        try:
+            return self._pieces("")
+        except BadParameter as error:
+            raise BadParameter(f"failed to process {go_quote(self.text)}: {error}") from None
+
+    def _next(self) -> str:
+        character = self.text[self.at:self.at + 1]
+        self.at += 1
+        return character
+
+    def _peek(self) -> str:
+        return self.text[self.at:self.at + 1]
+
+    def _pieces(self, stop: str) -> list[tuple[str, bool]]:
+        """What stands before `stop` ('' is the end), as pieces and whether blanks in them separate words."""
+        pieces: list[tuple[str, bool]] = []
+        while self._peek():
+            character = self._next()
+            if character == stop:
+                return pieces
+            if character == "'":
+                pieces.append((self._single_quoted(), False))
+            elif character == '"':
+                pieces.append((self._double_quoted(), False))
+            elif character == "$":
+                pieces.append((self._dollar(), True))
+            elif character == self.escape:
+                pieces.append((self._next(), False))
+            else:
+                pieces.append((character, True))
+        if stop:
+            raise BadParameter("syntax error: missing '}'")
+        return pieces
+
+    def _single_quoted(self) -> str:
+        end = self.text.find("'", self.at)
+        if end < 0:
+            raise BadParameter("unexpected end of statement while looking for matching single-quote")
+        text, self.at = self.text[self.at:end], end + 1
+        return text
+
+    def _double_quoted(self) -> str:
+        text = ""
+        while True:
+            character = self._next()
+            if not character:
+                raise BadParameter("unexpected end of statement while looking for matching double-quote")
+            if character == '"':
+                return text
+            if character == "$":
+                character = self._dollar()
+            elif character == self.escape and self._peek() in ("", '"', "$", self.escape):
+                character = self._next()
+            text += character
+
+    def _name(self) -> str:
+        match = re.compile(r"[0-9]+|[@*#?\-$!]|\w+").match(self.text, self.at)
+        self.at = match.end() if match else self.at
+        return match[0] if match else ""
+
+    def _dollar(self) -> str:
+        if self._peek() != "{":
+            name = self._name()
+            return self.environment.get(name, "") if name else "$"
+        self.at += 1
+        if self._peek() in ("", "{", "}", ":"):
+            raise BadParameter("syntax error: " + ("bad substitution" if self._peek() else "missing '}'"))
+        name, separator = self._name(), self._next()
+        if separator == "}":
+            return self.environment.get(name, "")
+        if separator not in (":", "?"):
+            raise BadParameter("missing ':' in substitution")
+        modifier = self._next() if separator == ":" else "?"
+        word = "".join(text for text, _ in self._pieces("}"))
+        return self._modified(name, modifier, word, empty_counts=separator == ":")
+
+    def _modified(self, name: str, modifier: str, word: str, empty_counts: bool) -> str:
+        """${name:+word}, ${name:-word}, ${name:?word} and ${name?word}."""
+        value = self.environment.get(name)
+        if modifier == "+":
+            return word if value else ""
+        if modifier == "-":
+            return value or word
+        if modifier != "?":
+            raise BadParameter(f"unsupported modifier ({modifier}) in substitution")
+        if value is None or (empty_counts and not value):
+            problem = "is not allowed to be " + ("unset" if value is None else "empty")
+            raise BadParameter(f"{name}: {word or problem}")
+        return value
+
+
+def parse_ports(specification: str) -> list[str]:
+    """The container ports of [[ADDRESS:]HOST:]PORT[-PORT][/PROTOCOL] as PORT/PROTOCOL; BadParameter with
+    Docker's text."""
+    ports, _, protocol = specification.rpartition(":")[2].partition("/")
+    if not ports:
+        raise BadParameter(f"No port specified: {specification}<empty>")
+    match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", ports)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if not first <= last <= 65535:
+        raise BadParameter(f"Invalid containerPort: {ports}")
+    if (protocol.lower() or "tcp") not in ("tcp", "udp", "sctp"):
+        raise BadParameter(f"Invalid proto: {protocol}")
+    return [f"{port}/{protocol.lower() or 'tcp'}" for port in range(first, last + 1)]
+
+
+class Instructions:
+    """Applies the instructions that change nothing but an image's configuration; the builder adds the others.
+
+    `config` is changed in place.  Every method takes a DockerfileLine and raises BadParameter with Docker's
+    text."""
+
+    def __init__(self, config: dict[str, Any], escape: str = "\\") -> None:
+        self.config, self.escape = config, escape
+        self._command_set = False
+
+    def apply(self, line: DockerfileLine) -> None:
+        """Carry `line` out."""
+        if line.flags and line.instruction != "healthcheck":
+            raise BadParameter("Unknown flag: " + line.flags[0][2:].partition("=")[0])
+        getattr(self, "do_" + line.instruction)(line)
+
+    def expand(self, word: str) -> str:
+        """`word` with its variables replaced from the ENV that stands so far."""
+        return ShellWord(word, self.config.get("Env") or [], self.escape).expand()
+
+    def words(self, line: DockerfileLine, least: int = 1) -> list[str]:
+        """The arguments in exec form, or separated by blanks."""
+        words = json_words(line.rest)
+        words = re.split(r"[\t\v\f\r ]+", line.rest) if words is None and line.rest else words or []
+        if len(words) < least:
+            raise BadParameter(f"{line.instruction.upper()} requires at least one argument")
+        return words
+
+    def one(self, line: DockerfileLine) -> str:
+        """The single argument, expanded."""
+        if not line.rest:
+            raise BadParameter(f"{line.instruction.upper()} requires exactly one argument")
+        return self.expand(line.rest)
+
+    def pairs(self, line: DockerfileLine) -> list[tuple[str, str]]:
+        """The pairs of NAME=VALUE ..., or of the old form NAME VALUE."""
+        name, words = line.instruction.upper(), split_words(line.rest, self.escape)
+        if not words:
+            raise BadParameter(f"{name} requires at least one argument")
+        if "=" not in words[0]:
+            words = ["=".join(re.split(r"[\t\v\f\r ]+", line.rest, maxsplit=1))]
+            if "=" not in words[0]:
+                raise BadParameter(f"{name} must have two arguments")
+        for word in words:
+            if "=" not in word:
+                raise BadParameter(f"Syntax error - can't find = in {go_quote(word)}. "
+                                   "Must be of the form: name=value")
+            if word.startswith("="):
+                raise BadParameter(f"{name} names can not be blank")
+        return [(self.expand(word.partition("=")[0]), self.expand(word.partition("=")[2])) for word in words]
+
+    def command(self, line: DockerfileLine) -> list[str]:
+        """The command of CMD, ENTRYPOINT and RUN: the exec form, or the text as an argument of the shell."""
+        words = json_words(line.rest)
+        if words is not None:
+            return words
+        return (self.config.get("Shell") or ["/bin/sh", "-c"]) + ([line.rest] if line.rest else [])
+
+    def do_cmd(self, line: DockerfileLine) -> None:
+        self.config["Cmd"] = self.command(line)
+        self._command_set = self._command_set or json_words(line.rest) != [] and bool(line.rest)
+
+    def do_entrypoint(self, line: DockerfileLine) -> None:
+        self.config["Entrypoint"] = (self.command(line) if line.rest else None) or None
+        if not self._command_set:
+            self.config["Cmd"] = None
+
+    def do_env(self, line: DockerfileLine) -> None:
+        environment = {item.partition("=")[0]: item for item in self.config.get("Env") or []}
+        environment.update((name, f"{name}={value}") for name, value in self.pairs(line))
+        self.config["Env"] = list(environment.values())
+
+    def do_label(self, line: DockerfileLine) -> None:
+        self.config["Labels"] = {**(self.config.get("Labels") or {}), **dict(self.pairs(line))}
+
+    def do_expose(self, line: DockerfileLine) -> None:
+        if not line.rest:
+            raise BadParameter("EXPOSE requires at least one argument")
+        ports: dict[str, Any] = dict(self.config.get("ExposedPorts") or {})
+        for word in re.split(r"[\t\v\f\r ]+", line.rest):
+            for specification in ShellWord(word, self.config.get("Env") or [], self.escape).split():
+                ports.update((port, {}) for port in parse_ports(specification))
+        self.config["ExposedPorts"] = ports
+
+    def do_user(self, line: DockerfileLine) -> None:
+        self.config["User"] = self.one(line)
+
+    def do_workdir(self, line: DockerfileLine) -> None:
+        directory = self.one(line)
+        if not directory:
+            raise BadParameter("cannot normalize nothing")
+        if not directory.startswith("/"):
+            joined = os.path.normpath(os.path.join("/", self.config.get("WorkingDir") or "", directory))
+            directory = "/" + joined.lstrip("/")
+        self.config["WorkingDir"] = directory
+
+    def do_volume(self, line: DockerfileLine) -> None:
+        volumes = [self.expand(word.strip()) for word in self.words(line)]
+        if not all(volumes):
+            raise BadParameter("VOLUME specified can not be an empty string")
+        self.config["Volumes"] = {**(self.config.get("Volumes") or {}), **{volume: {} for volume in volumes}}
+
+    def do_stopsignal(self, line: DockerfileLine) -> None:
+        name = self.one(line)
+        parse_signal(name)
+        self.config["StopSignal"] = name
+
+    def do_shell(self, line: DockerfileLine) -> None:
+        words = json_words(line.rest)
+        if words is None and line.rest:
+            raise BadParameter(f"SHELL requires the arguments to be in JSON form: {line.original}")
+        if not words:
+            raise BadParameter("SHELL requires at least one argument")
+        self.config["Shell"] = words
+
+    def do_onbuild(self, line: DockerfileLine) -> None:
+        if not line.rest:
+            raise BadParameter("ONBUILD requires at least one argument")
+        trigger = _split_instruction(line.rest, line.number)
+        name = trigger.instruction.upper()
+        if name == "ONBUILD":
+            raise BadParameter("Chaining ONBUILD via `ONBUILD ONBUILD` isn't allowed")
+        if name in ("MAINTAINER", "FROM"):
+            raise BadParameter(f"{name} isn't allowed as an ONBUILD trigger")
+        if name in ("ENV", "LABEL"):
+            self.pairs(trigger)  # their syntax is checked where they are written
+        self.config["OnBuild"] = (self.config.get("OnBuild") or []) + [line.rest]
+
+    def do_healthcheck(self, line: DockerfileLine) -> None:
+        kind, _, rest = re.sub(r"\s+", " ", line.rest, count=1).partition(" ")
+        if not kind:
+            raise BadParameter("HEALTHCHECK requires at least one argument")
+        if kind.upper() == "NONE":
+            if rest:
+                raise BadParameter("HEALTHCHECK NONE takes no arguments")
+            self.config["Healthcheck"] = {"Test": ["NONE"]}
+            return
+        options = self._health_options(line.flags)
+        if kind.upper() != "CMD":
+            raise BadParameter(f"Unknown type {go_quote(kind.upper())} in HEALTHCHECK (try CMD)")
+        words = json_words(rest)
+        test = ["CMD", *words] if words is not None else ["CMD-SHELL", rest]
+        if not rest or words == []:
+            raise BadParameter("Missing command after HEALTHCHECK CMD")
+        self.config["Healthcheck"] = {"Test": test, **options}
+
+    _HEALTH_OPTIONS = {"interval": "Interval", "timeout": "Timeout", "start-period": "StartPeriod",
+                       "start-interval": "StartInterval", "retries": "Retries"}
+
+    def _health_options(self, flags: list[str]) -> dict[str, int]:
+        texts: dict[str, str] = {}
+        for flag in flags:
+            name, equals, value = flag[2:].partition("=")
+            if name not in self._HEALTH_OPTIONS:
+                raise BadParameter(f"Unknown flag: {name}")
+            if name in texts:
+                raise BadParameter(f"Duplicate flag specified: {name}")
+            if not equals:
+                raise BadParameter(f"Missing a value on flag: {name}")
+            texts[name] = value
+        return {key: self._health_option(name, texts[name])
+                for name, key in self._HEALTH_OPTIONS.items() if texts.get(name)}
+
+    @staticmethod
+    def _health_option(name: str, text: str) -> int:
+        if name == "retries":
+            if not re.fullmatch("[+-]?[0-9]+", text):
+                raise BadParameter(f"strconv.ParseInt: parsing {go_quote(text)}: invalid syntax")
+            if int(text) < 1:
+                raise BadParameter(f"--retries must be at least 1 (not {int(text)})")
+            return int(text)
+        duration = round(parse_duration(text) * 1e9)
+        if duration < 10**6:
+            raise BadParameter(f'Interval "{name}" cannot be less than 1ms')
+        return duration
+
+
+CHANGE_INSTRUCTIONS = frozenset(
+    "cmd entrypoint healthcheck env expose label onbuild stopsignal user volume workdir".split())
+
+
+def apply_changes(config: dict[str, Any], changes: list[str]) -> dict[str, Any]:
+    """`config` after the Dockerfile instructions `changes` of import and commit; the given one stays as it
+    is.
+
+    BadParameter with Docker's text when one of them is not allowed there or is malformed."""
+    config = copy.deepcopy(config)
+    if not changes:
+        return config
+    lines, escape = parse_dockerfile("\n".join(changes))
+    for line in lines:
+        if line.instruction not in CHANGE_INSTRUCTIONS:
+            raise BadParameter(f"{line.instruction} is not a valid change command")
+    instructions = Instructions(config, escape)
+    for line in lines:
+        instructions.apply(line)
+    return config
+
+
+# Stores
+
+
+class HashingReader:
+    """Reads `stream` and computes the digest of what has been read."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self._hash = stream, hashlib.sha256()
+
+    def read(self, size: int = 65536) -> bytes:
+        """At most `size` bytes; b"" at the end."""
+        data = self.stream.read(size)
+        self._hash.update(data)
+        return data
+
+    def drain(self) -> str:
+        """Read to the end; the digest of everything."""
+        while self.read(1 << 20):
+            pass
+        return "sha256:" + self._hash.hexdigest()
+
+
+class Layer(NamedTuple):
+    """A read-only layer: its chain id, diff id, the chain id of its parent or '', the driver's name for it,
+    and the bytes of its own files."""
+
+    chain_id: str
+    diff_id: str
+    parent: str
+    cache_id: str
+    size: int
+
+
+class ReadWriteLayer(NamedTuple):
+    """A container's writable layer: the driver's names of it and of its init layer, the chain id below or
+    ''."""
+
+    mount_id: str
+    init_id: str
+    parent: str
+
+
+def chain_id(parent: str, diff_id: str) -> str:
+    """The chain id of the layer `diff_id` on top of the chain `parent`, which may be ''."""
+    return "sha256:" + hashlib.sha256(f"{parent} {diff_id}".encode()).hexdigest() if parent else diff_id
+
+
+def chain_ids(diff_ids: Iterable[str]) -> list[str]:
+    """The chain ids of a root file system, from the bottom."""
+    return list(itertools.accumulate(diff_ids, chain_id))
+
+
+class LayerStore:
+    """layerdb: the read-only layers and the containers' writable ones.
+
+    A layer is unpacked under a transaction and found by others from then on; the transaction's directory in
+    layerdb/tmp tells the next start what a crash left.  It is kept while an image, a container, a layer above
+    or a transaction needs it.  `retained(chain_id)` says whether an image does; the image store sets it."""
+
+    def __init__(self, root: str, driver: Any, idmap: Any, tables: threading.RLock) -> None:
+        self.driver, self.idmap, self._tables = driver, idmap, tables
+        self._writer = threading.Lock()
+        self.retained: Callable[[str], bool] = lambda chain: False
+        self.held: collections.Counter[str] = collections.Counter()
+        self._directory, self._mounts_directory, self.tmp = (
+            os.path.join(root, "layerdb", name) for name in ("sha256", "mounts", "tmp"))
+        for path in (self._directory, self._mounts_directory, self.tmp):
+            os.makedirs(path, 0o700, exist_ok=True)
+        self.retired = {f"sha256:{name[:64]}" for name in os.listdir(self._directory)
+                        if name.endswith("-removing")}  # the chain ids of what an interrupted removal left
+        self._layers = self._load_layers()
+        self._mounts = self._load_mounts()
+
+    # What is on disk
+
+    def _load_layers(self) -> dict[str, Layer]:
+        found = {}
+        for name in filter(HEX64.match, os.listdir(self._directory)):
+            try:
+                layer = self._read_layer("sha256:" + name)
+            except (OSError, ValueError) as error:
+                log.warning("ignoring the layer %s: %s", name, error)
+                continue
+            found[layer.chain_id] = layer
+        for chain in list(found):  # a layer whose parents are not all there is of no use
+            below = chain
+            while below in found and found[below].parent:
+                below = found[below].parent
+            if below not in found:
+                log.warning("ignoring the layer %s: the layer %s below it is missing", chain, below)
+                del found[chain]
+        return found
+
+    def _read_layer(self, chain: str) -> Layer:
+        """The record of one layer; ValueError when it contradicts itself, OSError when a file is missing."""
+        directory = self._path(chain)
+
+        def value(name: str) -> str:
+            return read_state(os.path.join(directory, name)).decode().strip()
+
+        parent = value("parent") if os.path.exists(os.path.join(directory, "parent")) else ""
+        layer = Layer(chain, value("diff"), parent, value("cache-id"), int(value("size")))
+        if chain_id(parent, layer.diff_id) != chain or not HEX64.match(layer.cache_id):
+            raise ValueError("its record is damaged")
+        if not self.driver.exists(layer.cache_id):
+            raise ValueError(f"the driver has lost its directory {layer.cache_id}")
+        return layer
+
+    def _load_mounts(self) -> dict[str, ReadWriteLayer]:
+        found = {}
+        for container in os.listdir(self._mounts_directory):
+            values = []
+            for name in ReadWriteLayer._fields:
+                try:
+                    path = os.path.join(self._mounts_directory, container, name.replace("_", "-"))
+                    values.append(read_state(path).decode().strip())
+                except OSError:
+                    values.append("")
+            if re.fullmatch("[0-9a-f]{64}(-init)?", values[0]):
+                found[container] = ReadWriteLayer(*values)
+            else:  # the mount id is written last, and only then the driver is asked for anything
+                remove_tree(os.path.join(self._mounts_directory, container))
+        return found
+
+    def _path(self, chain: str) -> str:
+        return os.path.join(self._directory, chain.partition(":")[2])
+
+    def clean_up(self) -> None:
+        """Remove what a crash left half-made.  Call it when the images are loaded, before anything else runs.
+
+        Only what our records or moby's call unfinished goes: BuildKit keeps layers of its own beside
+        these."""
+        used = {layer.cache_id for layer in self._layers.values()}
+        for name in os.listdir(self.tmp):
+            directory = os.path.join(self.tmp, name)
+            entries = os.listdir(directory) if os.path.isdir(directory) else []
+            with contextlib.suppress(OSError):
+                entries.append(read_state(os.path.join(directory, "cache-id")).decode())  # moby writes this
+            for cache_id in filter(HEX64.match, set(entries) - used):
+                log.warning("removing the layer directory %s of an interrupted import", cache_id)
+                self.driver.remove(cache_id)
+            for entry in entries:
+                if entry.endswith("-published"):
+                    self.collect("sha256:" + entry[:64])
+            remove_tree(directory)
+        for name in os.listdir(self._directory):
+            if name.endswith("-removing"):
+                self._erase(os.path.join(self._directory, name), used)
+        self.driver.clean_up()
+
+    # Read-only layers
+
+    def has(self, chain: str) -> bool:
+        """Whether there is a layer of this chain id."""
+        return chain in self._layers
+
+    def get(self, chain: str) -> Layer:
+        """The layer of this chain id; DockerError when it does not exist."""
+        layer = self._layers.get(chain)
+        if layer is None:
+            raise DockerError(f"layer does not exist: {chain}")
+        return layer
+
+    def lineage(self, chain: str) -> list[Layer]:
+        """The layers of a chain from the top; [] for ''."""
+        layers = []
+        with self._tables:
+            while chain:
+                layers.append(self.get(chain))
+                chain = layers[-1].parent
+        return layers
+
+    def size(self, chain: str) -> int:
+        """The bytes of all layers of a chain together."""
+        return sum(layer.size for layer in self.lineage(chain))
+
+    def metadata(self, chain: str) -> Optional[dict[str, str]]:
+        """What the driver tells of a chain's top layer."""
+        return self.driver.metadata(self.get(chain).cache_id) if chain else None
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[LayerTransaction]:
+        """A block in which layers are made; those that no image names at its end are removed again."""
+        transaction = LayerTransaction(self)
+        try:
+            yield transaction
+        finally:
+            transaction.close()
+
+    def publish(self, layer: Layer, record: str) -> Layer:
+        """Let `layer`, whose record stands in the directory `record`, be found, and hold it.
+
+        Where another was faster with the same chain id, that one is held and returned."""
+        with self._writer:
+            with self._tables:
+                known = self._layers.get(layer.chain_id)
+                self.held[layer.chain_id] += 1
+            if known is not None:
+                return known
+            try:
+                if os.path.exists(self._path(layer.chain_id)):  # damaged, and ignored at the start
+                    self._rename_away(layer.chain_id)
+                failpoint("layer-publish")
+                os.rename(record, self._path(layer.chain_id))
+            except BaseException:
+                self.release(layer.chain_id)
+                raise
+            with self._tables:
+                self._layers[layer.chain_id] = layer
+            return layer
+
+    def hold(self, chain: str) -> Layer:
+        """Keep a layer and those below it until release(); DockerError when it does not exist."""
+        with self._tables:
+            layer = self.get(chain)
+            self.held[chain] += 1
+            return layer
+
+    def release(self, chain: str) -> None:
+        """Undo one hold()."""
+        with self._tables:
+            self.held[chain] -= 1
+            if not self.held[chain]:
+                del self.held[chain]
+
+    def retire(self, chain: str) -> list[tuple[Layer, str]]:
+        """Take a chain's layers out of the store from the top, as far down as nobody needs them.
+
+        What is taken can no longer be found, neither now nor after a crash; erase() frees its space."""
+        with self._writer:
+            taken = []
+            with self._tables:
+                while chain in self._layers and not self._needed(chain):
+                    taken.append(self._layers.pop(chain))
+                    chain = taken[-1].parent
+            return [(layer, self._rename_away(layer.chain_id)) for layer in taken]
+
+    def _needed(self, chain: str) -> bool:
+        return (self.held[chain] > 0 or self.retained(chain)
+                or any(layer.parent == chain for layer in self._layers.values())
+                or any(mount.parent == chain for mount in self._mounts.values()))
+
+    def _rename_away(self, chain: str) -> str:
+        """Mark a layer's record as moby marks those under removal; its new path."""
+        path = f"{self._path(chain)}-{secrets.token_hex(32)}-removing"
+        failpoint("layer-retire")
+        os.rename(self._path(chain), path)
+        return path
+
+    def erase(self, taken: list[tuple[Layer, str]]) -> list[Layer]:
+        """Remove what retire() took, from disk; what cannot be removed now goes at the next start."""
+        for layer, path in taken:
+            try:
+                self._erase(path, ())
+            except OSError as error:
+                log.error("cannot remove the layer %s: %s", layer.chain_id, error)
+        return [layer for layer, path in taken]
+
+    def _erase(self, path: str, used: Iterable[str]) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            cache_id = read_state(os.path.join(path, "cache-id")).decode().strip()
+            if HEX64.match(cache_id) and cache_id not in used:
+                self.driver.remove(cache_id)
+        remove_tree(path)
+
+    def collect(self, chain: str) -> list[Layer]:
+        """Remove a chain's layers as far down as nobody needs them; those removed, from the top."""
+        return self.erase(self.retire(chain))
+
+    # Containers' layers
+
+    def rw_ids(self) -> list[str]:
+        """The ids of the containers that have a writable layer."""
+        with self._tables:
+            return list(self._mounts)
+
+    def create_rw(self, container_id: str, chain: str, setup: Optional[Callable[[str], None]] = None,
+                  size: int = 0) -> None:
+        """Make a container's writable layer of at most `size` bytes (0: no limit) on top of the image's
+        `chain`.
+
+        `setup(directory)` fills the init layer between them, mounted at `directory`.  Nothing stays on
+        failure."""
+        mount_id = secrets.token_hex(32)
+        mount = ReadWriteLayer(mount_id, f"{mount_id}-init" if setup else "", chain)
+        with self._tables:
+            if container_id in self._mounts:
+                raise Conflict(f"the container {container_id} already has a writable layer")
+            below: Optional[str] = self.get(chain).cache_id if chain else None
+            self._mounts[container_id] = mount
+        try:
+            self._write_mount(container_id, mount)
+            if setup:
+                self.driver.create(mount.init_id, below, writable=True)
+                self._set_up(mount.init_id, setup)
+                below = mount.init_id
+            self.driver.create(mount_id, below, writable=True, size=size)
+        except BaseException:
+            self.remove_rw(container_id)
+            raise
+
+    def _write_mount(self, container_id: str, mount: ReadWriteLayer) -> None:
+        directory = os.path.join(self._mounts_directory, container_id)
+        os.mkdir(directory, 0o700)
+        for name in ("parent", "init_id", "mount_id"):
+            value = getattr(mount, name)
+            if value:
+                write_state(os.path.join(directory, name.replace("_", "-")), value.encode(), durable=False)
+
+    def _set_up(self, init_id: str, setup: Callable[[str], None]) -> None:
+        fd = self.driver.mount(init_id)
+        try:
+            setup(f"/proc/self/fd/{fd}")
+        finally:
+            os.close(fd)
+
+    def _mount(self, container_id: str) -> ReadWriteLayer:
+        mount = self._mounts.get(container_id)
+        if mount is None:
+            raise DockerError(f"the container {container_id} has no writable layer")
+        return mount
+
+    def mount_rw(self, container_id: str, readonly: bool = False) -> int:
+        """A descriptor of a detached mount of the container's root."""
+        return self.driver.mount(self._mount(container_id).mount_id, readonly=readonly)
+
+    def remove_rw(self, container_id: str) -> None:
+        """Remove a container's writable layer, and image layers that only it still needed; nothing where it
+        has none."""
+        mount = self._mounts.get(container_id)
+        if mount is None:
+            return
+        for cache_id in filter(None, (mount.mount_id, mount.init_id)):
+            self.driver.remove(cache_id)
+        with self._tables:
+            self._mounts.pop(container_id, None)
+        taken = self.retire(mount.parent)  # first, so that a crash leaves nothing that no record names
+        remove_tree(os.path.join(self._mounts_directory, container_id))
+        self.erase(taken)
+
+    def rw_metadata(self, container_id: str) -> Optional[dict[str, str]]:
+        """What the driver tells of the container's layer (GraphDriver.Data)."""
+        return self.driver.metadata(self._mount(container_id).mount_id)
+
+    def rw_size(self, container_id: str) -> tuple[int, int]:
+        """(SizeRw, SizeRootFs): the bytes that the container wrote, and those with its image's."""
+        mount = self._mount(container_id)
+        files = confined(self.driver.diff_dir(mount.mount_id), _file_sizes)
+        if self.driver.whiteouts != "overlay":  # the directory is a whole tree: take off what lies below
+            below = mount.init_id or (self.get(mount.parent).cache_id if mount.parent else "")
+            files -= confined(self.driver.diff_dir(below), _file_sizes) if below else set()
+        written = sum(size for _, size, _ in files)
+        return written, written + self.size(mount.parent)
+
+
+def _file_sizes() -> set[tuple[str, int, int]]:
+    """(path, bytes, mtime in ns) of all that is no directory below the current one, an inode counted once."""
+    pending, files, inodes = ["."], set(), set()
+    while pending:
+        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                facts = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(facts.st_mode):
+                    pending.append(entry.path)
+                elif facts.st_ino not in inodes:
+                    inodes.add(facts.st_ino)
+                    files.add((entry.path, facts.st_size, facts.st_mtime_ns))
+    return files
+
+
+class LayerTransaction:
+    """Layers on their way into the store, and the directory in layerdb/tmp that a crash leaves of them.
+
+    Its entries are the driver's names of layers that are being unpacked, and HEX-published for those that are
+    in the store but not yet named by an image."""
+
+    def __init__(self, store: LayerStore) -> None:
+        self.store = store
+        self._directory = os.path.join(store.tmp, secrets.token_hex(8))
+        self._chains: list[str] = []
+        os.mkdir(self._directory, 0o700)
+
+    def unpack(self, stream: Any, parent: str = "", **limits: Any) -> Layer:
+        """Unpack the tar `stream` as the layer above the chain `parent`, hash it, and put it into the store.
+
+        DockerError, OSError or what the stream raises; then nothing is left of the layer."""
+        store = self.store
+        if len(store.lineage(parent)) >= MAX_LAYERS:
+            raise DockerError("max depth exceeded")
+        below = self._keep(store.hold(parent)).cache_id if parent else None
+        cache_id = secrets.token_hex(32)
+        record = os.path.join(self._directory, cache_id)
+        os.mkdir(record, 0o700)
+        published = False
+        try:
+            store.driver.create(cache_id, below)
+            reader = HashingReader(stream)
+            directory = store.driver.diff_dir(cache_id)
+            stats = apply_layer(reader, directory, store.driver.whiteouts, store.idmap, **limits)
+            diff_id = reader.drain()
+            layer = Layer(chain_id(parent, diff_id), diff_id, parent, cache_id, stats.size)
+            published = self._publish(layer, record)
+            return self.store.get(layer.chain_id)
+        finally:
+            if not published:
+                store.driver.remove(cache_id)
+                remove_tree(record)
+
+    def _publish(self, layer: Layer, record: str) -> bool:
+        """Write the layer's record and put it into the store; False when its like was there."""
+        for name, value in (("diff", layer.diff_id), ("size", str(layer.size)), ("cache-id", layer.cache_id),
+                            ("parent", layer.parent)):
+            if value:
+                write_state(os.path.join(record, name), value.encode(), durable=False)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(os.path.join(self._directory, f"{layer.chain_id[7:]}-published"), 0o700)
+        return self._keep(self.store.publish(layer, record)) is layer
+
+    def _keep(self, layer: Layer) -> Layer:
+        self._chains.append(layer.chain_id)
+        return layer
+
+    def sync(self) -> None:
+        """Bring everything to the disk that the layers need; call it once, before an image names them."""
+        failpoint("layers-sync")
+        directories = [self.store.driver.diff_dir(self.store.get(chain).cache_id) for chain in self._chains]
+        for path in {os.stat(path).st_dev: path for path in [self.store.tmp, *directories]}.values():
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                syncfs(fd)
+            finally:
+                os.close(fd)
+
+    def close(self) -> None:
+        """Give the layers up: those that nobody names are removed."""
+        for chain in self._chains:
+            self.store.release(chain)
+        for chain in reversed(self._chains):
+            self.store.collect(chain)
+        remove_tree(self._directory)
+
+
+class Image:
+    """An image as the tables know it: `id`, `parent` (an image's id or ''), `created` (text or ''), `labels`,
+    `platform`, `chain_ids` of its layers from the bottom; `document`, its configuration, is read when it is
+    used."""
+
+    def __init__(self, path: str, raw: bytes, parent: str) -> None:
+        """Check a configuration: ValueError when it is none."""
+        try:
+            document = json.loads(raw)
+            rootfs, history = document.get("rootfs"), document.get("history") or []
+            if rootfs is None:
+                raise ValueError("invalid image JSON, no RootFS key")
+            diff_ids = [parse_digest(diff_id) for diff_id in rootfs.get("diff_ids") or []]
+            if sum(not entry.get("empty_layer") for entry in history) > len(diff_ids):
+                raise ValueError("too many non-empty layers in History section")
+            config = document.get("config")
+            self.labels: Optional[dict[str, str]] = None if config is None else config.get("Labels")
+            if not isinstance(self.labels, (dict, type(None))):
+                raise ValueError("invalid image JSON: its labels are no object")
+            self.platform = Platform(*(str(document.get(name) or "") for name in _PLATFORM_KEYS))
+            self.created: str = document.get("created") or ""
+            self.created_ns = parse_timestamp(self.created) if self.created else 0
+        except (AttributeError, TypeError, DockerError, RecursionError) as error:
+            raise ValueError(f"invalid image JSON: {error}") from None
+        self.id = "sha256:" + hashlib.sha256(raw).hexdigest()
+        self.parent, self._path = parent, path
+        self.chain_ids = chain_ids(diff_ids)
+
+    @property
+    def chain_id(self) -> str:
+        """The chain id of the whole root file system; '' when it has no layers."""
+        return self.chain_ids[-1] if self.chain_ids else ""
+
+    @property
+    def raw(self) -> bytes:
+        """The configuration, byte for byte; DockerError when the file no longer has the image's digest."""
+        raw = read_state(self._path)
+        if "sha256:" + hashlib.sha256(raw).hexdigest() != self.id:
+            raise DockerError(f"failed to verify: {self.id}")
+        return raw
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The configuration (OCI image specification, config.md)."""
+        return json.loads(self.raw)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the image sets for its containers: Env, Cmd, Entrypoint, ..."""
+        return self.document.get("config") or {}
+
+    @property
+    def short_id(self) -> str:
+        """The twelve digits that messages name it by."""
+        return self.id[7:19]
+
+
+class ImageStore:
+    """imagedb: image configurations by digest, and beside each its parent and the time of its last tag."""
+
+    def __init__(self, root: str, layers: LayerStore, tables: threading.RLock) -> None:
+        self._layers, self._tables, self._writer = layers, tables, threading.Lock()
+        self._content = os.path.join(root, "imagedb", "content", "sha256")
+        self._metadata = os.path.join(root, "imagedb", "metadata", "sha256")
+        for path in (self._content, self._metadata):
+            os.makedirs(path, 0o700, exist_ok=True)
+        self._images: dict[str, Image] = {}
+        layers.retained = lambda chain: any(image.chain_id == chain for image in self._images.values())
+        for name in filter(HEX64.match, os.listdir(self._content)):
+            self._load("sha256:" + name, layers.retired)
+        for name in set(os.listdir(self._metadata)) - set(os.listdir(self._content)):
+            remove_tree(os.path.join(self._metadata, name))
+
+    def _load(self, image_id: str, retired: set[str]) -> None:
+        path = os.path.join(self._content, image_id[7:])
+        try:
+            image = Image(path, read_state(path), self._fact(image_id, "parent"))
+            if image.id != image_id:
+                raise ValueError("its content does not have its digest")
+            missing = next((chain for chain in image.chain_ids if not self._layers.has(chain)), "")
+            if missing and image.chain_id in retired:  # its removal was interrupted
+                self._remove_files(image)
+            elif missing:
+                raise ValueError(f"the layer {missing} is missing")
+            else:
+                self._images[image_id] = image
+        except (OSError, ValueError) as error:
+            log.error("ignoring the image %s: %s", image_id, error)
+
+    def _fact(self, image_id: str, name: str) -> str:
+        try:
+            return read_state(os.path.join(self._metadata, image_id[7:], name)).decode()
+        except OSError:
+            return ""
+
+    def _write_fact(self, image_id: str, name: str, value: str) -> None:
+        os.makedirs(os.path.join(self._metadata, image_id[7:]), 0o700, exist_ok=True)
+        write_state(os.path.join(self._metadata, image_id[7:], name), value.encode())
+
+    def create(self, raw: bytes, parent: str = "") -> Image:
+        """Store the configuration `raw`, whose layers are in the layer store and held; durable on return.
+
+        BadParameter when it is no image's configuration, DockerError when a layer is missing."""
+        path = os.path.join(self._content, hashlib.sha256(raw).hexdigest())
+        try:
+            image = Image(path, raw, parent)
+        except ValueError as error:
+            raise BadParameter(str(error)) from None
+        self._layers.lineage(image.chain_id)
+        with self._writer:
+            if image.id in self._images:
+                return self._images[image.id]
+            failpoint("image-create")
+            if parent:
+                self._write_fact(image.id, "parent", parent)
+            write_state(path, raw)
+            with self._tables:
+                self._images[image.id] = image
+        return image
+
+    def delete(self, image: Image) -> list[Layer]:
+        """Remove an image, and the layers that nobody else needs; those layers, from the top."""
+        with self._writer:
+            with self._tables:
+                if self._images.pop(image.id, None) is None:
+                    raise NotFound(f"No such image: {image.id}")
+            taken = self._layers.retire(image.chain_id)
+            failpoint("image-delete")
+            self._remove_files(image)
+        return self._layers.erase(taken)
+
+    def _remove_files(self, image: Image) -> None:
+        remove_tree(os.path.join(self._metadata, image.id[7:]))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self._content, image.id[7:]))
+
+    def get(self, image_id: str) -> Optional[Image]:
+        """The image of this id, or None."""
+        return self._images.get(image_id)
+
+    def search(self, prefix: str) -> Optional[Image]:
+        """The one image whose id begins with `prefix`, written with sha256: or without; None for none and for
+        several."""
+        digits = prefix[7:] if prefix.startswith("sha256:") else prefix
+        found = [image for image in self.all() if digits and image.id.startswith(digits, 7)]
+        return found[0] if len(found) == 1 else None
+
+    def all(self) -> list[Image]:
+        """All images."""
+        with self._tables:
+            return list(self._images.values())
+
+    def children(self, image: Image) -> list[Image]:
+        """The images that were made from this one."""
+        return [other for other in self.all() if other.parent == image.id]
+
+    def touch(self, image: Image) -> None:
+        """Note that the image was tagged now."""
+        with self._writer:
+            if image.id in self._images:
+                self._write_fact(image.id, "lastUpdated", rfc3339nano(time.time_ns()))
+
+    def last_updated(self, image: Image) -> str:
+        """When the image was last tagged here, in RFC 3339; Go's zero time when it never was."""
+        return self._fact(image.id, "lastUpdated") or ZERO_TIME
+
+
+class TagStore:
+    """repositories.json: which image a reference means.  The table is replaced as a whole when the file is
+    written."""
+
+    def __init__(self, path: str, tables: threading.RLock) -> None:
+        self._path, self._tables, self._writer = path, tables, threading.Lock()
+        try:
+            loaded = json.loads(read_state(path))["Repositories"]
+            repositories = {name: dict(known) for name, known in (loaded or {}).items() if known}
+        except FileNotFoundError:
+            repositories = {}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DockerError(f"cannot read {path}: {error}; restore it, or move it away to lose all tags")
+        self._use(repositories)
+
+    def _use(self, repositories: dict[str, dict[str, str]]) -> None:
+        references: dict[str, list[Reference]] = {}
+        for name, image_id in itertools.chain.from_iterable(known.items() for known in repositories.values()):
+            with contextlib.suppress(BadParameter):
+                references.setdefault(image_id, []).append(parse_reference(name))
+        for known in references.values():
+            known.sort(key=str)
+        with self._tables:
+            self._repositories, self._references = repositories, references
+
+    def get(self, reference: Reference) -> str:
+        """The id of the image that `reference` means, latest where it has no tag; '' for none."""
+        stored = reference.stored()
+        return self._repositories.get(stored.familiar_name, {}).get(stored.familiar, "")
+
+    def references(self, image_id: str) -> list[Reference]:
+        """All references to an image, in the order of their full names."""
+        return list(self._references.get(image_id, ()))
+
+    def set(self, reference: Reference, image_id: str) -> None:
+        """Let `reference` mean the image, whatever it meant; BadParameter for a name that would be
+        ambiguous."""
+        if reference.familiar_name == "sha256":
+            raise BadParameter("refusing to create an ambiguous tag using digest algorithm as name")
+        self._change({reference.stored(): image_id})
+
+    def remove(self, references: Iterable[Reference]) -> None:
+        """Forget references; those that are not known are passed over."""
+        self._change({reference.stored(): "" for reference in references})
+
+    def _change(self, changes: dict[Reference, str]) -> None:
+        with self._writer:
+            repositories = {name: dict(references) for name, references in self._repositories.items()}
+            for reference, image_id in changes.items():
+                known = repositories.setdefault(reference.familiar_name, {})
+                known[reference.familiar] = image_id
+                if not image_id:
+                    del known[reference.familiar]
+                if not known:
+                    del repositories[reference.familiar_name]
+            if repositories != self._repositories:
+                write_state(self._path, docker_json({"Repositories": repositories}, sort=True))
+                self._use(repositories)
+
+
+# Jobs
+
+IMAGE_FILTERS = frozenset(["dangling", "label", "before", "since", "reference", "until"])
+_IMPORT_PROGRESS = 1 << 19  # bytes between two progress lines
+
+
+class Images:
+    """The image jobs, over the three stores.
+
+    `users(image_id)` lists the containers made from an image as (id, running); `event(action, id,
+    attributes)` is told what happens."""
+
+    def __init__(self, config: Any, event: Callable[[str, str, dict[str, str]], None] = lambda *facts: None,
+                 users: Callable[[str], list[tuple[str, bool]]] = lambda image_id: []) -> None:
+        idmap = IdMap()
+        driver = select_driver(config.data_root, config.storage_driver, config.storage_opts, idmap)
+        root = os.path.join(config.data_root, "image", driver.name)
+        tables = threading.RLock()
+        os.makedirs(root, 0o700, exist_ok=True)
+        self.event, self.users = event, users
+        for directory, _, names in os.walk(root):
+            for name in names:
+                if name.startswith(".tmp-"):  # of a state file whose writer was killed
+                    os.unlink(os.path.join(directory, name))
+        self.layers = LayerStore(root, driver, idmap, tables)
+        self.store = ImageStore(root, self.layers, tables)
+        self.tags = TagStore(os.path.join(root, "repositories.json"), tables)
+        self.layers.clean_up()
+
+    def count(self) -> int:
+        """How many images there are."""
+        return len(self.store.all())
+
+    def resolve(self, name: str, platform: str = "") -> Image:
+        """The image that `name` means: a reference, an id, or an unambiguous beginning of one.
+
+        BadParameter when it is no name at all; NotFound when there is no such image, or not of the
+        `platform`."""
+        image, _ = self._find(name)
+        wanted = parse_platform(platform) if platform else image.platform
+        if wanted[:2] != image.platform[:2] or wanted.variant not in ("", image.platform.variant):
+            raise NotFound(f"image with reference {name} was found but its platform ({image.platform}) does "
+                           f"not match the specified platform ({wanted})")
+        return image
+
+    def _find(self, name: str) -> tuple[Image, Optional[Reference]]:
+        """The image that `name` means, and the reference that it was found by, if not by its id."""
+        reference = None
+        if HEX64.match(name) or (name.startswith("sha256:") and HEX64.match(name[7:])):
+            name = "sha256:" + name[-64:]
+            image = self.store.get(name)
+        else:
+            reference = parse_reference(name).with_default_tag()
+            image = self.store.get(self.tags.get(reference))
+            if image is None:
+                image, name, reference = self.store.search(name), reference.familiar, None
+        if image is None:
+            raise NotFound(f"No such image: {name}")
+        return image, reference
+
+    def _log(self, action: str, image: Image, name: str) -> None:
+        self.event(action, image.id, {**(image.labels or {}), "name": name})
+
+    @staticmethod
+    def _names(references: Iterable[Reference]) -> tuple[list[str], list[str]]:
+        """RepoTags and RepoDigests."""
+        tags: list[str] = []
+        digests: list[str] = []
+        for reference in references:
+            (digests if reference.digest else tags).append(reference.familiar)
+        return tags, digests
+
+    # List and tell
+
+    @job("images")
+    def list_images(self, job: Job) -> None:
+        """The images, newest first.  env: all, filters, shared-size."""
+        filters = parse_filters(job.env.get("filters"), IMAGE_FILTERS)
+        dangling = self._dangling(filters.get("dangling"))
+        patterns = [compile_pattern(pattern) for pattern in filters.get("reference", ())]
+        in_time = self._in_time(filters)
+        images = sorted(self.store.all(), key=lambda image: image.created_ns, reverse=True)
+        parents = {image.parent for image in images}
+        shared = self._shared_layers() if job.env.get_bool("shared-size") else None
+        listed = []
+        for image in images:
+            if not in_time(image) or not matches_labels(filters.get("label", ()), image.labels):
+                continue
+            names = self._names(
+                reference for reference in self.tags.references(image.id) if not patterns or any(
+                    pattern.fullmatch(reference.familiar) or pattern.fullmatch(reference.familiar_name)
+                    for pattern in patterns))
+            if dangling:
+                shown = not names[0] and image.id not in parents
+            else:
+                shown = names != ([], []) or not (patterns or dangling is False or (
+                    image.id in parents and not job.env.get_bool("all")))
+            if shown:
+                with contextlib.suppress(DockerError):  # removed meanwhile
+                    listed.append(self._summary(image, names, shared))
+        job.reply(listed)
+
+    @staticmethod
+    def _dangling(values: Optional[list[str]]) -> Optional[bool]:
+        if values is None:
+            return None
+        known = {"true": True, "1": True, "false": False, "0": False}
+        if len(values) != 1 or values[0] not in known:
+            raise BadParameter(f"invalid filter 'dangling=[{' '.join(values)}]'")
+        return known[values[0]]
+
+    def _in_time(self, filters: dict[str, list[str]]) -> Callable[[Image], bool]:
+        """Whether an image is older than all of `before` and `until`, and younger than all of `since`."""
+        before = [self.resolve(name).created_ns for name in filters.get("before", ())]
+        before += [parse_timestamp(text) for text in filters.get("until", ())]
+        since = [self.resolve(name).created_ns for name in filters.get("since", ())]
+        return lambda image: image.created_ns < min(before, default=1 << 64) and (
+            image.created_ns > max(since, default=-1 << 64))
+
+    def _shared_layers(self) -> set[str]:
+        """The chain ids that more than one image has."""
+        counts = collections.Counter(chain for image in self.store.all() for chain in image.chain_ids)
+        return {chain for chain, count in counts.items() if count > 1}
+
+    def _summary(self, image: Image, names: tuple[list[str], list[str]],
+                 shared: Optional[set[str]]) -> dict[str, Any]:
+        shared_size = -1 if shared is None else sum(
+            self.layers.get(chain).size for chain in image.chain_ids if chain in shared)
+        return {"Id": image.id, "ParentId": image.parent, "RepoTags": names[0], "RepoDigests": names[1],
+                "Created": image.created_ns // 10**9, "Size": self.layers.size(image.chain_id),
+                "SharedSize": shared_size, "Labels": image.labels, "Containers": len(self.users(image.id))}
+
+    @job("image_inspect")
+    def inspect(self, job: Job) -> None:
+        """All about the image named by the argument.  env: platform."""
+        image = self.resolve(job.args[0], self._platform(job))
+        document = image.document
+        tags, digests = self._names(self.tags.references(image.id))
+        history = document.get("history") or [{}]
+        described = {
+            "Id": image.id, "RepoTags": tags, "RepoDigests": digests, "Parent": image.parent,
+            "Comment": document.get("comment") or history[-1].get("comment", ""), "Created": image.created,
+            "DockerVersion": document.get("docker_version", ""), "Author": document.get("author", ""),
+            "Config": _fill(document.get("config") or {}, _IMAGE_CONFIG_FIELDS),
+            "Architecture": image.platform.architecture, "Variant": image.platform.variant,
+            "Os": image.platform.os or "linux",
+            "OsVersion": document.get("os.version", ""), "Size": self.layers.size(image.chain_id),
+            "GraphDriver": {"Data": self.layers.metadata(image.chain_id), "Name": self.layers.driver.name},
+            "RootFS": {"Type": "layers", "Layers": document["rootfs"].get("diff_ids") or []},
+            "Metadata": {"LastTagTime": self.store.last_updated(image)}}
+        optional = ("Created", "Variant", "OsVersion")
+        job.reply({key: value for key, value in described.items() if value or key not in optional})
+
+    @staticmethod
+    def _platform(job: Job) -> str:
+        """The env's platform: OS/ARCH, or the object of API 1.49."""
+        value = job.env.get_json("platform") or ""
+        if isinstance(value, dict):
+            value = "/".join(str(value[name]) for name in _PLATFORM_KEYS if value.get(name))
+        return str(value)
+
+    @job("history")
+    def history(self, job: Job) -> None:
+        """How the image named by the argument was made, the last step first."""
+        image: Optional[Image] = self.resolve(job.args[0], self._platform(job))
+        assert image is not None
+        sizes = iter([self.layers.get(chain).size for chain in image.chain_ids])
+        steps: list[dict[str, Any]] = []
+        for entry in image.document.get("history") or []:
+            created = parse_timestamp(entry["created"]) // 10**9 if entry.get("created") else 0
+            steps.insert(0, {
+                "Id": "<missing>", "Created": created, "CreatedBy": entry.get("created_by", ""), "Tags": None,
+                "Size": 0 if entry.get("empty_layer") else next(sizes), "Comment": entry.get("comment", "")})
+        for step in steps:
+            if image is None:
+                break
+            step.update(Id=image.id, Tags=self._names(self.tags.references(image.id))[0] or None)
+            image = self.store.get(image.parent)
+        job.reply(steps)
+
+    # Make
+
+    @job("tag")
+    def tag(self, job: Job) -> None:
+        """Give the image named by the first argument another name: the others are the repository and the
+        tag."""
+        repo, tag = (job.args[1:] + ["", ""])[:2]
+        reference = parse_repo_tag(repo, tag)
+        if reference is None:
+            raise BadParameter("invalid reference format")
+        self.set_tag(reference, self.resolve(job.args[0]))
+
+    def set_tag(self, reference: Reference, image: Image) -> None:
+        """Let `reference` mean `image`."""
+        self.tags.set(reference, image.id)
+        self.store.touch(image)
+        self._log("tag", image, reference.with_default_tag().familiar)
+
+    @job("import")
+    def import_image(self, job: Job) -> None:
+        """Make an image of one layer: args are the source ('-': stdin, or a URL), the repository and the tag.
+
+        env: changes, message, platform.  The last line on stdout is the image's id."""
+        source, repo, tag = (job.args + ["", ""])[:3]
+        reference = parse_repo_tag(repo, tag)
+        platform = parse_platform(self._platform(job)) if job.env.get("platform") else host_platform()
+        if platform.os != "linux":
+            raise BadParameter("operating system is not supported")
+        config = apply_changes({}, job.env.get_list("changes"))
+        message = job.env.get("message") or f"Imported from {source}"
+        with contextlib.ExitStack() as opened:
+            stream = job.stdin if source == "-" else opened.enter_context(self._download(job, source))
+            transaction = opened.enter_context(self.layers.transaction())
+            layer = transaction.unpack(decompress(stream))
+            transaction.sync()
+            document = import_document(config, layer.diff_id, platform, message, time.time_ns())
+            image = self.store.create(document)
+        if reference is not None:
+            self.set_tag(reference, image)
+        self._log("import", image, image.id)
+        job.progress(status=image.id)
+
+    @contextlib.contextmanager
+    def _download(self, job: Job, source: str) -> Iterator[Any]:
+        """The body of a URL, with progress lines as it is read."""
+        address = source if "://" in source else "http://" + source
+        with open_url(address) as response:
+            job.progress(status=f"Downloading from {address}")
+            total = int(response.headers.get("Content-Length") or -1)
+            yield ProgressReader(response, lambda current: job.progress(
+                status="Importing", progressDetail={"current": current, "total": total}))
+
+    # Remove
+
+    @job("image_delete")
+    def delete(self, job: Job) -> None:
+        """Remove the reference or the image named by the argument.  env: force, noprune.
+
+        The reply lists what was untagged and deleted.  Conflict, as Docker has it, when something needs the
+        image."""
+        name, force, prune = job.args[0], job.env.get_bool("force"), not job.env.get_bool("noprune")
+        image, reference = self._find(name)
+        references = self.tags.references(image.id)
+        records: list[dict[str, str]] = []
+        if reference is None:
+            if one_repository(references):
+                self._check_conflicts(image, force, references=False)
+                self._untag(image, references, records)
+        else:
+            self._delete_reference(image, reference, name, force, records)
+        if reference is None or not self.tags.references(image.id):
+            self._delete_image(image, force, prune, reference is not None, records)
+        job.reply(records)
+
+    def _delete_reference(self, image: Image, reference: Reference, name: str, force: bool,
+                          records: list[dict[str, str]]) -> None:
+        """Remove a reference, which the client calls `name`, and with a repository's last tag its digests."""
+        users = self.users(image.id)
+        if users and not force and one_repository(self.tags.references(image.id)):
+            raise Conflict(f"conflict: unable to remove repository reference {go_quote(name)} (must force) - "
+                           f"container {users[0][0][:12]} is using its referenced image {image.short_id}")
+        self._untag(image, [reference], records)
+        rest = [other for other in self.tags.references(image.id) if other.name == reference.name]
+        if not reference.digest and all(other.digest for other in rest):
+            self.tags.remove(rest)
+            records += [{"Untagged": other.familiar} for other in rest]
+
+    def _untag(self, image: Image, references: list[Reference], records: list[dict[str, str]]) -> None:
+        self.tags.remove(references)
+        for reference in references:
+            self._log("untag", image, image.id)
+            records.append({"Untagged": reference.familiar})
+
+    def _delete_image(self, image: Image, force: bool, prune: bool, quiet: bool,
+                      records: list[dict[str, str]]) -> None:
+        """Remove the image and, with `prune`, its parents as far as nothing needs them.
+
+        With `quiet`, a conflict leaves the image where it is, unless it would be dangling and unused."""
+        try:
+            self._check_conflicts(image, force)
+        except ImageConflict as conflict:
+            if quiet and (conflict.used or self.tags.references(image.id) or self.store.children(image)):
+                return
+            raise
+        self._untag(image, self.tags.references(image.id), records)
+        layers = self.store.delete(image)
+        self._log("delete", image, image.id)
+        records += [{"Deleted": name} for name in (image.id, *(layer.chain_id for layer in layers))]
+        parent = self.store.get(image.parent)
+        if prune and parent is not None:
+            self._delete_image(parent, False, True, True, records)
+
+    def _check_conflicts(self, image: Image, force: bool, references: bool = True) -> None:
+        """Conflict when something needs the image: children and running containers always, tags (not without
+        `references`) and stopped containers unless `force`."""
+        users = sorted(self.users(image.id), key=lambda user: not user[1])
+        if self.store.children(image):
+            raise ImageConflict(image, "cannot be forced", "image has dependent child images")
+        if users and users[0][1]:
+            raise ImageConflict(image, "cannot be forced", "image is being used by running container",
+                                users[0][0])
+        if force:
+            return
+        if references and self.tags.references(image.id):
+            raise ImageConflict(image, "must be forced", "image is referenced in multiple repositories")
+        if users:
+            raise ImageConflict(image, "must be forced", "image is being used by stopped container",
+                                users[0][0])
+
+
+class ImageConflict(Conflict):
+    """Something needs an image that is to be removed; `used` when it is a container."""
+
+    def __init__(self, image: Image, remedy: str, reason: str, container_id: str = "") -> None:
+        super().__init__(f"conflict: unable to delete {image.short_id} ({remedy}) - {reason} "
+                         f"{container_id[:12]}".rstrip())
+        self.used = bool(container_id)
+
+
+def one_repository(references: list[Reference]) -> bool:
+    """Whether `references`, at least one, are of one repository and at most one of them is a tag."""
+    tags = [reference for reference in references if not reference.digest]
+    return len({reference.name for reference in references}) == 1 and len(tags) <= 1
+
+
+def import_document(config: dict[str, Any], diff_id: str, platform: Platform, comment: str,
+                    created: int) -> bytes:
+    """The configuration of an imported image, made at `created` (ns), byte for byte as moby writes it: keys
+    sorted at the top, in the order of Go's structs below."""
+    when = rfc3339nano(created)
+    document = {
+        "architecture": platform.architecture, "variant": platform.variant, "os": platform.os,
+        "comment": comment, "config": full_config(config), "container_config": full_config({}),
+        "created": when, "docker_version": VERSION, "history": [{"created": when, "comment": comment}],
+        "rootfs": {"type": "layers", "diff_ids": [diff_id]}}
+    return docker_json({key: document[key] for key in sorted(document) if document[key]})
+
+
+class ProgressReader:
+    """Reads `stream` and calls `report(bytes so far)` now and then, and at the end."""
+
+    def __init__(self, stream: Any, report: Callable[[int], None]) -> None:
+        self._stream, self._report, self._current, self._reported = stream, report, 0, 0
+
+    def read(self, size: int = 65536) -> bytes:
+        """At most `size` bytes; b"" at the end."""
+        data = self._stream.read(size)
+        self._current += len(data)
+        if self._current - self._reported > _IMPORT_PROGRESS or not data:
+            self._reported = self._current
+            self._report(self._current)
+        return data
+
+
+@contextlib.contextmanager
+def open_url(address: str, timeout: float = 30) -> Iterator[Any]:
+    """The response to a GET of an http or https URL, proxies of the environment respected; `timeout` in s per
+    read.
+
+    BadParameter for another scheme, also after a redirect; DockerError when there is no successful answer."""
+    import http.client
+    import urllib.error
+    import urllib.request as request
+    scheme = address.partition("://")[0].lower()
+    if scheme not in ("http", "https"):
+        raise BadParameter(f'Get "{address}": unsupported protocol scheme "{scheme}"')
+    opener = request.OpenerDirector()
+    for handler in (request.ProxyHandler, request.UnknownHandler, request.HTTPHandler, request.HTTPSHandler,
+                    request.HTTPDefaultErrorHandler, request.HTTPRedirectHandler, request.HTTPErrorProcessor):
+        opener.add_handler(handler())
+    try:
+        response = opener.open(address, timeout=timeout)
+    except urllib.error.HTTPError as error:
+        raise DockerError(f"failed to GET {address} with status {error.code} {error.reason}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise DockerError(f'Get "{address}": {getattr(error, "reason", error)}') from None
+    with response:
+        yield response
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Registry
+#
+# What reaches out to a registry (OCI distribution specification).  The client is not there yet: its jobs
+# refuse with a line that says so, and what is here already can be used without it.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Registry:
+    """The registry jobs."""
+
+    @job("auth")
+    def auth(self, job: Job) -> None:
+        """Log in to a registry."""
+        self._refuse("login", "a login")
+
+    @job("search")
+    def search(self, job: Job) -> None:
+        """Search a registry."""
+        self._refuse("search", "searching a registry")
+
+    @job("pull")
+    def pull(self, job: Job) -> None:
+        """Fetch an image; args: its name and tag."""
+        self._refuse("pull", f"fetching {job.args[0] if job.args else 'an image'} from a registry")
+
+    @job("push")
+    def push(self, job: Job) -> None:
+        """Send an image to its registry; args: its name."""
+        self._refuse("push", f"sending {job.args[0] if job.args else 'an image'} to a registry")
+
+    @staticmethod
+    def _refuse(name: str, what: str) -> None:
+        raise NotSupported(f"{name}: {what} is not supported by this version yet; import brings an image in")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Execution driver
+#
+# From a container's settings to a running process, first part: what confines it.  Capabilities by name, the
+# user looked up in the image's own files, and the seccomp profile compiled to classic BPF.  The daemon
+# compiles all of it to plain numbers and bytes; the init only loads them.  Sources: capabilities(7),
+# passwd(5), group(5), seccomp(2), <linux/filter.h>, the profile format of Docker and of runtime-spec's
+# config-linux.md.
+# ------------------------------------------------------------------------------------------------------------
+
+# <linux/capability.h>, in the order of their numbers
+CAPABILITIES = tuple("CAP_" + name for name in (
+    "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE "
+    "NET_BIND_SERVICE NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT "
+    "SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE "
+    "AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM BLOCK_SUSPEND AUDIT_READ "
+    "PERFMON BPF CHECKPOINT_RESTORE").split())
+DEFAULT_CAPABILITIES = frozenset(CAPABILITIES.index("CAP_" + name) for name in (
+    "CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP NET_BIND_SERVICE "
+    "SYS_CHROOT KILL AUDIT_WRITE").split())
+
+
+@functools.cache
+def bounding_capabilities() -> frozenset[int]:
+    """The numbers of the capabilities that the daemon can give: those of its bounding and its permitted
+    set."""
+    _, permitted, _ = capget()
+    given = set()
+    for number in range(len(CAPABILITIES)):
+        with contextlib.suppress(OSError):  # EINVAL: a capability that this kernel does not know
+            if prctl(PR_CAPBSET_READ, number) and permitted >> number & 1:
+                given.add(number)
+    if len(given) < len(CAPABILITIES):
+        missing = " ".join(name for number, name in enumerate(CAPABILITIES) if number not in given)
+        log.info("capabilities that this daemon lacks, and privileged containers with it: %s", missing)
+    return frozenset(given)
+
+
+def _capability_numbers(names: Iterable[str], option: str) -> set[int]:
+    """The numbers of capability names with or without CAP_; ALL is every one."""
+    numbers: set[int] = set()
+    for name in map(str.upper, names):
+        full = name if name.startswith("CAP_") else "CAP_" + name
+        if name == "ALL":
+            numbers.update(range(len(CAPABILITIES)))
+        elif full in CAPABILITIES:
+            numbers.add(CAPABILITIES.index(full))
+        else:
+            raise BadParameter(f'invalid {option}: unknown capability: "{full}"')
+    return numbers
+
+
+def capability_sets(add: Iterable[str], drop: Iterable[str], privileged: bool,
+                    bounding: Iterable[int]) -> set[int]:
+    """The numbers of the capabilities of a container, of which none is outside `bounding`.
+
+    `add` and `drop` are CapAdd and CapDrop, with ALL and with or without CAP_, as Docker reads them.
+    BadParameter for an unknown name, and for one asked for by its own name that this host cannot give."""
+    add, drop, given = list(add), list(drop), set(bounding)
+    added, dropped = _capability_numbers(add, "CapAdd"), _capability_numbers(drop, "CapDrop")
+    everything = _capability_numbers(["ALL"], "")
+    if privileged:
+        return given
+    if added == everything:
+        return given - (set() if dropped == everything else dropped)
+    for number in sorted(added - given):
+        raise BadParameter("invalid CapAdd: capability not supported by your kernel or not available in the "
+                           f'current environment: "{CAPABILITIES[number]}"')
+    return added if dropped == everything else set(DEFAULT_CAPABILITIES - dropped | added) & given
+
+
+# Users and groups, by the image's own files: the C library's name service would load the host's plugins
+
+MAXIMUM_ID = (1 << 31) - 1
+
+
+class _Account(NamedTuple):
+    """A line of passwd or group: `members` is the home directory there and the member list here."""
+
+    name: str
+    number: int
+    group: int
+    members: str
+
+
+def _go_integer(text: str) -> Optional[int]:
+    """The number that Go's strconv.Atoi reads, or None."""
+    return int(text) if re.fullmatch(r"[+-]?[0-9]+", text, re.ASCII) else None
+
+
+def _accounts(content: Optional[bytes], last: int) -> list[_Account]:
+    """The lines of a passwd (`last` 5) or group file (`last` 3); what is no number counts as 0, as runc has
+    it."""
+    accounts = []
+    for line in (content or b"").decode("utf-8", "surrogateescape").split("\n"):
+        if line.strip():
+            fields = line.strip().split(":") + [""] * 6
+            uid, gid = (_go_integer(field) or 0 for field in fields[2:4])
+            accounts.append(_Account(fields[0], uid, gid, fields[last]))
+    return accounts
+
+
+def _find_account(accounts: list[_Account], asked: str) -> Optional[_Account]:
+    """The first account with that number, when `asked` is one, else with that name."""
+    number = _go_integer(asked)
+    return next((account for account in accounts
+                 if (account.number == number if number is not None else account.name == asked)), None)
+
+
+def _checked_id(asked: str, what: str, file: str) -> int:
+    """The number of a user or group that its file does not have: only a number in range will do."""
+    number = _go_integer(asked)
+    if number is None:
+        raise BadParameter(f"{what} {asked}: no matching entries in {file} file")
+    if not 0 <= number <= MAXIMUM_ID:
+        raise BadParameter(f"uids and gids must be in range 0-{MAXIMUM_ID}")
+    return number
+
+
+def lookup_user(spec: str, passwd: Optional[bytes], group: Optional[bytes],
+                extra_groups: Iterable[str] = ()) -> tuple[int, int, list[int], str]:
+    """(uid, gid, supplementary gids, home) of `spec`, "user" or "user:group" by name or number, "" for root.
+
+    `passwd` and `group` are the contents of the image's files, `extra_groups` HostConfig's GroupAdd.  A
+    number need not be in the files; a name must: BadParameter with runc's text.  An explicit group takes the
+    place of the memberships.  The first of several matching lines counts."""
+    user, _, asked_group = spec.partition(":")
+    users, groups = _accounts(passwd, 5), _accounts(group, 3)
+    found = _find_account(users, user or "0")
+    uid = found.number if found else _checked_id(user or "0", "unable to find user", "passwd")
+    gid = found.group if found else 0
+    supplementary: list[int] = []
+    if asked_group:
+        match = _find_account(groups, asked_group)
+        gid = match.number if match else _checked_id(asked_group, "unable to find group", "group")
+    elif found:
+        supplementary = [entry.number for entry in groups if found.name in entry.members.split(",")]
+    for asked in extra_groups:
+        extra = next((entry.number for entry in groups if asked in (entry.name, str(entry.number))), None)
+        supplementary.append(_checked_id(asked, "Unable to find group", "group") if extra is None else extra)
+    home = next((entry.members for entry in users if entry.number == uid), "") or "/"
+    return uid, gid, list(dict.fromkeys([gid, *supplementary])), home
+
+
+# seccomp: the numbers of system calls.  One string per calling convention, in the order of the numbers: a
+# number sets the next one.  Facts of the kernel's headers, Linux 6.18; the last two rows are common to
+# several.
+
+_SYSCALL_NAMES = {
+    "SCMP_ARCH_X86_64":
+        "read write open close stat fstat lstat poll lseek mmap mprotect munmap brk rt_sigaction "
+        "rt_sigprocmask rt_sigreturn ioctl pread64 pwrite64 readv writev access pipe select sched_yield "
+        "mremap msync mincore madvise shmget shmat shmctl dup dup2 pause nanosleep getitimer alarm "
+        "setitimer getpid sendfile socket connect accept sendto recvfrom sendmsg recvmsg shutdown bind "
+        "listen getsockname getpeername socketpair setsockopt getsockopt clone fork vfork execve exit wait4 "
+        "kill uname semget semop semctl shmdt msgget msgsnd msgrcv msgctl fcntl flock fsync fdatasync "
+        "truncate ftruncate getdents getcwd chdir fchdir rename mkdir rmdir creat link unlink symlink "
+        "readlink chmod fchmod chown fchown lchown umask gettimeofday getrlimit getrusage sysinfo times "
+        "ptrace getuid syslog getgid setuid setgid geteuid getegid setpgid getppid getpgrp setsid setreuid "
+        "setregid getgroups setgroups setresuid getresuid setresgid getresgid getpgid setfsuid setfsgid "
+        "getsid capget capset rt_sigpending rt_sigtimedwait rt_sigqueueinfo rt_sigsuspend sigaltstack utime "
+        "mknod uselib personality ustat statfs fstatfs sysfs getpriority setpriority sched_setparam "
+        "sched_getparam sched_setscheduler sched_getscheduler sched_get_priority_max sched_get_priority_min "
+        "sched_rr_get_interval mlock munlock mlockall munlockall vhangup modify_ldt pivot_root _sysctl "
+        "prctl arch_prctl adjtimex setrlimit chroot sync acct settimeofday mount umount2 swapon swapoff "
+        "reboot sethostname setdomainname iopl ioperm create_module init_module delete_module "
+        "get_kernel_syms query_module quotactl nfsservctl getpmsg putpmsg afs_syscall tuxcall security "
+        "gettid readahead setxattr lsetxattr fsetxattr getxattr lgetxattr fgetxattr listxattr llistxattr "
+        "flistxattr removexattr lremovexattr fremovexattr tkill time futex sched_setaffinity "
+        "sched_getaffinity set_thread_area io_setup io_destroy io_getevents io_submit io_cancel "
+        "get_thread_area lookup_dcookie epoll_create epoll_ctl_old epoll_wait_old remap_file_pages "
+        "getdents64 set_tid_address restart_syscall semtimedop fadvise64 timer_create timer_settime "
+        "timer_gettime timer_getoverrun timer_delete clock_settime clock_gettime clock_getres "
+        "clock_nanosleep exit_group epoll_wait epoll_ctl tgkill utimes vserver mbind set_mempolicy "
+        "get_mempolicy mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr kexec_load "
+        "waitid add_key request_key keyctl ioprio_set ioprio_get inotify_init inotify_add_watch "
+        "inotify_rm_watch migrate_pages openat mkdirat mknodat fchownat futimesat newfstatat unlinkat "
+        "renameat linkat symlinkat readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list "
+        "get_robust_list splice tee sync_file_range vmsplice move_pages utimensat epoll_pwait signalfd "
+        "timerfd_create eventfd fallocate timerfd_settime timerfd_gettime accept4 signalfd4 eventfd2 "
+        "epoll_create1 dup3 pipe2 inotify_init1 preadv pwritev rt_tgsigqueueinfo perf_event_open recvmmsg "
+        "fanotify_init fanotify_mark prlimit64 name_to_handle_at open_by_handle_at clock_adjtime syncfs "
+        "sendmmsg setns getcpu process_vm_readv process_vm_writev kcmp finit_module sched_setattr "
+        "sched_getattr renameat2 seccomp getrandom memfd_create kexec_file_load bpf execveat userfaultfd "
+        "membarrier mlock2 copy_file_range preadv2 pwritev2 pkey_mprotect pkey_alloc pkey_free statx "
+        "io_pgetevents rseq uretprobe uprobe",
+    "SCMP_ARCH_X86":
+        "restart_syscall exit fork read write open close waitpid creat link unlink execve chdir time mknod "
+        "chmod lchown break oldstat lseek getpid mount umount setuid getuid stime ptrace alarm oldfstat "
+        "pause utime stty gtty access nice ftime sync kill rename mkdir rmdir dup pipe times prof brk "
+        "setgid getgid signal geteuid getegid acct umount2 lock ioctl fcntl mpx setpgid ulimit oldolduname "
+        "umask chroot ustat dup2 getppid getpgrp setsid sigaction sgetmask ssetmask setreuid setregid "
+        "sigsuspend sigpending sethostname setrlimit getrlimit getrusage gettimeofday settimeofday "
+        "getgroups setgroups select symlink oldlstat readlink uselib swapon reboot readdir mmap munmap "
+        "truncate ftruncate fchmod fchown getpriority setpriority profil statfs fstatfs ioperm socketcall "
+        "syslog setitimer getitimer stat lstat fstat olduname iopl vhangup idle vm86old wait4 swapoff "
+        "sysinfo ipc fsync sigreturn clone setdomainname uname modify_ldt adjtimex mprotect sigprocmask "
+        "create_module init_module delete_module get_kernel_syms quotactl getpgid fchdir bdflush sysfs "
+        "personality afs_syscall setfsuid setfsgid _llseek getdents _newselect flock msync readv writev "
+        "getsid fdatasync _sysctl mlock munlock mlockall munlockall sched_setparam sched_getparam "
+        "sched_setscheduler sched_getscheduler sched_yield sched_get_priority_max sched_get_priority_min "
+        "sched_rr_get_interval nanosleep mremap setresuid getresuid vm86 query_module poll nfsservctl "
+        "setresgid getresgid prctl rt_sigreturn rt_sigaction rt_sigprocmask rt_sigpending rt_sigtimedwait "
+        "rt_sigqueueinfo rt_sigsuspend pread64 pwrite64 chown getcwd capget capset sigaltstack sendfile "
+        "getpmsg putpmsg vfork ugetrlimit mmap2 truncate64 ftruncate64 stat64 lstat64 fstat64 lchown32 "
+        "getuid32 getgid32 geteuid32 getegid32 setreuid32 setregid32 getgroups32 setgroups32 fchown32 "
+        "setresuid32 getresuid32 setresgid32 getresgid32 chown32 setuid32 setgid32 setfsuid32 setfsgid32 "
+        "pivot_root mincore madvise getdents64 fcntl64 224 gettid readahead setxattr lsetxattr fsetxattr "
+        "getxattr lgetxattr fgetxattr listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr "
+        "tkill sendfile64 futex sched_setaffinity sched_getaffinity set_thread_area get_thread_area "
+        "io_setup io_destroy io_getevents io_submit io_cancel fadvise64 252 exit_group lookup_dcookie "
+        "epoll_create epoll_ctl epoll_wait remap_file_pages set_tid_address timer_create timer_settime "
+        "timer_gettime timer_getoverrun timer_delete clock_settime clock_gettime clock_getres "
+        "clock_nanosleep statfs64 fstatfs64 tgkill utimes fadvise64_64 vserver mbind get_mempolicy "
+        "set_mempolicy mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify mq_getsetattr kexec_load "
+        "waitid 286 add_key request_key keyctl ioprio_set ioprio_get inotify_init inotify_add_watch "
+        "inotify_rm_watch migrate_pages openat mkdirat mknodat fchownat futimesat fstatat64 unlinkat "
+        "renameat linkat symlinkat readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list "
+        "get_robust_list splice sync_file_range tee vmsplice move_pages getcpu epoll_pwait utimensat "
+        "signalfd timerfd_create eventfd fallocate timerfd_settime timerfd_gettime signalfd4 eventfd2 "
+        "epoll_create1 dup3 pipe2 inotify_init1 preadv pwritev rt_tgsigqueueinfo perf_event_open recvmmsg "
+        "fanotify_init fanotify_mark prlimit64 name_to_handle_at open_by_handle_at clock_adjtime syncfs "
+        "sendmmsg setns process_vm_readv process_vm_writev kcmp finit_module sched_setattr sched_getattr "
+        "renameat2 seccomp getrandom memfd_create bpf execveat socket socketpair bind connect listen "
+        "accept4 getsockopt setsockopt getsockname getpeername sendto sendmsg recvfrom recvmsg shutdown "
+        "userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2 pkey_mprotect pkey_alloc pkey_free "
+        "statx arch_prctl io_pgetevents rseq 393 semget semctl shmget shmctl shmat shmdt msgget msgsnd "
+        "msgrcv msgctl",
+    "SCMP_ARCH_AARCH64":
+        "io_setup io_destroy io_submit io_cancel io_getevents setxattr lsetxattr fsetxattr getxattr "
+        "lgetxattr fgetxattr listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr getcwd "
+        "lookup_dcookie eventfd2 epoll_create1 epoll_ctl epoll_pwait dup dup3 fcntl inotify_init1 "
+        "inotify_add_watch inotify_rm_watch ioctl ioprio_set ioprio_get flock mknodat mkdirat unlinkat "
+        "symlinkat linkat renameat umount2 mount pivot_root nfsservctl statfs fstatfs truncate ftruncate "
+        "fallocate faccessat chdir fchdir chroot fchmod fchmodat fchownat fchown openat close vhangup pipe2 "
+        "quotactl getdents64 lseek read write readv writev pread64 pwrite64 preadv pwritev sendfile "
+        "pselect6 ppoll signalfd4 vmsplice splice tee readlinkat newfstatat fstat sync fsync fdatasync "
+        "sync_file_range timerfd_create timerfd_settime timerfd_gettime utimensat acct capget capset "
+        "personality exit exit_group waitid set_tid_address unshare futex set_robust_list get_robust_list "
+        "nanosleep getitimer setitimer kexec_load init_module delete_module timer_create timer_gettime "
+        "timer_getoverrun timer_settime timer_delete clock_settime clock_gettime clock_getres "
+        "clock_nanosleep syslog ptrace sched_setparam sched_setscheduler sched_getscheduler sched_getparam "
+        "sched_setaffinity sched_getaffinity sched_yield sched_get_priority_max sched_get_priority_min "
+        "sched_rr_get_interval restart_syscall kill tkill tgkill sigaltstack rt_sigsuspend rt_sigaction "
+        "rt_sigprocmask rt_sigpending rt_sigtimedwait rt_sigqueueinfo rt_sigreturn setpriority getpriority "
+        "reboot setregid setgid setreuid setuid setresuid getresuid setresgid getresgid setfsuid setfsgid "
+        "times setpgid getpgid getsid setsid getgroups setgroups uname sethostname setdomainname getrlimit "
+        "setrlimit getrusage umask prctl getcpu gettimeofday settimeofday adjtimex getpid getppid getuid "
+        "geteuid getgid getegid gettid sysinfo mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify "
+        "mq_getsetattr msgget msgctl msgrcv msgsnd semget semctl semtimedop semop shmget shmctl shmat shmdt "
+        "socket socketpair bind listen accept connect getsockname getpeername sendto recvfrom setsockopt "
+        "getsockopt shutdown sendmsg recvmsg readahead brk munmap mremap add_key request_key keyctl clone "
+        "execve mmap fadvise64 swapon swapoff mprotect msync mlock munlock mlockall munlockall mincore "
+        "madvise remap_file_pages mbind get_mempolicy set_mempolicy migrate_pages move_pages "
+        "rt_tgsigqueueinfo perf_event_open accept4 recvmmsg 260 wait4 prlimit64 fanotify_init fanotify_mark "
+        "name_to_handle_at open_by_handle_at clock_adjtime syncfs setns sendmmsg process_vm_readv "
+        "process_vm_writev kcmp finit_module sched_setattr sched_getattr renameat2 seccomp getrandom "
+        "memfd_create bpf execveat userfaultfd membarrier mlock2 copy_file_range preadv2 pwritev2 "
+        "pkey_mprotect pkey_alloc pkey_free statx io_pgetevents rseq kexec_file_load",
+    "SCMP_ARCH_ARM":
+        "restart_syscall exit fork read write open close 8 creat link unlink execve chdir 14 mknod chmod "
+        "lchown 19 lseek getpid mount 23 setuid getuid 26 ptrace 29 pause 33 access nice 36 sync kill "
+        "rename mkdir rmdir dup pipe times 45 brk setgid getgid 49 geteuid getegid acct umount2 54 ioctl "
+        "fcntl 57 setpgid 60 umask chroot ustat dup2 getppid getpgrp setsid sigaction 70 setreuid setregid "
+        "sigsuspend sigpending sethostname setrlimit 77 getrusage gettimeofday settimeofday getgroups "
+        "setgroups 83 symlink 85 readlink uselib swapon reboot 91 munmap truncate ftruncate fchmod fchown "
+        "getpriority setpriority 99 statfs fstatfs 103 syslog setitimer getitimer stat lstat fstat 111 "
+        "vhangup 114 wait4 swapoff sysinfo 118 fsync sigreturn clone setdomainname uname 124 adjtimex "
+        "mprotect sigprocmask 128 init_module delete_module 131 quotactl getpgid fchdir bdflush sysfs "
+        "personality 138 setfsuid setfsgid _llseek getdents _newselect flock msync readv writev getsid "
+        "fdatasync _sysctl mlock munlock mlockall munlockall sched_setparam sched_getparam "
+        "sched_setscheduler sched_getscheduler sched_yield sched_get_priority_max sched_get_priority_min "
+        "sched_rr_get_interval nanosleep mremap setresuid getresuid 168 poll nfsservctl setresgid getresgid "
+        "prctl rt_sigreturn rt_sigaction rt_sigprocmask rt_sigpending rt_sigtimedwait rt_sigqueueinfo "
+        "rt_sigsuspend pread64 pwrite64 chown getcwd capget capset sigaltstack sendfile 190 vfork "
+        "ugetrlimit mmap2 truncate64 ftruncate64 stat64 lstat64 fstat64 lchown32 getuid32 getgid32 "
+        "geteuid32 getegid32 setreuid32 setregid32 getgroups32 setgroups32 fchown32 setresuid32 getresuid32 "
+        "setresgid32 getresgid32 chown32 setuid32 setgid32 setfsuid32 setfsgid32 getdents64 pivot_root "
+        "mincore madvise fcntl64 224 gettid readahead setxattr lsetxattr fsetxattr getxattr lgetxattr "
+        "fgetxattr listxattr llistxattr flistxattr removexattr lremovexattr fremovexattr tkill sendfile64 "
+        "futex sched_setaffinity sched_getaffinity io_setup io_destroy io_getevents io_submit io_cancel "
+        "exit_group lookup_dcookie epoll_create epoll_ctl epoll_wait remap_file_pages 256 set_tid_address "
+        "timer_create timer_settime timer_gettime timer_getoverrun timer_delete clock_settime clock_gettime "
+        "clock_getres clock_nanosleep statfs64 fstatfs64 tgkill utimes arm_fadvise64_64 pciconfig_iobase "
+        "pciconfig_read pciconfig_write mq_open mq_unlink mq_timedsend mq_timedreceive mq_notify "
+        "mq_getsetattr waitid socket bind connect listen accept getsockname getpeername socketpair send "
+        "sendto recv recvfrom shutdown setsockopt getsockopt sendmsg recvmsg semop semget semctl msgsnd "
+        "msgrcv msgget msgctl shmat shmdt shmget shmctl add_key request_key keyctl semtimedop vserver "
+        "ioprio_set ioprio_get inotify_init inotify_add_watch inotify_rm_watch mbind get_mempolicy "
+        "set_mempolicy openat mkdirat mknodat fchownat futimesat fstatat64 unlinkat renameat linkat "
+        "symlinkat readlinkat fchmodat faccessat pselect6 ppoll unshare set_robust_list get_robust_list "
+        "splice arm_sync_file_range tee vmsplice move_pages getcpu epoll_pwait kexec_load utimensat "
+        "signalfd timerfd_create eventfd fallocate timerfd_settime timerfd_gettime signalfd4 eventfd2 "
+        "epoll_create1 dup3 pipe2 inotify_init1 preadv pwritev rt_tgsigqueueinfo perf_event_open recvmmsg "
+        "accept4 fanotify_init fanotify_mark prlimit64 name_to_handle_at open_by_handle_at clock_adjtime "
+        "syncfs sendmmsg setns process_vm_readv process_vm_writev kcmp finit_module sched_setattr "
+        "sched_getattr renameat2 seccomp getrandom memfd_create bpf execveat userfaultfd membarrier mlock2 "
+        "copy_file_range preadv2 pwritev2 pkey_mprotect pkey_alloc pkey_free statx rseq io_pgetevents "
+        "migrate_pages kexec_file_load 983041 breakpoint cacheflush usr26 usr32 set_tls get_tls",
+    "time64":
+        "403 clock_gettime64 clock_settime64 clock_adjtime64 clock_getres_time64 clock_nanosleep_time64 "
+        "timer_gettime64 timer_settime64 timerfd_gettime64 timerfd_settime64 utimensat_time64 "
+        "pselect6_time64 ppoll_time64 416 io_pgetevents_time64 recvmmsg_time64 mq_timedsend_time64 "
+        "mq_timedreceive_time64 semtimedop_time64 rt_sigtimedwait_time64 futex_time64 "
+        "sched_rr_get_interval_time64",
+    "common":
+        "424 pidfd_send_signal io_uring_setup io_uring_enter io_uring_register open_tree move_mount fsopen "
+        "fsconfig fsmount fspick pidfd_open clone3 close_range openat2 pidfd_getfd faccessat2 "
+        "process_madvise epoll_pwait2 mount_setattr quotactl_fd landlock_create_ruleset landlock_add_rule "
+        "landlock_restrict_self memfd_secret process_mrelease futex_waitv set_mempolicy_home_node cachestat "
+        "fchmodat2 map_shadow_stack futex_wake futex_wait futex_requeue statmount listmount "
+        "lsm_get_self_attr lsm_set_self_attr lsm_list_modules mseal setxattrat getxattrat listxattrat "
+        "removexattrat open_tree_attr file_getattr file_setattr",
+}
+# x32 is x86-64 with a bit in the number: it lacks some calls and numbers others anew (pitfall 23)
+X32_SYSCALL_BIT = 0x40000000
+_X32_LACKS = ("_sysctl create_module epoll_ctl_old epoll_wait_old get_kernel_syms get_thread_area "
+              "map_shadow_stack nfsservctl query_module set_thread_area uprobe uretprobe uselib vserver")
+_X32_FROM_512 = (
+    "rt_sigaction rt_sigreturn ioctl readv writev recvfrom sendmsg recvmsg execve ptrace rt_sigpending "
+    "rt_sigtimedwait rt_sigqueueinfo sigaltstack timer_create mq_notify kexec_load waitid set_robust_list "
+    "get_robust_list vmsplice move_pages preadv pwritev rt_tgsigqueueinfo recvmmsg sendmmsg process_vm_readv "
+    "process_vm_writev setsockopt getsockopt io_setup io_submit execveat preadv2 pwritev2")
+
+# Calls that i386 also reaches through a multiplexer, which tells them apart by the low half of its first
+# argument
+_I386_MULTIPLEXED = {
+    "socketcall": "1 socket bind connect listen accept getsockname getpeername socketpair send recv sendto "
+                  "recvfrom shutdown setsockopt getsockopt sendmsg recvmsg accept4 recvmmsg sendmmsg",
+    "ipc": "1 semop semget semctl semtimedop 11 msgsnd msgrcv msgget msgctl 21 shmat shmdt shmget shmctl",
+}
+
+
+class _Machine(NamedTuple):
+    """What a machine calls itself in Go, and the calling conventions its kernel offers, its own first."""
+
+    go_name: str
+    conventions: tuple[str, ...]
+
+
+_MACHINES = {"x86_64": _Machine("amd64", ("SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32")),
+             "aarch64": _Machine("arm64", ("SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"))}
+# AUDIT_ARCH_* of <linux/audit.h>, by which the kernel tells a filter of the calling convention
+_AUDIT_ARCHITECTURES = {"SCMP_ARCH_X86_64": 0xC000003E, "SCMP_ARCH_X32": 0xC000003E,
+                        "SCMP_ARCH_X86": 0x40000003, "SCMP_ARCH_AARCH64": 0xC00000B7,
+                        "SCMP_ARCH_ARM": 0x40000028}
+_OTHER_ARCHITECTURES = frozenset("SCMP_ARCH_" + name for name in (
+    "LOONGARCH64 M68K MIPS MIPS64 MIPS64N32 MIPSEL MIPSEL64 MIPSEL64N32 PARISC PARISC64 PPC PPC64 PPC64LE "
+    "RISCV64 S390 S390X SH SHEB").split())
+
+
+def _numbered(names: str) -> dict[str, int]:
+    """{name: number} of a row of names in which a number sets the next one's."""
+    numbers, number = {}, 0
+    for word in names.split():
+        if word.isdigit():
+            number = int(word)
+        else:
+            numbers[word] = number
+            number += 1
+    return numbers
+
+
+@functools.cache
+def syscall_numbers(convention: str) -> dict[str, int]:
+    """The number of each system call by name under the calling convention `convention` (SCMP_ARCH_*)."""
+    if convention == "SCMP_ARCH_X32":
+        numbers = dict(syscall_numbers("SCMP_ARCH_X86_64"))
+        for name in _X32_LACKS.split():
+            del numbers[name]
+        numbers.update(_numbered("512 " + _X32_FROM_512))
+        return {name: number | X32_SYSCALL_BIT for name, number in numbers.items()}
+    numbers = _numbered(f"{_SYSCALL_NAMES[convention]} {_SYSCALL_NAMES['common']}")
+    if convention in ("SCMP_ARCH_X86", "SCMP_ARCH_ARM"):
+        numbers.update(_numbered(_SYSCALL_NAMES["time64"]))
+    if convention == "SCMP_ARCH_ARM":
+        numbers["sync_file_range2"] = numbers["arm_sync_file_range"]
+    return numbers
+
+
+# Docker's default profile: what every process may call, then what depends on something.  Rows for machines
+# that this daemon does not run on are left out.
+
+_DEFAULT_ALLOWED = (
+    "_llseek _newselect accept accept4 access adjtimex alarm bind brk cachestat capget capset chdir chmod "
+    "chown chown32 clock_adjtime clock_adjtime64 clock_getres clock_getres_time64 clock_gettime "
+    "clock_gettime64 clock_nanosleep clock_nanosleep_time64 close close_range connect copy_file_range creat "
+    "dup dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2 epoll_wait "
+    "epoll_wait_old eventfd eventfd2 execve execveat exit exit_group faccessat faccessat2 fadvise64 "
+    "fadvise64_64 fallocate fanotify_mark fchdir fchmod fchmodat fchmodat2 fchown fchown32 fchownat fcntl "
+    "fcntl64 fdatasync fgetxattr flistxattr flock fork fremovexattr fsetxattr fstat fstat64 fstatat64 "
+    "fstatfs fstatfs64 fsync ftruncate ftruncate64 futex futex_requeue futex_time64 futex_wait futex_waitv "
+    "futex_wake futimesat get_robust_list get_thread_area getcpu getcwd getdents getdents64 getegid "
+    "getegid32 geteuid geteuid32 getgid getgid32 getgroups getgroups32 getitimer getpeername getpgid getpgrp "
+    "getpid getppid getpriority getrandom getresgid getresgid32 getresuid getresuid32 getrlimit getrusage "
+    "getsid getsockname getsockopt gettid gettimeofday getuid getuid32 getxattr getxattrat inotify_add_watch "
+    "inotify_init inotify_init1 inotify_rm_watch io_cancel io_destroy io_getevents io_pgetevents "
+    "io_pgetevents_time64 io_setup io_submit ioctl ioprio_get ioprio_set ipc kill landlock_add_rule "
+    "landlock_create_ruleset landlock_restrict_self lchown lchown32 lgetxattr link linkat listen listmount "
+    "listxattr listxattrat llistxattr lremovexattr lseek lsetxattr lstat lstat64 madvise map_shadow_stack "
+    "membarrier memfd_create memfd_secret mincore mkdir mkdirat mknod mknodat mlock mlock2 mlockall mmap "
+    "mmap2 mprotect mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedreceive_time64 mq_timedsend "
+    "mq_timedsend_time64 mq_unlink mremap mseal msgctl msgget msgrcv msgsnd msync munlock munlockall munmap "
+    "name_to_handle_at nanosleep newfstatat open openat openat2 pause pidfd_open pidfd_send_signal pipe "
+    "pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll ppoll_time64 prctl pread64 preadv preadv2 prlimit64 "
+    "process_mrelease pselect6 pselect6_time64 pwrite64 pwritev pwritev2 read readahead readlink readlinkat "
+    "readv recv recvfrom recvmmsg recvmmsg_time64 recvmsg remap_file_pages removexattr removexattrat rename "
+    "renameat renameat2 restart_syscall riscv_hwprobe rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask "
+    "rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait rt_sigtimedwait_time64 rt_tgsigqueueinfo "
+    "sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr sched_getparam "
+    "sched_getscheduler sched_rr_get_interval sched_rr_get_interval_time64 sched_setaffinity sched_setattr "
+    "sched_setparam sched_setscheduler sched_yield seccomp select semctl semget semop semtimedop "
+    "semtimedop_time64 send sendfile sendfile64 sendmmsg sendmsg sendto set_robust_list set_thread_area "
+    "set_tid_address setfsgid setfsgid32 setfsuid setfsuid32 setgid setgid32 setgroups setgroups32 setitimer "
+    "setpgid setpriority setregid setregid32 setresgid setresgid32 setresuid setresuid32 setreuid setreuid32 "
+    "setrlimit setsid setsockopt setuid setuid32 setxattr setxattrat shmat shmctl shmdt shmget shutdown "
+    "sigaltstack signalfd signalfd4 sigprocmask sigreturn socketcall socketpair splice stat stat64 statfs "
+    "statfs64 statmount statx symlink symlinkat sync sync_file_range syncfs sysinfo tee tgkill time "
+    "timer_create timer_delete timer_getoverrun timer_gettime timer_gettime64 timer_settime timer_settime64 "
+    "timerfd_create timerfd_gettime timerfd_gettime64 timerfd_settime timerfd_settime64 times tkill truncate "
+    "truncate64 ugetrlimit umask uname unlink unlinkat uretprobe utime utimensat utimensat_time64 utimes "
+    "vfork vmsplice wait4 waitid waitpid write writev")
+_DEFAULT_CONDITIONAL = (
+    ("minKernel", "4.8", "process_vm_readv process_vm_writev ptrace"),
+    ("arches", "arm arm64", "arm_fadvise64_64 arm_sync_file_range sync_file_range2 breakpoint cacheflush "
+     "set_tls"),
+    ("arches", "amd64 x32", "arch_prctl"),
+    ("arches", "amd64 x32 x86", "modify_ldt"),
+    ("caps", "CAP_DAC_READ_SEARCH", "open_by_handle_at"),
+    ("caps", "CAP_SYS_ADMIN", "bpf clone clone3 fanotify_init fsconfig fsmount fsopen fspick lookup_dcookie "
+     "lsm_get_self_attr lsm_list_modules lsm_set_self_attr mount mount_setattr move_mount open_tree "
+     "perf_event_open quotactl quotactl_fd setdomainname sethostname setns syslog umount umount2 unshare"),
+    ("caps", "CAP_SYS_BOOT", "reboot"),
+    ("caps", "CAP_SYS_CHROOT", "chroot"),
+    ("caps", "CAP_SYS_MODULE", "delete_module init_module finit_module"),
+    ("caps", "CAP_SYS_PACCT", "acct"),
+    ("caps", "CAP_SYS_PTRACE", "kcmp pidfd_getfd process_madvise process_vm_readv process_vm_writev ptrace"),
+    ("caps", "CAP_SYS_RAWIO", "iopl ioperm"),
+    ("caps", "CAP_SYS_TIME", "settimeofday stime clock_settime clock_settime64"),
+    ("caps", "CAP_SYS_TTY_CONFIG", "vhangup"),
+    ("caps", "CAP_SYS_NICE", "get_mempolicy mbind set_mempolicy set_mempolicy_home_node"),
+    ("caps", "CAP_SYSLOG", "syslog"),
+    ("caps", "CAP_BPF", "bpf"),
+    ("caps", "CAP_PERFMON", "perf_event_open"),
+)
+# (system call, SCMP_CMP_*, value of its first argument): no AF_VSOCK (40) and no family 38, AF_ALG; the
+# personalities Linux, UNAME26, ADDR_NO_RANDOMIZE, both, and the query
+_DEFAULT_ARGUMENTS = (("socket", "LT", 38), ("socket", "EQ", 39), ("socket", "GT", 40),
+                      *(("personality", "EQ", value) for value in (0, 8, 0x20000, 0x20008, 0xFFFFFFFF)))
+_NEW_NAMESPACES = 0x7E020000  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET}
+
+
+def default_seccomp_profile() -> dict[str, Any]:
+    """Docker's default profile in the JSON format, for this daemon's machines."""
+    def rule(names: str, action: str = "SCMP_ACT_ALLOW", **more: Any) -> dict[str, Any]:
+        return {"names": names.split(), "action": action, **more}
+
+    without_admin = {"caps": ["CAP_SYS_ADMIN"]}
+    no_namespaces = {"index": 0, "value": _NEW_NAMESPACES, "op": "SCMP_CMP_MASKED_EQ"}
+    return {
+        "defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": errno.EPERM,
+        "archMap": [{"architecture": own, "subArchitectures": others}
+                    for own, *others in (machine.conventions for machine in _MACHINES.values())],
+        "syscalls": [
+            rule(_DEFAULT_ALLOWED),
+            *(rule(name, args=[{"index": 0, "value": value, "op": "SCMP_CMP_" + operator}])
+              for name, operator, value in _DEFAULT_ARGUMENTS),
+            *(rule(names, includes={key: value if key == "minKernel" else value.split()})
+              for key, value, names in _DEFAULT_CONDITIONAL),
+            rule("clone", args=[no_namespaces], excludes=without_admin),
+            rule("clone3", "SCMP_ACT_ERRNO", errnoRet=errno.ENOSYS, excludes=without_admin),
+        ],
+    }
+
+
+# <linux/seccomp.h>: the action in the upper half of what a filter returns, an errno or a tracer's message
+# below
+_SECCOMP_ACTIONS = {"KILL": 0, "KILL_THREAD": 0, "KILL_PROCESS": 0x80000000, "TRAP": 0x00030000,
+                    "ERRNO": 0x00050000, "TRACE": 0x7FF00000, "LOG": 0x7FFC0000, "ALLOW": 0x7FFF0000}
+_SECCOMP_FLAGS = {"SECCOMP_FILTER_FLAG_TSYNC": 1, "SECCOMP_FILTER_FLAG_LOG": 2,
+                  "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4}
+_SECCOMP_OPERATORS = ("NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ")
+_BAD_ARCHITECTURE = _SECCOMP_ACTIONS["KILL_THREAD"]
+_UNKNOWN_SYSCALL = _SECCOMP_ACTIONS["ERRNO"] | errno.ENOSYS
+BPF_MAXIMUM_LENGTH = 4096
+
+# <linux/filter.h>
+BPF_AND, BPF_JEQ, BPF_JGE, BPF_JGT, BPF_JUMP, BPF_LOAD, BPF_RETURN = 0x54, 0x15, 0x35, 0x25, 0x05, 0x20, 0x06
+
+
+class Condition(NamedTuple):
+    """A test of one argument (64 bits): `argument OPERATOR value`, or `argument & value == second`."""
+
+    argument: int
+    operator: str
+    value: int
+    second: int
+
+
+class Rule(NamedTuple):
+    """What becomes of a call whose arguments meet all of the conditions."""
+
+    conditions: tuple[Condition, ...]
+    action: int
+
+
+class Choice(NamedTuple):
+    """What becomes of a call that depends on its arguments: the first rule that holds, else `default`."""
+
+    rules: tuple[Rule, ...]
+    default: int
+    wide: bool  # whether the calling convention has 64-bit arguments
+
+
+class _Assembler:
+    """A classic BPF program, written from its end to its start: then every jump goes to what is there
+    already.
+
+    A label is the number of instructions from the labelled one to the end."""
+
+    def __init__(self) -> None:
+        self.code: list[bytes] = []
+        self._returns: dict[Union[int, Choice], int] = {}
+
+    def emit(self, operation: int, k: int, true: int = 0, false: int = 0) -> int:
+        """Put an instruction in front; its label."""
+        self.code.append(struct.pack("=HBBI", operation, true, false, k))
+        return len(self.code)
+
+    def _near(self, label: int) -> int:
+        """`label`, or that of a long jump to it where a conditional jump would not reach."""
+        distance = len(self.code) - label
+        return label if distance < 255 else self.emit(BPF_JUMP, distance)
+
+    def jump(self, operation: int, k: int, true: int, false: int) -> int:
+        """Compare the accumulator with `k` and go to one of two labels."""
+        true = self._near(true)
+        false = self._near(false)
+        return self.emit(operation, k, len(self.code) - true, len(self.code) - false)
+
+    def before(self, label: int, operation: int, k: int) -> int:
+        """An instruction that runs on into `label`."""
+        if label != len(self.code):
+            self.emit(BPF_JUMP, len(self.code) - label)
+        return self.emit(operation, k)
+
+    def decide(self, decision: Union[int, Choice]) -> int:
+        """The code of an action or a choice; what is near is used again."""
+        label = self._returns.get(decision)
+        if label is None or len(self.code) - label > 200:
+            label = self.emit(BPF_RETURN, decision) if isinstance(decision, int) else self._choose(decision)
+            self._returns[decision] = label
+        return label
+
+    def _choose(self, choice: Choice) -> int:
+        label = self.decide(choice.default)
+        for rule in reversed(choice.rules):
+            target = self.decide(rule.action)
+            for condition in reversed(rule.conditions):
+                target = self._test(condition, target, label, choice.wide)
+            label = target
+        return label
+
+    def _test(self, condition: Condition, true: int, false: int, wide: bool) -> int:
+        """One condition, lower word last; a calling convention of 32 bits has only that.  seccomp_data,
+        seccomp(2)."""
+        argument, operator, value, second = condition
+        if operator in ("NE", "LT", "LE"):
+            operator, true, false = {"NE": "EQ", "LT": "GE", "LE": "GT"}[operator], false, true
+        masked = operator == "MASKED_EQ"
+        compare = {"GE": BPF_JGE, "GT": BPF_JGT}.get(operator, BPF_JEQ)
+        word = 16 + 8 * argument
+        goal = second if masked else value
+        label = self.jump(compare, goal & 0xFFFFFFFF, true, false)
+        if masked:
+            label = self.emit(BPF_AND, value & 0xFFFFFFFF)
+        label = self.emit(BPF_LOAD, word)
+        if not wide or masked and not (value | second) >> 32:
+            return label
+        label = self.jump(BPF_JEQ, goal >> 32, label, false)
+        if masked:
+            self.emit(BPF_AND, value >> 32)
+        elif compare != BPF_JEQ:
+            label = self.jump(BPF_JGT, goal >> 32, true, label)
+        return self.emit(BPF_LOAD, word + 4)
+
+    def tree(self, ranges: list[tuple[int, Union[int, Choice]]]) -> int:
+        """A balanced search for the range (first number, decision) that the accumulator lies in."""
+        if len(ranges) == 1:
+            return self.decide(ranges[0][1])
+        middle = len(ranges) // 2
+        upper, lower = self.tree(ranges[middle:]), self.tree(ranges[:middle])
+        return self.jump(BPF_JGE, ranges[middle][0], upper, lower)
+
+
+def _seccomp_action(name: str, code: Optional[int]) -> int:
+    """The return value of a filter for SCMP_ACT_*; `code` is the errno, or the message to a tracer, 1 by
+    default."""
+    action = name.partition("SCMP_ACT_")[2]
+    if action == "NOTIFY":
+        raise NotSupported("the seccomp action SCMP_ACT_NOTIFY needs a listener, and this daemon has none")
+    if action not in _SECCOMP_ACTIONS or not name.startswith("SCMP_ACT_"):
+        raise BadParameter(f"string {name} is not a valid action for seccomp")
+    data = (errno.EPERM if code is None else code & 0xFFFF) if action in ("ERRNO", "TRACE") else 0
+    return _SECCOMP_ACTIONS[action] | data
+
+
+def _seccomp_condition(argument: dict[str, Any]) -> Condition:
+    operator = argument.get("op", "")
+    if operator.partition("SCMP_CMP_")[2] not in _SECCOMP_OPERATORS or not operator.startswith("SCMP_CMP_"):
+        raise BadParameter(f"string {operator} is not a valid operator for seccomp")
+    index, value, second = (argument.get(key, 0) for key in ("index", "value", "valueTwo"))
+    if not 0 <= index <= 5:
+        raise BadParameter(f"seccomp rule for the argument {index}: a system call has the arguments 0 to 5")
+    if not (0 <= value < 1 << 64 and 0 <= second < 1 << 64):
+        raise ValueError(f"the value of an argument is not an unsigned number of 64 bits: {argument}")
+    return Condition(index, operator[9:], value, second)
+
+
+def _kernel_version(text: str) -> tuple[int, int]:
+    match = re.match(r"(\d+)\.(\d+)", text)
+    if not match:
+        raise BadParameter(f"invalid kernel version in the seccomp profile: {text}")
+    return int(match[1]), int(match[2])
+
+
+def _rule_applies(call: dict[str, Any], capabilities: frozenset[str], go_name: str, kernel: str) -> bool:
+    """Whether the includes and excludes of a row let it stand for this container, machine and kernel."""
+    for key, wanted in (("excludes", False), ("includes", True)):
+        only = call.get(key) or {}
+        tests = [name in capabilities for name in only.get("caps") or ()]
+        if only.get("arches"):
+            tests.append(go_name in only["arches"])
+        if only.get("minKernel"):
+            tests.append(_kernel_version(only["minKernel"]) <= _kernel_version(kernel))
+        if any(test != wanted for test in tests):
+            return False
+    return True
+
+
+def _call_rules(call: dict[str, Any]) -> list[Rule]:
+    """The rules of a row; conditions on one and the same argument are alternatives, as runc has it."""
+    action = _seccomp_action(call.get("action", ""), call.get("errnoRet"))
+    conditions = [_seccomp_condition(argument) for argument in call.get("args") or ()]
+    if len({condition.argument for condition in conditions}) < len(conditions):
+        return [Rule((condition,), action) for condition in conditions]
+    return [Rule(tuple(conditions), action)]
+
+
+def _conventions(profile: dict[str, Any], machine: _Machine) -> list[str]:
+    """The calling conventions that the profile lets in, of those that the kernel offers; its own always."""
+    if profile.get("architectures") and profile.get("archMap"):
+        raise BadParameter("both 'architectures' and 'archMap' are specified in the seccomp profile, use "
+                           "either 'architectures' or 'archMap'")
+    named = list(profile.get("architectures") or ())
+    for entry in profile.get("archMap") or ():
+        if entry["architecture"] == machine.conventions[0]:
+            named += entry.get("subArchitectures") or ()
+            break
+    for name in named:
+        if name not in _AUDIT_ARCHITECTURES and name not in _OTHER_ARCHITECTURES:
+            raise BadParameter(f"string {name} is not a valid arch for seccomp")
+    return [name for name in machine.conventions if name == machine.conventions[0] or name in named]
+
+
+def _named_calls(call: dict[str, Any]) -> list[str]:
+    if call.get("name") and call.get("names"):
+        raise BadParameter("both 'name' and 'names' are specified in the seccomp profile, use either 'name' "
+                           "or 'names'")
+    return [call["name"]] if call.get("name") else list(call.get("names") or ())
+
+
+def _multiplexed(name: str) -> Optional[tuple[str, Rule]]:
+    """(multiplexer, rule without its action) by which i386 reaches the call `name` as well."""
+    for multiplexer, calls in _I386_MULTIPLEXED.items():
+        number = _numbered(calls).get(name)
+        if number is not None:
+            return multiplexer, Rule((Condition(0, "MASKED_EQ", 0xFFFF, number),), 0)
+    return None
+
+
+def _syscall_ranges(convention: str, rows: list[tuple[list[str], list[Rule]]],
+                    default: int) -> list[tuple[int, Union[int, Choice]]]:
+    """The ranges (first number, decision) of one calling convention, in order, from its number 0 on.
+
+    Of several rules for a call one without conditions counts, else the first that holds; those that say what
+    the default says are no rules: libseccomp's ways.  Above the last call that the profile names the answer
+    is ENOSYS, as runc has it, so that programs fall back from calls that are newer than the profile."""
+    numbers, calls = syscall_numbers(convention), {}  # type: dict[str, int], dict[int, list[Rule]]
+    for names, rules in rows:
+        for name in names:
+            if name not in numbers:
+                continue
+            calls.setdefault(numbers[name], []).extend(rule for rule in rules if rule.action != default)
+            other = _multiplexed(name) if convention == "SCMP_ARCH_X86" else None
+            if other is not None:
+                calls.setdefault(numbers[other[0]], []).extend(
+                    other[1]._replace(action=rule.action) for rule in rules if rule.action != default)
+    wide = convention in ("SCMP_ARCH_X86_64", "SCMP_ARCH_AARCH64")
+    number = X32_SYSCALL_BIT if convention == "SCMP_ARCH_X32" else 0
+    ranges: list[tuple[int, Union[int, Choice]]] = [(number, default)]
+    for number in sorted(calls):
+        always = next((rule.action for rule in calls[number] if not rule.conditions), None)
+        choice = Choice(tuple(calls[number]), default, wide) if calls[number] else default
+        ranges += [(number, choice if always is None else always), (number + 1, default)]
+    permissive = {_SECCOMP_ACTIONS[name] for name in ("ALLOW", "LOG", "TRACE")}
+    if calls and default & 0xFFFF0000 not in permissive:
+        ranges[-1] = (number + 1, _UNKNOWN_SYSCALL)
+    return ranges
+
+
+def _merged(ranges: list[tuple[int, Union[int, Choice]]]) -> list[tuple[int, Union[int, Choice]]]:
+    """The ranges without empty ones and without those that go on as the one before."""
+    merged: list[tuple[int, Union[int, Choice]]] = []
+    for index, (first, decision) in enumerate(ranges):
+        empty = index + 1 < len(ranges) and ranges[index + 1][0] == first
+        if not empty and not (merged and merged[-1][1] == decision):
+            merged.append((first, decision))
+    return merged
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(text: Optional[str], capabilities: frozenset[str], machine_name: str, kernel: str) -> bytes:
+    profile = default_seccomp_profile() if text is None else json.loads(text)
+    if not profile.get("defaultAction") and not profile.get("syscalls"):
+        return b""
+    machine = _MACHINES[machine_name]
+    default = _seccomp_action(profile.get("defaultAction", ""), profile.get("defaultErrnoRet"))
+    rows = [(_named_calls(call), _call_rules(call)) for call in profile.get("syscalls") or ()
+            if _rule_applies(call, capabilities, machine.go_name, kernel)]
+    conventions = _conventions(profile, machine)
+    spaces: dict[int, list[tuple[int, Union[int, Choice]]]] = {}
+    for name in conventions:
+        spaces.setdefault(_AUDIT_ARCHITECTURES[name], []).extend(_syscall_ranges(name, rows, default))
+    if machine_name == "x86_64" and "SCMP_ARCH_X32" not in conventions:
+        spaces[_AUDIT_ARCHITECTURES["SCMP_ARCH_X86_64"]].append((X32_SYSCALL_BIT, _BAD_ARCHITECTURE))
+    return _assemble(spaces)
+
+
+def _assemble(spaces: dict[int, list[tuple[int, Union[int, Choice]]]]) -> bytes:
+    """The program for the ranges of each AUDIT_ARCH_*; any other is killed."""
+    program = _Assembler()
+    entries = []
+    for audit, ranges in reversed(spaces.items()):
+        entries.append((audit, program.before(program.tree(_merged(ranges)), BPF_LOAD, 0)))
+    label = program.decide(_BAD_ARCHITECTURE)
+    for audit, entry in entries:
+        label = program.jump(BPF_JEQ, audit, entry, label)
+    program.before(label, BPF_LOAD, 4)
+    if len(program.code) > BPF_MAXIMUM_LENGTH:
+        raise BadParameter(f"the seccomp profile needs {len(program.code)} BPF instructions, and the kernel "
+                           f"takes {BPF_MAXIMUM_LENGTH}: name fewer system calls with conditions")
+    return b"".join(reversed(program.code))
+
+
+def compile_seccomp(profile: Union[str, dict[str, Any], None], capabilities: Iterable[str], machine: str = "",
+                    kernel: str = "") -> bytes:
+    """The classic BPF program of a profile for a container with these capabilities ("CAP_..."), for
+    seccomp_load.
+
+    `profile` is None for Docker's default, or the JSON format as text or decoded; `machine` and `kernel` are
+    uname's, by default this host's.  Empty for a profile that confines nothing, and on a machine without
+    tables.  BadParameter for what is no profile.  Unknown system calls are passed over.  Programs are kept
+    and given again."""
+    uname = os.uname()
+    machine, kernel = machine or uname.machine, kernel or uname.release
+    text = profile if profile is None or isinstance(profile, str) else json.dumps(profile)
+    if machine not in _MACHINES:
+        return b""
+    try:
+        return _compiled(text, frozenset(capabilities), machine, kernel)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise BadParameter(f"Decoding seccomp profile failed: {error}") from None
+
+
+def seccomp_flags(profile: Union[str, dict[str, Any], None] = None) -> int:
+    """The SECCOMP_FILTER_FLAG_* that a profile asks for; one that names none leaves speculation alone, as
+    runc."""
+    names = ((json.loads(profile) if isinstance(profile, str) else profile) or {}).get("flags")
+    if names is None:
+        return _SECCOMP_FLAGS["SECCOMP_FILTER_FLAG_SPEC_ALLOW"]
+    unknown = [name for name in names if name not in _SECCOMP_FLAGS]
+    if unknown:
+        raise BadParameter(f"seccomp flag {unknown[0]} is not a valid flag for seccomp")
+    return functools.reduce(int.__or__, (_SECCOMP_FLAGS[name] for name in names), 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Execution driver: cgroups
+#
+# A container's place in the cgroup file systems, version 1, version 2, or both at once (hybrid: controllers
+# of v1, and a v2 tree that only groups).  What a host lacks is found out once, logged once, shown by info,
+# and left out.  The daemon makes the directories and writes the limits; the init joins by writing "0" to
+# `tasks` of v1 (cgroup.procs waits for a grace period) and is born into the v2 directory.  Sources:
+# cgroups(7), the kernel's Documentation/admin-guide/cgroup-v1 and cgroup-v2.rst; conversions from v1's units
+# to v2's as runc makes them.
+# ------------------------------------------------------------------------------------------------------------
+
+# What every container may do with devices, as v1's devices.allow takes it: make any node, use the harmless
+# ones
+_DEVICE_RULES = ("b *:* m", "c *:* m", "c 1:3 rwm", "c 1:5 rwm", "c 1:7 rwm", "c 1:8 rwm", "c 1:9 rwm",
+                 "c 5:0 rwm", "c 5:1 rwm", "c 5:2 rwm", "c 10:200 rwm", "c 136:* rwm")
+_DEVICE_RULE = re.compile(r"([acb]) ([0-9]+|\*):([0-9]+|\*) ([rwm]{1,3})", re.ASCII)
+_REMOVE_SECONDS = 10.0
+_FREEZE_SECONDS = 10.0
+_MINIMUM_MEMORY = 6 << 20
+
+
+class _Support(NamedTuple):
+    """Something that a host's cgroups may lack: where v1 and v2 have it, and info's warning."""
+
+    flag: str
+    controller: str
+    file: str           # in a v1 hierarchy's root; "" for what only children have; alternatives with spaces
+    unified: str        # the v2 controller, "" where v2 has no such thing
+    warning: str = ""
+
+
+_SUPPORT = (
+    _Support("MemoryLimit", "memory", "memory.limit_in_bytes", "memory", "No memory limit support"),
+    _Support("SwapLimit", "memory", "memory.memsw.limit_in_bytes", "memory", "No swap limit support"),
+    _Support("KernelMemoryTCP", "memory", "memory.kmem.tcp.limit_in_bytes", "",
+             "No kernel memory TCP limit support"),
+    _Support("OomKillDisable", "memory", "memory.oom_control", "", "No oom kill disable support"),
+    _Support("CpuCfsQuota", "cpu", "cpu.cfs_quota_us", "cpu", "No cpu cfs quota support"),
+    _Support("CpuCfsPeriod", "cpu", "cpu.cfs_period_us", "cpu", "No cpu cfs period support"),
+    _Support("CPUShares", "cpu", "cpu.shares", "cpu", "No cpu shares support"),
+    _Support("CPUSet", "cpuset", "cpuset.cpus", "cpuset", "No cpuset support"),
+    _Support("PidsLimit", "pids", "", "pids"),
+    _Support("MemorySwappiness", "memory", "memory.swappiness", ""),
+    _Support("MemoryReservation", "memory", "memory.soft_limit_in_bytes", "memory"),
+    _Support("RealTime", "cpu", "cpu.rt_runtime_us", ""),
+    _Support("BlkioWeight", "blkio", "blkio.weight blkio.bfq.weight", "io"),
+    _Support("BlkioThrottle", "blkio", "blkio.throttle.read_bps_device", "io"),
+)
+_INFO_FLAGS = ("MemoryLimit", "SwapLimit", "KernelMemoryTCP", "CpuCfsPeriod", "CpuCfsQuota", "CPUShares",
+               "CPUSet", "PidsLimit", "OomKillDisable")
+# (HostConfig's keys, what they need, the middle and the end of Docker's warning, what the keys become)
+_DISCARDS: tuple[tuple[str, str, str, str, Any], ...] = (
+    ("Memory", "MemoryLimit", "memory limit capabilities", "Limitation", 0),
+    ("MemorySwappiness", "MemorySwappiness", "memory swappiness capabilities", "Memory swappiness", None),
+    ("MemoryReservation", "MemoryReservation", "memory soft limit capabilities", "Limitation", 0),
+    ("OomKillDisable", "OomKillDisable", "OomKillDisable", "OomKillDisable", None),
+    ("PidsLimit", "PidsLimit", "PIDs limit capabilities", "PIDs limit", None),
+    ("CpuShares", "CPUShares", "CPU shares", "Shares", 0),
+    ("CpuPeriod", "CpuCfsPeriod", "CPU CFS scheduler", "Period", 0),
+    ("CpuQuota", "CpuCfsQuota", "CPU CFS scheduler", "Quota", 0),
+    ("CpuRealtimePeriod CpuRealtimeRuntime", "RealTime", "CPU real-time scheduler", "Real-time limits", 0),
+    ("CpusetCpus CpusetMems", "CPUSet", "cpuset", "Cpuset", ""),
+    ("BlkioWeight", "BlkioWeight", "Block I/O weight", "Weight", 0),
+    ("BlkioWeightDevice", "BlkioWeight", "Block I/O weight_device", "Weight-device", []),
+    ("BlkioDeviceReadBps", "BlkioThrottle", "BPS Block I/O read limit", "Block I/O BPS read limit", []),
+    ("BlkioDeviceWriteBps", "BlkioThrottle", "BPS Block I/O write limit", "Block I/O BPS write limit", []),
+    ("BlkioDeviceReadIOps", "BlkioThrottle", "IOPS Block read limit", "Block I/O IOPS read limit", []),
+    ("BlkioDeviceWriteIOps", "BlkioThrottle", "IOPS Block write limit", "Block I/O IOPS write limit", []),
+)
+# (HostConfig's key, v1's file, v2's key in io.max) of the limits by device
+_BLKIO_RATES = (("BlkioDeviceReadBps", "blkio.throttle.read_bps_device", "rbps"),
+                ("BlkioDeviceWriteBps", "blkio.throttle.write_bps_device", "wbps"),
+                ("BlkioDeviceReadIOps", "blkio.throttle.read_iops_device", "riops"),
+                ("BlkioDeviceWriteIOps", "blkio.throttle.write_iops_device", "wiops"))
+# (name, v1's controller and file, v2's file) of the plain numbers of `usage`
+_USAGE = (("memory", "memory", "memory.usage_in_bytes", "memory.current"),
+          ("memory_limit", "memory", "memory.limit_in_bytes", "memory.max"),
+          ("memory_peak", "memory", "memory.max_usage_in_bytes", "memory.peak"),
+          ("pids", "pids", "pids.current", "pids.current"), ("pids_limit", "pids", "pids.max", "pids.max"),
+          ("cpu", "cpuacct", "cpuacct.usage", ""))
+
+
+class Setting(NamedTuple):
+    """A text to write into a file of a cgroup."""
+
+    controller: str     # of v1; "" on v2
+    file: str
+    text: str
+
+
+class Hierarchy(NamedTuple):
+    """A mounted cgroup tree."""
+
+    controllers: tuple[str, ...]  # of v1, a named tree has "name=..."; () is the tree of v2
+    path: str                       # where it is mounted
+    own: str                        # the daemon's own cgroup in it, from `path` on
+
+
+def read_hierarchies(mountinfo: str, membership: str) -> list[Hierarchy]:
+    """The cgroup trees in the order of their mounts, from /proc/self/mountinfo and /proc/self/cgroup;
+    proc(5).
+
+    Of several mounts of one tree the first counts."""
+    own = {}
+    for line in membership.splitlines():
+        _, names, path = line.split(":", 2)
+        own[names] = path
+    known = ",".join(own).split(",")
+    found: dict[str, Hierarchy] = {}
+    for line in mountinfo.splitlines():
+        place, _, rest = line.partition(" - ")
+        kind, _, options = rest.split(" ", 2)
+        names = ",".join(name for name in options.split(",") if name in known) if kind == "cgroup" else ""
+        if kind != "cgroup2" and not names:
+            continue
+        mounted_root, mount_point = place.split(" ")[3:5]
+        mount_point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), mount_point)
+        mine = next((path for key, path in own.items() if set(key.split(",")) == set(names.split(","))), "/")
+        if mounted_root != "/":
+            mine = mine[len(mounted_root):] if mine.startswith(mounted_root) else "/"
+        found.setdefault(names, Hierarchy(tuple(filter(None, names.split(","))), mount_point, mine or "/"))
+    return list(found.values())
+
+
+def _read_file(path: str) -> str:
+    """The text of a kernel's file; "" where there is none."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _write_file(path: str, *texts: str) -> None:
+    """Write each text with one write(2) to a kernel's file."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        for text in texts:
+            os.write(fd, text.encode())
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {text!r}: {error.strerror}", path)
+    finally:
+        os.close(fd)
+
+
+def device_rules(host_config: dict[str, Any]) -> list[str]:
+    """What a container may do with devices, "c MAJOR:MINOR rwm" each, in the order in which the kernel lists
+    them.
+
+    From HostConfig's Privileged, Devices and DeviceCgroupRules; BadParameter for one that is none."""
+    if host_config.get("Privileged"):
+        return ["a *:* rwm"]
+    if not host_config.get("Devices") and not host_config.get("DeviceCgroupRules"):
+        return list(_DEVICE_RULES)
+    rules = set(_DEVICE_RULES)
+    for device in host_config.get("Devices") or ():
+        try:
+            information = os.stat(device["PathOnHost"])
+        except OSError as error:
+            raise BadParameter("error gathering device information while adding custom device "
+                               f"\"{device['PathOnHost']}\": {(error.strerror or '').lower()}")
+        kind = "b" if stat.S_ISBLK(information.st_mode) else "c"
+        number = information.st_rdev
+        rules.add(f"{kind} {os.major(number)}:{os.minor(number)} {device.get('CgroupPermissions') or 'rwm'}")
+    rules.update(host_config.get("DeviceCgroupRules") or ())
+    for rule in rules:
+        if not _DEVICE_RULE.fullmatch(rule):
+            raise BadParameter(f"invalid device cgroup rule format: '{rule}'")
+    return sorted(rules, key=lambda rule: [int(part) if part.isdigit() else -1 if part == "*" else part
+                                           for part in re.split("[ :]", rule)])
+
+
+def device_program(rules: Iterable[str]) -> bytes:
+    """The eBPF program (BPF_PROG_TYPE_CGROUP_DEVICE) that allows what one of the rules covers whole.
+
+    Its context: the type in the lower half of a word, the access in the upper, then major and minor;
+    <linux/bpf.h>."""
+    def instruction(operation: int, target: int, value: int, source: int = 0, offset: int = 0) -> bytes:
+        return struct.pack("=BBhi", operation, target | source << 4, offset, value)
+
+    code = [instruction(0x61, 3, 0, 1), instruction(0xBC, 2, 0, 3), instruction(0x54, 2, 0xFFFF),  # r2: type
+            instruction(0x74, 3, 16),  # r3: access
+            instruction(0x61, 4, 0, 1, 4), instruction(0x61, 5, 0, 1, 8)]  # r4: major, r5: minor
+    for rule in rules:
+        kind, major, minor, access = re.split("[ :]", rule)
+        refused = 7 & ~sum(bit for letter, bit in zip("mrw", (1, 2, 4)) if letter in access)
+        tests = [(2, {"b": 1, "c": 2}[kind])] if kind != "a" else []
+        tests += [(register, int(number)) for register, number in ((4, major), (5, minor)) if number != "*"]
+        body = [instruction(0xB7, 0, 1), instruction(0x95, 0, 0)]
+        for register, value in reversed(tests):
+            body.insert(0, instruction(0x55, register, value, 0, len(body)))
+        if refused:
+            body[:0] = [instruction(0xBC, 1, 0, 3), instruction(0x54, 1, refused),
+                        instruction(0x55, 1, 0, 0, len(body))]
+        code += body
+    return b"".join([*code, instruction(0xB7, 0, 0), instruction(0x95, 0, 0)])
+
+
+def attach_device_program(directory: int, rules: Iterable[str]) -> None:
+    """Have the v2 cgroup behind the descriptor `directory` allow only the devices of `rules`."""
+    program = bpf_load(BPF_PROG_TYPE_CGROUP_DEVICE, device_program(rules))
+    try:
+        bpf(BPF_PROG_ATTACH, struct.pack("=IIII", directory, program, BPF_CGROUP_DEVICE, BPF_F_ALLOW_MULTI))
+    finally:
+        os.close(program)
+
+
+def _device_lines(entries: Optional[list[dict[str, Any]]], key: str) -> list[tuple[str, Any]]:
+    """("MAJOR:MINOR", value) of HostConfig's limits by device path."""
+    lines = []
+    for entry in entries or ():
+        try:
+            number = os.stat(entry["Path"]).st_rdev
+        except OSError as error:
+            raise BadParameter(f"cannot limit the device {entry['Path']}: {(error.strerror or '').lower()}")
+        lines.append((f"{os.major(number)}:{os.minor(number)}", entry[key]))
+    return lines
+
+
+def _cpu_time(resources: dict[str, Any]) -> tuple[int, int]:
+    """(period, quota) in microseconds; 0 for what is not set."""
+    if resources.get("NanoCpus"):
+        return 100000, resources["NanoCpus"] // 10000
+    return resources.get("CpuPeriod") or 0, resources.get("CpuQuota") or 0
+
+
+def _pids_limit(resources: dict[str, Any]) -> str:
+    limit = resources.get("PidsLimit") or 0
+    return str(limit) if limit > 0 else "max" if limit else ""
+
+
+def v1_settings(resources: dict[str, Any]) -> list[Setting]:
+    """What to write for HostConfig's resources on version 1; what is not set (0, None, "") is left as it
+    is."""
+    get = resources.get
+    period, quota = _cpu_time(resources)
+    swappiness = get("MemorySwappiness")
+    values = (
+        ("memory", "memory.limit_in_bytes", get("Memory")),
+        ("memory", "memory.memsw.limit_in_bytes", get("MemorySwap")),
+        ("memory", "memory.soft_limit_in_bytes", get("MemoryReservation")),
+        ("memory", "memory.swappiness", "" if swappiness in (None, -1) else str(swappiness)),
+        ("memory", "memory.oom_control", int(bool(get("OomKillDisable")))),
+        ("cpu", "cpu.shares", get("CpuShares")),
+        ("cpu", "cpu.cfs_period_us", period),
+        ("cpu", "cpu.cfs_quota_us", quota),
+        ("cpu", "cpu.rt_period_us", get("CpuRealtimePeriod")),
+        ("cpu", "cpu.rt_runtime_us", get("CpuRealtimeRuntime")),
+        ("cpuset", "cpuset.cpus", get("CpusetCpus")),
+        ("cpuset", "cpuset.mems", get("CpusetMems")),
+        ("pids", "pids.max", _pids_limit(resources)),
+        ("blkio", "blkio.weight", get("BlkioWeight")),
+        *(("blkio", "blkio.weight_device", f"{device} {weight}")
+          for device, weight in _device_lines(get("BlkioWeightDevice"), "Weight")),
+        *(("blkio", file, f"{device} {rate}") for key, file, _ in _BLKIO_RATES
+          for device, rate in _device_lines(get(key), "Rate")))
+    return [Setting(controller, file, str(value)) for controller, file, value in values if value]
+
+
+def v2_settings(resources: dict[str, Any]) -> list[Setting]:
+    """What to write for HostConfig's resources on version 2, where swap counts without memory."""
+    get = resources.get
+    period, quota = _cpu_time(resources)
+    memory, swap, shares = get("Memory") or 0, get("MemorySwap") or 0, get("CpuShares") or 0
+    weights: list[tuple[str, Any]] = [("default", get("BlkioWeight"))] if get("BlkioWeight") else []
+    weights += _device_lines(get("BlkioWeightDevice"), "Weight")
+    values = (
+        ("memory.max", "max" if memory < 0 else memory),
+        ("memory.swap.max", "max" if swap < 0 else str(swap - memory) if swap else ""),
+        ("memory.low", get("MemoryReservation")),
+        ("cpu.weight", 1 + (min(max(shares, 2), 1 << 18) - 2) * 9999 // 262142 if shares else ""),
+        ("cpu.max", f"{quota if quota > 0 else 'max'} {period or 100000}" if period or quota else ""),
+        ("cpuset.cpus", get("CpusetCpus")),
+        ("cpuset.mems", get("CpusetMems")),
+        ("pids.max", _pids_limit(resources)),
+        *(("io.weight", f"{device} {1 + (weight - 10) * 9999 // 990}") for device, weight in weights),
+        *(("io.max", f"{device} {name}={rate}") for key, _, name in _BLKIO_RATES
+          for device, rate in _device_lines(get(key), "Rate")))
+    return [Setting("", file, str(value)) for file, value in values if value]
+
+
+class Cgroup:
+    """The cgroups of one container, one directory a hierarchy."""
+
+    def __init__(self, manager: CgroupManager, parent: str, name: str) -> None:
+        self.manager = manager
+        self.path = f"{parent}/{name}"
+        self.directories = {tree: f"{place}/{name}" for tree, place in manager.places(parent).items()}
+        self.of = {controller: directory for hierarchy, directory in self.directories.items()
+                   for controller in hierarchy.controllers or ("",)}
+        self.directory_fd: Optional[int] = None  # of the v2 directory, to be born in
+
+    @property
+    def join(self) -> list[list[str]]:
+        """The writes [path, text] that put the caller, a process of one thread, into the v1 hierarchies."""
+        return [[directory + "/tasks", "0"] for hierarchy, directory in self.directories.items()
+                if hierarchy.controllers]
+
+    def _make(self, rules: list[str], settings: list[Setting]) -> None:
+        for directory in self.directories.values():
+            self._make_directory(directory)
+        if "" in self.of:
+            self.directory_fd = os.open(self.of[""], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if "cpuset" in self.of:
+            inherit_cpuset(self.of["cpuset"], {setting.file for setting in settings})
+        self.apply(settings)
+        if rules != ["a *:* rwm"]:
+            if "devices" in self.of:
+                _write_file(self.of["devices"] + "/devices.deny", "a")
+                _write_file(self.of["devices"] + "/devices.allow", *rules)
+            elif self.directory_fd is not None:
+                attach_device_program(self.directory_fd, rules)
+
+    def _make_directory(self, directory: str) -> None:
+        """mkdir; what an earlier run left there is ended and removed first."""
+        try:
+            os.mkdir(directory, 0o755)
+        except FileExistsError:
+            if not _remove_directory(directory):
+                self.kill()
+                _wait_until(lambda: _remove_directory(directory), _REMOVE_SECONDS)
+            os.mkdir(directory, 0o755)
+
+    def apply(self, settings: Iterable[Setting]) -> None:
+        """Write limits.  Those that the kernel finds invalid are written again after the others: memory and
+        memory with swap may never pass each other.  Those whose controller is not there are left out."""
+        late = []
+        for controller, file, text in settings:
+            path = f"{self.of.get(controller)}/{self.manager.file_names.get(file, file)}"
+            if not os.path.exists(path):
+                log.debug("cgroups: no %s here", file)
+                continue
+            try:
+                _write_file(path, text)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                late.append((path, text))
+        for path, text in late:
+            _write_file(path, text)
+
+    def update(self, resources: dict[str, Any]) -> None:
+        """Change limits of a running container to those set in `resources` (HostConfig's keys)."""
+        try:
+            self.apply(self.manager.settings(resources))
+        except OSError as error:
+            raise DockerError(f"Cannot update the container's limits: {error}")
+
+    def processes(self) -> list[int]:
+        """The pids of all processes in the container, also in cgroups that it made itself."""
+        directory = self.of.get("", self.of.get("pids")) or next(iter(self.directories.values()), "")
+        pids: list[int] = []
+        for place, _, _ in os.walk(directory):
+            pids += map(int, _read_file(place + "/cgroup.procs").split())
+        return pids
+
+    def kill(self) -> None:
+        """Kill every process in it: by cgroup.kill (Linux 5.14) where there is v2, else frozen, so that none
+        forks."""
+        try:
+            _write_file(self.of[""] + "/cgroup.kill", "1")
+        except (OSError, KeyError):
+            with contextlib.suppress(OSError, DockerError):
+                self.freeze()
+            for pid in self.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.thaw()  # v1's freezer holds even who is killed
+
+    def freeze(self) -> None:
+        """Stop all its processes; DockerError when they have not stopped after some seconds."""
+        if "freezer" in self.of:
+            state = self.of["freezer"] + "/freezer.state"
+            _write_file(state, "FROZEN")
+            frozen = _wait_until(lambda: _read_file(state).strip() == "FROZEN", _FREEZE_SECONDS)
+        elif "" in self.of:
+            _write_file(self.of[""] + "/cgroup.freeze", "1")
+            events = self.of[""] + "/cgroup.events"
+            frozen = _wait_until(lambda: "frozen 1" in _read_file(events), _FREEZE_SECONDS)
+        else:
+            raise NotSupported("cannot pause: this host has no freezer cgroup")
+        if not frozen:
+            self.thaw()
+            raise DockerError(f"the processes in {self.path} did not freeze within {_FREEZE_SECONDS:.0f} s")
+
+    def thaw(self) -> None:
+        """Let its processes go on."""
+        with contextlib.suppress(FileNotFoundError):
+            if "freezer" in self.of:
+                _write_file(self.of["freezer"] + "/freezer.state", "THAWED")
+            elif "" in self.of:
+                _write_file(self.of[""] + "/cgroup.freeze", "0")
+
+    def oom_killed(self) -> bool:
+        """Whether the kernel has killed one of its processes for want of memory."""
+        text = _read_file(self.of["memory"] + "/memory.oom_control") if "memory" in self.of else _read_file(
+            self.of.get("", "") + "/memory.events")
+        match = re.search(r"^oom_kill (\d+)", text, re.MULTILINE)
+        return bool(match and int(match[1]))
+
+    def usage(self) -> dict[str, int]:
+        """What it uses: memory, memory_limit and memory_peak in bytes, pids, pids_limit, cpu in nanoseconds.
+
+        What has no limit or is not known here is absent."""
+        numbers = {}
+        for name, controller, v1_file, v2_file in _USAGE:
+            text = _read_file(f"{self.of[controller]}/{v1_file}" if controller in self.of else
+                              f"{self.of.get('', '')}/{v2_file}" if v2_file else "").strip()
+            if text.isdigit() and int(text) < 1 << 62:
+                numbers[name] = int(text)
+        match = re.search(r"^usage_usec (\d+)", _read_file(self.of.get("", "") + "/cpu.stat"), re.MULTILINE)
+        if match:
+            numbers.setdefault("cpu", int(match[1]) * 1000)
+        return numbers
+
+    def mounts(self, private: bool, readonly: bool) -> list[dict[str, Any]]:
+        """The mounts of /sys/fs/cgroup inside the container, for the init's plan.
+
+        `private` tells of a cgroup namespace of its own.  The tmpfs of v1 has "readonly_last": it is to be
+        made read-only when the mounts inside it stand."""
+        quiet = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
+        attributes = quiet | (MOUNT_ATTR_RDONLY if readonly else 0)
+        if self.manager.version == 2:
+            return [{"type": "cgroup2", "source": "cgroup", "to": "/sys/fs/cgroup", "attributes": attributes,
+                     "options": []}]
+        entries: list[dict[str, Any]] = [{
+            "type": "tmpfs", "source": "tmpfs", "to": "/sys/fs/cgroup", "attributes": quiet,
+            "options": [["mode", "755"]], "readonly_last": readonly}]
+        for hierarchy, directory in self.directories.items():
+            name = os.path.basename(hierarchy.path)
+            to = "/sys/fs/cgroup/" + name
+            if private and hierarchy.controllers:
+                entries.append({"type": "cgroup", "source": "cgroup", "to": to, "attributes": attributes,
+                                "options": [list(key.partition("=")[::2]) for key in hierarchy.controllers]})
+            elif hierarchy.controllers:
+                entries.append({"from": directory, "to": to, "attributes": attributes})
+            if "," in name:
+                entries += [{"to": "/sys/fs/cgroup/" + part, "link": name} for part in name.split(",")]
+        return entries
+
+    def remove(self) -> None:
+        """Remove the directories; what is still busy is ended and removed in the background."""
+        fd, self.directory_fd = self.directory_fd, None
+        if fd is not None:
+            os.close(fd)
+        busy = [directory for directory in self.directories.values() if not _remove_directory(directory)]
+        if busy:
+            self.manager.remove_later(self, busy)
+
+
+def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Ask `condition` again and again, ever less often; whether it came true in time."""
+    end, pause = time.monotonic() + seconds, 0.0005
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(pause)
+        pause = min(pause * 2, 0.05)
+    return True
+
+
+def _remove_directory(directory: str) -> bool:
+    """rmdir a cgroup and those that were made inside it; False while one of them is busy."""
+    try:
+        os.rmdir(directory)
+        return True
+    except FileNotFoundError:
+        return True
+    except OSError:
+        for place, _, _ in os.walk(directory, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(place)
+        return not os.path.exists(directory)
+
+
+def inherit_cpuset(directory: str, given: Iterable[str] = ()) -> None:
+    """Give a v1 cpuset its parent's processors and memory nodes, but for the files that are `given` contents:
+    without any it takes no process."""
+    for file in ("cpuset.cpus", "cpuset.mems"):
+        if file not in given:
+            text = _read_file(f"{os.path.dirname(directory)}/{file}").strip()
+            if text:
+                _write_file(f"{directory}/{file}", text)
+
+
+class CgroupManager:
+    """The host's cgroup hierarchies, and the containers' places under `cgroup_parent` in them.
+
+    A parent that starts with "/" counts from the root of each hierarchy, another from the daemon's own
+    cgroup."""
+
+    def __init__(self, cgroup_parent: str = "", mountinfo: str = "/proc/self/mountinfo",
+                 membership: str = "/proc/self/cgroup") -> None:
+        self.parent = cgroup_parent or "/docker"
+        hierarchies = read_hierarchies(_read_file(mountinfo), _read_file(membership))
+        self.version = 2 if any(not hierarchy.controllers for hierarchy in hierarchies) and not any(
+            name[:5] != "name=" for hierarchy in hierarchies for name in hierarchy.controllers) else 1
+        self.hierarchies = [tree for tree in hierarchies if self.version == 1 or not tree.controllers]
+        self._lock = threading.Lock()
+        self._places: dict[str, dict[Hierarchy, str]] = {}
+        self._prepared: set[str] = set()
+        self._made: list[str] = []
+        self._removing: dict[str, threading.Event] = {}
+        self.support = self._detect()
+        self.file_names = self._blkio_names()
+
+    @staticmethod
+    def place(parent: str, own: str) -> str:
+        """The path of the parent cgroup from a hierarchy's mount on; `..` does not lead out of it."""
+        path = os.path.normpath("/" + (parent if parent.startswith("/") else own + "/" + parent))
+        return "" if path.strip("/") == "" else "/" + path.strip("/")
+
+    def places(self, parent: str) -> dict[Hierarchy, str]:
+        """The directory of the parent cgroup in each hierarchy."""
+        if parent not in self._places:
+            self._places[parent] = {tree: tree.path + self.place(parent, tree.own)
+                                    for tree in self.hierarchies}
+        return self._places[parent]
+
+    def _detect(self) -> dict[str, bool]:
+        """What this host's cgroups can do; what they cannot is logged."""
+        paths = {name: tree.path for tree in self.hierarchies for name in tree.controllers or ("",)}
+        unified = _read_file(paths.get("", "") + "/cgroup.controllers").split()
+        support = {}
+        for flag, controller, file, unified_controller, _ in _SUPPORT:
+            if self.version == 2:
+                support[flag] = unified_controller in unified
+            else:
+                support[flag] = controller in paths and any(
+                    os.path.exists(f"{paths[controller]}/{name}") for name in (file or ".").split(" "))
+        if self.version == 2 and support["SwapLimit"]:
+            groups = [entry.path + "/memory.swap.max" for entry in os.scandir(paths[""]) if entry.is_dir()]
+            support["SwapLimit"] = not groups or any(map(os.path.exists, groups))
+        missing = [flag for flag, there in support.items() if not there]
+        if missing:
+            log.info("cgroups: version %d, without %s: such limits are left out", self.version,
+                     " ".join(missing))
+        return support
+
+    def _blkio_names(self) -> dict[str, str]:
+        """v1's names of the I/O weights where only the BFQ scheduler offers them."""
+        root = next((tree.path for tree in self.hierarchies if "blkio" in tree.controllers), "")
+        if not root or os.path.exists(root + "/blkio.weight"):
+            return {}
+        return {"blkio.weight": "blkio.bfq.weight", "blkio.weight_device": "blkio.bfq.weight_device"}
+
+    def settings(self, resources: dict[str, Any]) -> list[Setting]:
+        """What to write for HostConfig's resources on this host."""
+        return v2_settings(resources) if self.version == 2 else v1_settings(resources)
+
+    def create(self, container_id: str, host_config: dict[str, Any]) -> Cgroup:
+        """Make a container's cgroups with its limits and device rules; DockerError when the kernel refuses
+        one, and then nothing stays."""
+        parent = host_config.get("CgroupParent") or self.parent
+        cgroup = Cgroup(self, parent, container_id)
+        self._wait_removed(cgroup.path)
+        rules, settings = device_rules(host_config), self.settings(host_config)
+        try:
+            if parent not in self._prepared:
+                self._prepare(parent)
+            try:
+                cgroup._make(rules, settings)
+            except FileNotFoundError:  # somebody has removed the parent
+                cgroup.remove()
+                self._prepare(parent)
+                cgroup._make(rules, settings)
+        except OSError as error:
+            cgroup.remove()
+            raise DockerError(f"cannot make the container's cgroups: {error}")
+        return cgroup
+
+    def _prepare(self, parent: str) -> None:
+        """Make the parent in every hierarchy, and ready to have children."""
+        with self._lock:
+            for hierarchy in self.hierarchies:
+                directory = hierarchy.path
+                for name in filter(None, self.place(parent, hierarchy.own).split("/")):
+                    self._delegate(hierarchy, directory)
+                    directory += "/" + name
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(directory, 0o755)
+                        self._made.append(directory)
+                    if "cpuset" in hierarchy.controllers:
+                        inherit_cpuset(directory, [file for file in ("cpuset.cpus", "cpuset.mems")
+                                                   if _read_file(f"{directory}/{file}").strip()])
+                self._delegate(hierarchy, directory)
+            self._prepared.add(parent)
+
+    def _delegate(self, hierarchy: Hierarchy, directory: str) -> None:
+        """v2: let the children of `directory` have its controllers; EBUSY where it has processes of its
+        own."""
+        if hierarchy.controllers:
+            return
+        given = _read_file(directory + "/cgroup.subtree_control").split()
+        for name in _read_file(directory + "/cgroup.controllers").split():
+            if name not in given:
+                try:
+                    _write_file(directory + "/cgroup.subtree_control", "+" + name)
+                except OSError as error:
+                    log.warning("cgroups: containers cannot have the controller %s: %s", name, error)
+
+    def remove_later(self, cgroup: Cgroup, directories: list[str]) -> None:
+        """Go on removing busy directories in the background; a new cgroup of that name waits for it."""
+        done = self._removing[cgroup.path] = threading.Event()
+
+        def work() -> None:
+            cgroup.kill()
+            for directory in directories:
+                if not _wait_until(functools.partial(_remove_directory, directory), _REMOVE_SECONDS):
+                    log.warning("the cgroup %s stays: its processes do not end", directory)
+            self._removing.pop(cgroup.path, None)
+            done.set()
+
+        threading.Thread(target=work, name="cgroup", daemon=True).start()
+
+    def _wait_removed(self, path: str) -> None:
+        removing = self._removing.get(path)
+        if removing is not None:
+            removing.wait(_REMOVE_SECONDS)
+
+    def kill_leftover(self, container_id: str, parent: str = "") -> None:
+        """End and remove what an earlier daemon left of a container's cgroups, if anything."""
+        cgroup = Cgroup(self, parent or self.parent, container_id)
+        if any(map(os.path.exists, cgroup.directories.values())):
+            cgroup.kill()
+            cgroup.remove()
+
+    def remove_stale(self, container_ids: Iterable[str] = ()) -> None:
+        """Remove the cgroups under the default parent of containers that do not run.  Only ours: another
+        daemon may have the same parent."""
+        known = set(container_ids)
+        for place in self.places(self.parent).values() if known else ():
+            with contextlib.suppress(OSError):
+                for name in known & set(os.listdir(place)):
+                    self.kill_leftover(name)
+
+    def close(self) -> None:
+        """Remove the parents that this daemon made and that nobody uses."""
+        for removing in list(self._removing.values()):
+            removing.wait(_REMOVE_SECONDS)
+        with self._lock:
+            for directory in reversed(self._made):
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
+            self._made.clear()
+            self._prepared.clear()
+
+    def info(self) -> dict[str, Any]:
+        """The fields of GET /info about cgroups."""
+        driver = "cgroupfs" if self.hierarchies else "none"
+        return {**{flag: self.support[flag] for flag in _INFO_FLAGS},
+                "CgroupDriver": driver, "CgroupVersion": str(self.version)}
+
+    def warnings(self) -> list[str]:
+        """What GET /info warns of, in Docker's words."""
+        return ["WARNING: " + entry.warning for entry in _SUPPORT
+                if entry.warning and not self.support[entry.flag] and (self.version == 1 or entry.unified)]
+
+    def adapt(self, host_config: dict[str, Any]) -> list[str]:
+        """Check HostConfig's resources, take out what this host cannot do, and set what follows from the
+        rest.
+
+        Returns Docker's warnings; BadParameter with Docker's text for what no host can do."""
+        warnings = self._discard(host_config)
+        memory = host_config.get("Memory") or 0
+        if not memory and not self.support["MemoryLimit"]:
+            host_config["MemorySwap"] = 0
+        if memory > 0 and host_config.get("MemorySwap") != -1 and not self.support["SwapLimit"]:
+            host_config["MemorySwap"] = -1
+            warnings.append("Your kernel does not support swap limit capabilities or the cgroup is not "
+                            "mounted. Memory limited without swap.")
+        check_resources(host_config)
+        if memory > 0 and not host_config.get("MemorySwap"):
+            host_config["MemorySwap"] = 2 * memory
+        if host_config.get("OomKillDisable") and not memory:
+            warnings.append("OOM killer is disabled for the container, but no memory limit is set, this can "
+                            "result in the system running out of resources.")
+        return warnings
+
+    def _discard(self, host_config: dict[str, Any]) -> list[str]:
+        """Empty the keys that this host cannot serve; Docker's warning for each that asked for something."""
+        warnings = []
+        for keys, flag, what, lost, empty in _DISCARDS:
+            asked = [key for key in keys.split(" ") if host_config.get(key) not in (None, 0, -1, "", [])]
+            if asked and not self.support[flag]:
+                host_config.update(dict.fromkeys(asked, copy.copy(empty)))
+                unmounted = "" if what == lost else " or the cgroup is not mounted"
+                warnings.append(f"Your kernel does not support {what}{unmounted}. {lost} discarded.")
+        return warnings
+
+
+def check_resources(host_config: dict[str, Any]) -> None:
+    """BadParameter with Docker's text for resources that no host can give."""
+    def number(key: str) -> int:
+        return host_config.get(key) or 0
+
+    memory, swap, reservation = number("Memory"), number("MemorySwap"), number("MemoryReservation")
+    nano, period, quota = number("NanoCpus"), number("CpuPeriod"), number("CpuQuota")
+    weight = number("BlkioWeight")
+    swappiness = host_config.get("MemorySwappiness")
+    processors = os.cpu_count() or 1
+    for wrong, text in (
+        (0 < memory < _MINIMUM_MEMORY, "Minimum memory limit allowed is 6MB"),
+        (memory > 0 and 0 < swap < memory,
+         "Minimum memoryswap limit should be larger than memory limit, see usage"),
+        (memory == 0 and swap > 0,
+         "You should always set the Memory limit when using Memoryswap limit, see usage"),
+        (swappiness is not None and not -1 <= swappiness <= 100,
+         f"Invalid value: {swappiness}, valid memory swappiness range is 0-100"),
+        (0 < reservation < _MINIMUM_MEMORY, "Minimum memory reservation allowed is 6MB"),
+        (0 < memory < reservation,
+         "Minimum memory limit can not be less than memory reservation limit, see usage"),
+        (nano > 0 and period > 0, "Conflicting options: Nano CPUs and CPU Period cannot both be set."),
+        (nano > 0 and quota > 0, "Conflicting options: Nano CPUs and CPU Quota cannot both be set."),
+        (not 0 <= nano <= processors * 10**9,
+         f"range of CPUs is from 0.01 to {processors}.00, as there are only {processors} CPUs available"),
+        (period and not 1000 <= period <= 1000000,
+         "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"),
+        (0 < quota < 1000, "CPU cfs quota can not be less than 1ms (i.e. 1000)"),
+        (weight and not 10 <= weight <= 1000, "Range of blkio weight is from 10 to 1000"),
+    ):
+        if wrong:
+            raise BadParameter(text)
+    for key, what, available in (("CpusetCpus", "CPUs", "/sys/devices/system/cpu/online"),
+                                 ("CpusetMems", "memory nodes", "/sys/devices/system/node/online")):
+        _check_list(host_config.get(key) or "", key, what, _read_file(available).strip() or "0")
+
+
+def _check_list(asked: str, key: str, what: str, available: str) -> None:
+    """BadParameter when a list such as "0-3,7" is none, or names more than is available."""
+    if not asked:
+        return
+    try:
+        missing = _number_set(asked) - _number_set(available)
+    except ValueError:
+        raise BadParameter(f"Invalid value {asked} for cpuset {key[6:].lower()}")
+    if missing:
+        raise BadParameter(f"Requested {what} are not available - requested {asked}, available: {available}")
+
+
+def _number_set(text: str) -> set[int]:
+    """The numbers of a list such as "0-3,7", cpuset(7)."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not (first + (last or "0")).isdecimal() or len(part) > 11 or int(last or first) > 8191:
+            raise ValueError(text)
+        numbers.update(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Execution driver: shim and init
+#
+# The shim is one process for all containers.  It forks every container's init, reaps it, and keeps the
+# daemon's ends of its streams open while no daemon runs.  It does no I/O of its own, has one thread and
+# imports nothing else: its code is this section with the constants, errors, kernel calls and netlink above,
+# run from cached bytecode.
+#
+# The daemon and the shim talk over a Unix SEQPACKET socket: one JSON object a packet, descriptors by
+# SCM_RIGHTS in the order of its "fds".  Requests carry "op" and "seq", answers "seq" and perhaps "error", the
+# end of a process is the packet {"exit": key, "status": n, "time": ns}.  A shim serves any later daemon:
+# fields are only ever added.
+#
+# The init is the child on its way to execve.  It carries out a plan, a JSON document made by the daemon, and
+# tells its end on the descriptor "sync": end of file is success, else one JSON object with "error".  It
+# leaves nothing open. What must happen in which order is specified by runtime-spec's config-linux.md and the
+# man pages namespaces(7), pivot_root(2), capabilities(7), seccomp(2), pts(4).
+# ------------------------------------------------------------------------------------------------------------
+
+SHIM_PROTOCOL = 1
+SHIM_PACKET = 1 << 16
+TIOCSPTLCK = 0x40045431
+
+
+class InitError(Exception):
+    """What kept the init from execve: one line, with the exit code that Docker records for it."""
+
+    def __init__(self, text: str, code: int = 128) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+@contextlib.contextmanager
+def _init_step(what: str) -> Iterator[None]:
+    """An OSError of the block becomes an InitError that says what was being done."""
+    try:
+        yield
+    except OSError as error:
+        raise InitError(f"{what}: {(error.strerror or str(error)).lower()}") from None
+
+
+def _open_in_root(root: int, path: str, flags: int = os.O_PATH, links: bool = True) -> int:
+    """A descriptor of `path` inside the container's root: links lead nowhere else, and magic links
+    nowhere."""
+    resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS | (0 if links else RESOLVE_NO_SYMLINKS)
+    return openat2(root, path.lstrip("/") or ".", flags, 0, resolve)
+
+
+def _mount_point(root: int, path: str, directory: bool, links: bool = True) -> int:
+    """A descriptor of the place `path` to mount on, made (0755, or an empty file) where it is missing."""
+    with contextlib.suppress(FileNotFoundError):
+        return _open_in_root(root, path, links=links)
+    above, name = os.path.split(path.rstrip("/"))
+    parent = _mount_point(root, above, True, links)
+    try:
+        if directory:
+            os.mkdir(name, 0o755, dir_fd=parent)
+        else:
+            os.close(
+                os.open(name, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755, dir_fd=parent)
+            )
+        return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    finally:
+        os.close(parent)
+
+
+def _attach(mount_fd: int, root: int, path: str, links: bool = True) -> None:
+    """Attach the detached mount at `path` inside the root, and close it."""
+    directory = stat.S_ISDIR(os.fstat(mount_fd).st_mode)
+    target = _mount_point(root, path, directory, links)
+    try:
+        if directory != stat.S_ISDIR(os.fstat(target).st_mode):
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+        move_mount(mount_fd, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH)
+    finally:
+        os.close(target)
+        os.close(mount_fd)
+
+
+class Init:
+    """The steps from a fresh child to execve; `plan` is what the daemon decided, `fds` the named
+    descriptors."""
+
+    def __init__(self, plan: dict[str, Any], fds: dict[str, int]) -> None:
+        self.plan, self.fds = plan, fds
+        self.root = -1
+        self.host_root = -1
+        self.slave = -1
+
+    def run(self) -> None:
+        """Carry the plan out; returns only by an exception."""
+        plan = self.plan
+        self._enter_cgroups(plan["cgroup_join"])
+        os.setsid()
+        if "join" in plan:
+            self._join(plan["join"])
+        if plan.get("cgroup_namespace"):
+            unshare(CLONE_NEWCGROUP)
+        if plan.get("hostname"):
+            with _init_step("sethostname"):
+                socket.sethostname(plan["hostname"])
+        if plan.get("domainname"):
+            setdomainname(plan["domainname"])
+        if plan["loopback"]:
+            with _init_step("cannot bring the loopback up"):
+                link_up(1)
+        self._mount_all()
+        if plan["tty"]:
+            self._open_console()
+        self._enter_root()
+        self._set_sysctls()
+        self._protect_paths()
+        if plan["readonly_root"]:
+            with _init_step("cannot make the root read-only"):
+                mount_setattr(AT_FDCWD, "/", 0, set=MOUNT_ATTR_RDONLY)
+        self._become()
+
+    def _enter_cgroups(self, joins: list[list[str]]) -> None:
+        for path, text in joins:
+            with _init_step(f"cannot join the cgroup {path}"):
+                fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+                os.write(fd, text.encode())
+                os.close(fd)
+
+    def _join(self, names: list[str]) -> None:
+        """Join the namespaces behind the descriptors `names`, of another container or the host."""
+        for name in names:
+            with _init_step(f"cannot join the namespace {name}"):
+                setns(self.fds[name])
+
+    def _mount_all(self) -> None:
+        """Put the root at its place in a mount namespace that no longer tells the host, and all else below
+        it."""
+        with _init_step("cannot make the mounts private"):
+            mount("", "/", "", MS_REC | MS_SLAVE)
+        place = self.plan["root_place"]
+        self.root = self.fds.pop("root")
+        with _init_step("cannot attach the root file system"):
+            self.host_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            move_mount(self.root, "", AT_FDCWD, place, MOVE_MOUNT_F_EMPTY_PATH)
+            mount_setattr(self.root, "", AT_EMPTY_PATH, propagation=MS_PRIVATE)
+        for entry in self.plan["mounts"]:
+            self._mount(entry)
+        for entry in self.plan["mounts"]:
+            if entry.get("readonly_last"):
+                with _init_step(f"cannot make {entry['to']} read-only"):
+                    place = _open_in_root(self.root, entry["to"])
+                    mount_setattr(place, "", AT_EMPTY_PATH, set=MOUNT_ATTR_RDONLY)
+                    os.close(place)
+
+    def _mount(self, entry: dict[str, Any]) -> None:
+        to = entry["to"]
+        with _init_step(
+            f"error mounting \"{entry.get('from', entry.get('type', ''))}\" to rootfs at \"{to}\""
+        ):
+            if "node" in entry:
+                self._make_node(to, entry["node"], entry["rdev"], entry.get("owner"))
+            elif "link" in entry:
+                parent = _open_in_root(self.root, os.path.dirname(to))
+                os.symlink(entry["link"], os.path.basename(to), dir_fd=parent)
+                os.close(parent)
+            elif "from" in entry:
+                self._bind(entry)
+            else:
+                options = [(key, value) for key, value in entry["options"]]
+                made = new_mount(
+                    entry["type"], entry["attributes"], entry.get("source", entry["type"]), options
+                )
+                if to == "/dev/pts":
+                    self.devpts = os.dup(made)
+                _attach(made, self.root, to, links=entry["type"] not in ("proc", "sysfs"))
+
+    def _bind(self, entry: dict[str, Any]) -> None:
+        flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (AT_RECURSIVE if entry.get("recursive") else 0)
+        made = open_tree(AT_FDCWD, entry["from"], flags)
+        if entry.get("attributes") or entry.get("propagation"):
+            mount_setattr(made, "", AT_EMPTY_PATH | (AT_RECURSIVE if entry.get("recursive") else 0),
+                          set=entry.get("attributes", 0), propagation=entry.get("propagation", 0))
+        _attach(made, self.root, entry["to"])
+
+    def _make_node(self, path: str, mode: int, rdev: int, owner: Optional[list[int]]) -> None:
+        parent = _mount_point(self.root, os.path.dirname(path), True)
+        name = os.path.basename(path)
+        os.mknod(name, mode, rdev, dir_fd=parent)
+        os.chmod(name, stat.S_IMODE(mode), dir_fd=parent)
+        if owner:
+            os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
+        os.close(parent)
+
+    def _open_console(self) -> None:
+        """A terminal of the container's own devpts: the daemon gets the master, /dev/console is the slave.
+
+        Nothing is opened by path inside a running container, and the slave comes from the master (pitfall
+        11)."""
+        with _init_step("cannot open the terminal"):
+            master = os.open("ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=self.devpts)
+            fcntl.ioctl(master, TIOCSPTLCK, struct.pack("i", 0))
+            self.slave = fcntl.ioctl(master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+            height, width = self.plan.get("console_size") or (0, 0)
+            if height or width:
+                fcntl.ioctl(master, TIOCSWINSZ, struct.pack("4H", height, width, 0, 0))
+            os.fchown(self.slave, self.plan["uid"], -1)
+            _attach(open_tree(self.slave, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC),
+                    self.root, "/dev/console")
+            sync = socket.socket(fileno=os.dup(self.fds["sync"]))
+            socket.send_fds(sync, [b'{"console": true}'], [master])
+            sync.close()
+            os.close(master)
+
+    def _enter_root(self) -> None:
+        with _init_step("pivot_root"):
+            os.fchdir(self.root)
+            pivot_root(".", ".")
+            os.fchdir(self.host_root)
+            umount(".", MNT_DETACH)
+            os.chdir("/")
+
+    def _protect_paths(self) -> None:
+        """Make the read-only paths read-only and hide the masked ones, each where it exists (CVE-2025-31133:
+        the mask is the null device itself, checked by its number, whatever /dev/null may have become)."""
+        for path in self.plan["readonly_paths"]:
+            with contextlib.suppress(FileNotFoundError), _init_step(f"cannot make {path} read-only"):
+                self._remount_readonly(path)
+        null = os.open(
+            "/dev/null", os.O_PATH | os.O_CLOEXEC | (os.O_NOFOLLOW if defended("mask-check") else 0)
+        )
+        information = os.fstat(null)
+        if defended("mask-check") and (not stat.S_ISCHR(information.st_mode)
+                                       or information.st_rdev != os.makedev(1, 3)):
+            raise InitError("cannot mask paths: /dev/null in the container is not the null device")
+        for path in self.plan["masked_paths"]:
+            with contextlib.suppress(FileNotFoundError), _init_step(f"cannot mask {path}"):
+                self._mask(path, null)
+        os.close(null)
+
+    def _remount_readonly(self, path: str) -> None:
+        try:
+            target = openat2(AT_FDCWD, path, os.O_PATH, 0, RESOLVE_NO_SYMLINKS)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+            raise
+        copy = open_tree(target, "", AT_EMPTY_PATH | AT_RECURSIVE | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)
+        mount_setattr(copy, "", AT_EMPTY_PATH | AT_RECURSIVE, set=MOUNT_ATTR_RDONLY)
+        move_mount(copy, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH)
+        os.close(copy)
+        os.close(target)
+
+    def _mask(self, path: str, null: int) -> None:
+        try:
+            target = openat2(AT_FDCWD, path, os.O_PATH, 0, RESOLVE_NO_SYMLINKS)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return
+            raise
+        if stat.S_ISDIR(os.fstat(target).st_mode):
+            cover = new_mount("tmpfs", MOUNT_ATTR_RDONLY, "tmpfs", [("ro", "")])
+        else:
+            cover = open_tree(null, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)
+        move_mount(cover, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH)
+        os.close(cover)
+        os.close(target)
+
+    def _set_sysctls(self) -> None:
+        for key, value in self.plan["sysctls"]:
+            with _init_step(f"cannot set the sysctl {key}"):
+                fd = os.open("/proc/sys/" + key.replace(".", "/"), os.O_WRONLY | os.O_CLOEXEC)
+                os.write(fd, value.encode())
+                os.close(fd)
+
+    def _become(self) -> None:
+        """Take on the limits, identity and confinement of the container's process, and execute it."""
+        plan = self.plan
+        import resource
+        for number, soft, hard in plan["rlimits"]:
+            with _init_step(f"error setting rlimit type {number}"):
+                resource.setrlimit(number, (soft, hard))
+        if plan.get("oom_score_adj") is not None:
+            with _init_step("cannot set oom_score_adj"), open("/proc/self/oom_score_adj", "wb", 0) as file:
+                file.write(str(plan["oom_score_adj"]).encode())
+        with contextlib.suppress(OSError):  # a kernel without keyrings has none to leak
+            keyctl_join_session()
+        self._take_streams()
+        self._close_all()
+        entered = self._enter_workdir()
+        seccomp = bytes.fromhex(plan["seccomp"]) if plan.get("seccomp") else b""
+        capabilities = plan["capabilities"]
+        self._take_identity(capabilities, None if plan["no_new_privileges"] else seccomp)
+        if not entered:
+            self._change_directory()
+        if plan["no_new_privileges"]:
+            prctl(PR_SET_NO_NEW_PRIVS, 1)
+        self._execute(seccomp if plan["no_new_privileges"] else b"")
+
+    def _enter_workdir(self) -> bool:
+        """Make the working directory where it is missing and enter it; False when only its user may enter
+        it."""
+        cwd = self.plan["cwd"]
+        if not os.path.isdir(cwd):
+            with _init_step(f"mkdir {cwd}"):
+                root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                os.close(_mount_point(root, cwd, True))
+                os.close(root)
+        try:
+            os.chdir(cwd)
+        except PermissionError:
+            return False
+        self._change_directory()
+        return True
+
+    def _take_streams(self) -> None:
+        """The terminal or the pipes become descriptors 0, 1 and 2, and belong to the container's user."""
+        if self.plan["tty"]:
+            fcntl.ioctl(self.slave, TIOCSCTTY, 0)
+            streams = [self.slave] * 3
+        else:
+            streams = [self.fds[name] for name in ("stdin", "stdout", "stderr")]
+            if self.plan["uid"]:
+                for fd in streams:
+                    if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                        os.fchown(fd, self.plan["uid"], -1)
+        for number, fd in enumerate(streams):
+            os.dup2(fd, number, inheritable=True)
+
+    def _take_identity(self, capabilities: dict[str, int], seccomp: Optional[bytes]) -> None:
+        """Drop what the bounding set does not name, change the user, load the filter, drop the rest."""
+        plan = self.plan
+        for number in range(capabilities["last"] + 1):
+            if not capabilities["bounding"] >> number & 1:
+                prctl(PR_CAPBSET_DROP, number)
+        prctl(PR_SET_KEEPCAPS, 1)
+        with _init_step("cannot change the user"):
+            os.setgroups(plan["groups"])
+            os.setresgid(plan["gid"], plan["gid"], plan["gid"])
+            os.setresuid(plan["uid"], plan["uid"], plan["uid"])
+        prctl(PR_SET_KEEPCAPS, 0)
+        if seccomp:  # without no_new_privs only CAP_SYS_ADMIN may load a filter: now, or never
+            permitted = capget()[1]
+            capset(permitted, permitted, 0)
+            with _init_step("cannot load the seccomp filter"):
+                seccomp_load(seccomp, plan.get("seccomp_flags", 0))
+        with _init_step("unable to apply caps"):
+            capset(capabilities["effective"], capabilities["permitted"], 0)
+        with contextlib.suppress(OSError):
+            prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+
+    def _close_all(self) -> None:
+        """Close everything but 0, 1, 2 and the descriptor that tells of success (CVE-2024-21626)."""
+        sync = self.fds["sync"]
+        if defended("fd-close"):
+            close_range(3, sync - 1)
+            close_range(sync + 1)
+        else:
+            os.set_inheritable(self.host_root, True)
+
+    def _change_directory(self) -> None:
+        cwd = self.plan["cwd"]
+        with _init_step(f"chdir to cwd (\"{cwd}\") set in config.json failed"):
+            os.chdir(cwd)
+            inside = os.getcwd() if defended("fd-close") else "/"
+        if not inside.startswith("/"):
+            raise InitError(
+                "current working directory is outside of container mount namespace root -- possible "
+                "container breakout attempt"
+            )
+
+    def _execute(self, seccomp: bytes) -> None:
+        plan = self.plan
+        arguments = [os.fsencode(argument) for argument in plan["args"]]
+        environment = {}
+        for item in plan["env"]:
+            key, _, value = item.partition("=")
+            environment[os.fsencode(key)] = os.fsencode(value)
+        program = _find_program(plan["args"][0], environment.get(b"PATH", b""))
+        os.umask(0o022)
+        if seccomp:
+            with _init_step("cannot load the seccomp filter"):
+                seccomp_load(seccomp, plan.get("seccomp_flags", 0))
+        try:
+            os.execve(program, arguments, environment)
+        except OSError as error:
+            code = 126 if error.errno in (errno.EACCES, errno.ENOEXEC) else 127
+            raise InitError(f"exec {os.fsdecode(program)}: {str(error.strerror).lower()}", code) from None
+
+
+def _find_program(name: str, path: bytes) -> bytes:
+    """The file that `name` means: itself when it has a slash, else the first executable one in `path`.
+
+    Raises InitError with Go's os/exec texts, by which the CLI chooses exit code 126 or 127."""
+    if "/" in name:
+        try:
+            found = os.stat(name)
+        except OSError as error:
+            raise InitError(f"exec: \"{name}\": stat {name}: {str(error.strerror).lower()}", 127) from None
+        if stat.S_ISDIR(found.st_mode) or not found.st_mode & 0o111:
+            raise InitError(f"exec: \"{name}\": permission denied", 126)
+        return os.fsencode(name)
+    for directory in path.split(b":") if name else []:
+        candidate = os.path.join(directory or b".", os.fsencode(name))
+        with contextlib.suppress(OSError):
+            found = os.stat(candidate)
+            if stat.S_ISREG(found.st_mode) and found.st_mode & 0o111:
+                return candidate
+    raise InitError(f"exec: \"{name}\": executable file not found in $PATH", 127)
+
+
+def _init_main(fds: dict[str, int]) -> None:
+    """The child's whole life; it ends by execve or by telling what stood in the way."""
+    sync = fds["sync"]
+    try:
+        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        _close_others(set(fds.values()))
+        prctl(PR_SET_DUMPABLE, 0)
+        sys.path.clear()
+        sys.meta_path.clear()
+        sys.path_hooks.clear()
+        plan_fd = fds.pop("plan")
+        plan = json.loads(os.pread(plan_fd, os.fstat(plan_fd).st_size, 0))
+        os.close(plan_fd)
+        Init(plan, fds).run()
+    except BaseException as error:
+        code = error.code if isinstance(error, InitError) else 128
+        text = str(error) if isinstance(error, InitError) else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):
+            os.write(sync, json.dumps({"error": text, "code": code}).encode()[:SHIM_PACKET])
+    finally:
+        os._exit(127)
+
+
+def _close_others(kept: set[int]) -> None:
+    """Close every descriptor above 2 that is not among `kept`: the shim holds those of all containers
+    (pitfall 4)."""
+    first = 3
+    for fd in sorted(kept):
+        if fd > first:
+            close_range(first, fd - 1)
+        first = max(first, fd + 1)
+    close_range(first)
+
+
+class ShimProcess:
+    """A process that the shim started: its pid and pidfd, the kept descriptors by name, and its end once
+    known."""
+
+    def __init__(self, key: str, pid: int, pidfd: int, keep: dict[str, int]) -> None:
+        self.key, self.pid, self.pidfd, self.keep = key, pid, pidfd, keep
+        self.end: Optional[dict[str, Any]] = None
+
+    def close(self) -> None:
+        """Let all its descriptors go."""
+        for fd in (self.pidfd, *self.keep.values()):
+            os.close(fd)
+        self.keep.clear()
+
+
+class Shim:
+    """The shim's loop over its listening socket, its daemons' connections and the pidfds of its processes."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self.listener = listener
+        self.processes: dict[str, ShimProcess] = {}
+        self.connections: dict[int, socket.socket] = {}
+        self.by_pidfd: dict[int, ShimProcess] = {}
+        self.poll = select.epoll()
+        self.poll.register(listener, select.EPOLLIN)
+        self.finished = False
+
+    def run(self) -> None:
+        """Serve until told to quit."""
+        while not self.finished:
+            for fd, _ in self.poll.poll():
+                if fd == self.listener.fileno():
+                    self._accept()
+                elif fd in self.by_pidfd:
+                    self._reap(self.by_pidfd[fd])
+                elif fd in self.connections:
+                    self._serve(self.connections[fd])
+
+    def _accept(self) -> None:
+        connection, _ = self.listener.accept()
+        self.connections[connection.fileno()] = connection
+        self.poll.register(connection, select.EPOLLIN)
+
+    def _serve(self, connection: socket.socket) -> None:
+        """Answer one request; a daemon that is gone is forgotten, its containers are not."""
+        fds: list[int] = []
+        try:
+            data, fds = receive_fds(connection, SHIM_PACKET, 64)
+            if not data:
+                raise ConnectionResetError
+            request = json.loads(data)
+        except OSError:
+            del self.connections[connection.fileno()]
+            self.poll.unregister(connection)
+            connection.close()
+            return
+        named = dict(zip(request.get("fds", ()), fds))
+        answer: dict[str, Any] = {"seq": request["seq"]}
+        sent: list[int] = []
+        try:
+            sent = getattr(self, "op_" + request["op"])(request, named, answer) or []
+        except (OSError, KeyError, AttributeError) as error:
+            answer["error"] = f"{type(error).__name__}: {error}"
+        for fd in named.values():
+            os.close(fd)
+        with contextlib.suppress(OSError):
+            socket.send_fds(connection, [json.dumps(answer).encode()], sent)
+
+    def op_hello(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
+        """Who the shim is; ends not yet forgotten are told again to this daemon."""
+        answer.update(protocol=SHIM_PROTOCOL, pid=os.getpid())
+
+    def op_start(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> list[int]:
+        """Fork a process into new namespaces; `keep:NAME` descriptors are held for later daemons."""
+        key = request["key"]
+        if key in self.processes:
+            raise KeyError(f"{key} is running")
+        keep = {name[5:]: fds.pop(name) for name in list(fds) if name.startswith("keep:")}
+        pid, pidfd = clone3(request["flags"], fds.get("cgroup"))
+        if pid == 0:
+            fds.pop("cgroup", None)
+            _init_main(fds)
+        process = self.processes[key] = ShimProcess(key, pid, pidfd, keep)
+        self.by_pidfd[pidfd] = process
+        self.poll.register(pidfd, select.EPOLLIN)
+        answer["pid"] = pid
+        return [pidfd]
+
+    def op_keep(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
+        """Hold further descriptors for a process (its terminal)."""
+        process = self.processes[request["key"]]
+        for name in list(fds):
+            process.keep[name] = fds.pop(name)
+
+    def op_drop(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
+        """Close one kept descriptor: a stdin that has ended."""
+        fd = self.processes[request["key"]].keep.pop(request["name"], None)
+        if fd is not None:
+            os.close(fd)
+
+    def op_fetch(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> list[int]:
+        """The pid, pidfd and kept descriptors of a process, for a daemon that did not start it."""
+        process = self.processes[request["key"]]
+        answer.update(pid=process.pid, end=process.end, fds=["pidfd", *process.keep])
+        return [process.pidfd, *process.keep.values()]
+
+    def op_list(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
+        """The keys of all processes that are not forgotten, in pages: those greater than `after`."""
+        keys = sorted(key for key in self.processes if key > request.get("after", ""))
+        answer["keys"] = keys[:256]
+
+    def op_forget(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
+        """The end of a process has been recorded: drop all that is kept of it."""
+        process = self.processes.get(request["key"])
+        if process is not None and process.end is not None:
+            del self.processes[process.key]
+            process.close()
+
+    def op_quit(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
+        """End the shim, unless it still has processes."""
+        self.finished = not any(process.end is None for process in self.processes.values())
+        answer["quitting"] = self.finished
+
+    def _reap(self, process: ShimProcess) -> None:
+        """Take the exit status and tell every daemon that listens; forgotten only when a daemon says so."""
+        information = os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED)
+        assert information is not None
+        status = (
+            information.si_status if information.si_code == os.CLD_EXITED else 128 + information.si_status
+        )
+        process.end = {"exit": process.key, "pid": process.pid, "status": status, "time": time.time_ns()}
+        self.poll.unregister(process.pidfd)
+        del self.by_pidfd[process.pidfd]
+        packet = json.dumps(process.end).encode()
+        for connection in self.connections.values():
+            with contextlib.suppress(OSError):
+                connection.send(packet)
+
+
+def shim_main(listener_fd: int) -> None:
+    """The shim's process from its start: `listener_fd` is the bound, listening SEQPACKET socket."""
+    import gc
+    import resource  # noqa: F401  the init's: nothing is imported after pivot_root (pitfall 3)
+    os.chdir("/")
+    set_process_name("docker-shim")
+    prctl(PR_SET_DUMPABLE, 0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    for real_time in (32, 33):  # the C library's posix_spawn leaves its own ignored; containers would too
+        reset_signal(real_time)
+    shim = Shim(socket.socket(fileno=listener_fd))
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    shim.run()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Execution driver: the daemon's side
+#
+# A spec in, a process out; it knows nothing of containers.  `build_plan` turns a Spec into the init's plan,
+# the Shim client starts the shim from cached bytecode and a read-only image of the interpreter, or finds the
+# one that runs. What a container is given by default (mounts, devices, masked and read-only paths) is
+# Docker's, in its order.
+# ------------------------------------------------------------------------------------------------------------
+
+SHIM_SECTIONS = ("Constants", "Errors", "Kernel calls", "Netlink", "Execution driver: shim and init")
+SHIM_HEAD = (
+    "from __future__ import annotations\nimport contextlib, ctypes, errno, fcntl, json, os, select, signal, "
+    "socket, stat, struct, sys, time\nfrom typing import Any, Callable, Iterable, Iterator, Optional, Union"
+)
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_QUIET = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
+
+MASKED_PATHS = (
+    "/proc/asound",
+    "/proc/acpi",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+    "/sys/devices/virtual/powercap",
+)
+READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+DEVICE_NODES = (
+    ("null", 1, 3),
+    ("zero", 1, 5),
+    ("full", 1, 7),
+    ("tty", 5, 0),
+    ("random", 1, 8),
+    ("urandom", 1, 9),
+)
+DEVICE_LINKS = (("/dev/ptmx", "pts/ptmx"), ("/dev/fd", "/proc/self/fd"), ("/dev/stdin", "/proc/self/fd/0"),
+                ("/dev/stdout", "/proc/self/fd/1"), ("/dev/stderr", "/proc/self/fd/2"))
+
+
+class StartError(DockerError):
+    """The process did not come to execve; `code` is the exit code that Docker records (126, 127 or 128)."""
+
+    def __init__(self, text: str, code: int) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class CommandError(StartError, BadParameter):
+    """The command is not there or not executable: the client's mistake, 400."""
+
+
+class Spec(NamedTuple):
+    """All that the execution driver must know to start one process in a container of its own."""
+
+    key: str                                        # names the process towards the shim: the container's id
+    args: list[str]
+    env: list[str]
+    cwd: str
+    uid: int
+    gid: int
+    groups: list[int]
+    capabilities: set[int]                        # numbers; bounding, permitted and effective set alike
+    root_fd: int                                    # a detached mount of the root file system
+    tty: bool = False
+    console_size: tuple[int, int] = (0, 0)        # (height, width) in characters
+    hostname: str = ""
+    domainname: str = ""
+    namespaces: int = 0                             # CLONE_NEW* to make
+    join: dict[str, int] = {}                     # namespace descriptors to join, by name
+    cgroup_join: list[list[str]] = []             # [path, text] writes that put the caller into its cgroups
+    cgroup_fd: Optional[int] = None                 # the v2 directory to be born in
+    cgroup_namespace: bool = False
+    cgroup_mounts: list[dict[str, Any]] = []
+    mounts: list[dict[str, Any]] = []             # further mounts, in order
+    devices: list[dict[str, Any]] = []            # further device nodes
+    privileged: bool = False
+    readonly_root: bool = False
+    masked_paths: tuple[str, ...] = MASKED_PATHS
+    readonly_paths: tuple[str, ...] = READONLY_PATHS
+    seccomp: bytes = b""                            # a classic BPF program; empty for none
+    seccomp_flags: int = 0
+    no_new_privileges: bool = False
+    rlimits: list[tuple[int, int, int]] = []      # (RLIMIT_*, soft, hard)
+    sysctls: list[tuple[str, str]] = []
+    oom_score_adj: Optional[int] = None
+    shm_size: int = 64 << 20                        # bytes; 0 for no /dev/shm of its own
+
+
+def default_mounts(spec: Spec) -> list[dict[str, Any]]:
+    """The file systems that every container gets, in Docker's order."""
+    readonly: list[tuple[str, str]] = [] if spec.privileged else [("ro", "")]
+    sys_attributes = _QUIET | (0 if spec.privileged else MOUNT_ATTR_RDONLY)
+
+    def filesystem(
+        kind: str, to: str, attributes: int, *options: tuple[str, str], source: str = ""
+    ) -> dict[str, Any]:
+        return {
+            "type": kind,
+            "source": source or kind,
+            "to": to,
+            "attributes": attributes,
+            "options": options,
+        }
+
+    mounts = [
+        filesystem("proc", "/proc", _QUIET),
+        filesystem(
+            "tmpfs", "/dev", MOUNT_ATTR_NOSUID | MOUNT_ATTR_STRICTATIME, ("mode", "755"), ("size", "65536k")
+        ),
+        filesystem(
+            "devpts",
+            "/dev/pts",
+            MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC,
+            ("newinstance", ""),
+            ("ptmxmode", "0666"),
+            ("mode", "0620"),
+            ("gid", "5"),
+        ),
+        filesystem("sysfs", "/sys", sys_attributes, *readonly),
+        *spec.cgroup_mounts,
+        filesystem("mqueue", "/dev/mqueue", _QUIET),
+    ]
+    if spec.shm_size:
+        mounts.append(filesystem("tmpfs", "/dev/shm", _QUIET, ("mode", "1777"), ("size", f"{spec.shm_size}"),
+                                 source="shm"))
+    return mounts
+
+
+def device_mounts() -> list[dict[str, Any]]:
+    """The nodes and links of a container's /dev."""
+    nodes = [{"to": "/dev/" + name, "node": stat.S_IFCHR | 0o666, "rdev": os.makedev(major, minor)}
+             for name, major, minor in DEVICE_NODES]
+    core = [("/dev/core", "/proc/kcore")] if os.path.exists("/proc/kcore") else []
+    return nodes + [{"to": to, "link": target} for to, target in (*DEVICE_LINKS, *core)]
+
+
+def build_plan(spec: Spec, root_place: str) -> dict[str, Any]:
+    """The init's plan for `spec`, ready for JSON; `root_place` is an empty directory of the host to mount
+    on."""
+    mask = sum(1 << number for number in spec.capabilities)
+    masks = {"bounding": mask, "permitted": mask, "effective": mask, "last": last_capability()}
+    return {
+        "args": spec.args,
+        "env": spec.env,
+        "cwd": spec.cwd or "/",
+        "uid": spec.uid,
+        "gid": spec.gid,
+        "groups": spec.groups,
+        "capabilities": masks,
+        "tty": spec.tty,
+        "console_size": spec.console_size,
+        "hostname": spec.hostname,
+        "domainname": spec.domainname,
+        "join": list(spec.join),
+        "loopback": bool(spec.namespaces & CLONE_NEWNET),
+        "cgroup_join": spec.cgroup_join,
+        "cgroup_namespace": spec.cgroup_namespace,
+        "root_place": root_place,
+        "mounts": default_mounts(spec) + device_mounts() + spec.devices + spec.mounts,
+        "masked_paths": () if spec.privileged else spec.masked_paths,
+        "readonly_paths": () if spec.privileged else spec.readonly_paths,
+        "readonly_root": spec.readonly_root,
+        "seccomp": spec.seccomp.hex(),
+        "seccomp_flags": spec.seccomp_flags,
+        "no_new_privileges": spec.no_new_privileges,
+        "rlimits": spec.rlimits,
+        "sysctls": spec.sysctls,
+        "oom_score_adj": spec.oom_score_adj,
+    }
+
+
+@functools.cache
+def last_capability() -> int:
+    """The highest capability that the kernel knows; /proc/sys/kernel/cap_last_cap."""
+    with open("/proc/sys/kernel/cap_last_cap") as file:
+        return int(file.read())
+
+
+def shim_source(text: str) -> str:
+    """The shim's program: its sections of `text`, each on the lines where the whole file has it."""
+    lines = text.splitlines()
+    banners = [
+        number
+        for number, line in enumerate(lines)
+        if line.startswith("# -----")
+        and number + 1 < len(lines)
+        and lines[number + 1].startswith("# ")
+        and (number == 0 or not lines[number - 1].startswith("#"))
+    ]
+    program = [""] * len(lines)
+    program[:3] = SHIM_HEAD.splitlines()
+    for start, end in zip(banners, banners[1:] + [len(lines)]):
+        if lines[start + 1][2:] in SHIM_SECTIONS:
+            program[start:end] = lines[start:end]
+    return "\n".join(program) + "\nshim_main(int(sys.argv[1]))\n"
+
+
+def shim_bytecode(directory: str) -> str:
+    """The path of the shim's bytecode in `directory`, compiled when this source and interpreter have none
+    there.
+
+    A .pyc is run directly (pitfall 1); PEP 552 for its head.  It is readable by root alone."""
+    import importlib.util
+    with open(os.path.realpath(__file__), encoding="utf-8") as file:
+        text = file.read()
+    digest = hashlib.sha256(text.encode() + sys.version.encode()).hexdigest()[:16]
+    path = os.path.join(directory, f"shim-{digest}.pyc")
+    if not os.path.exists(path):
+        import marshal
+        for stale in os.listdir(directory):
+            if re.fullmatch(r"shim-[0-9a-f]{16}\.pyc", stale):
+                os.unlink(os.path.join(directory, stale))
+        code = compile(shim_source(text), os.path.realpath(__file__), "exec", dont_inherit=True, optimize=2)
+        write_state(path, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code), durable=False)
+    return path
+
+
+def sealed_interpreter() -> int:
+    """A descriptor of this interpreter's file through a detached read-only mount: a container that reaches it
+    by /proc/self/exe cannot write to it (CVE-2019-5736, pitfall 2)."""
+    program = os.path.realpath(sys.executable)
+    if not defended("exe-seal"):
+        return os.open(program, os.O_PATH | os.O_CLOEXEC)
+    sealed = open_tree(AT_FDCWD, program)
+    mount_setattr(sealed, "", AT_EMPTY_PATH, set=MOUNT_ATTR_RDONLY)
+    return sealed
+
+
+class Process:
+    """A process that the shim runs: `pid` (the host's), `pidfd`, `end` (None, then {"status", "time"})."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.pid = 0
+        self.pidfd = -1
+        self.console = -1
+        self.end: Optional[dict[str, Any]] = None
+        self.ended = threading.Event()
+        self._lock = threading.Lock()
+        self._on_end: Optional[Callable[[Process], None]] = None
+
+    def deliver(self, on_end: Callable[[Process], None]) -> None:
+        """Have `on_end` called once with this process when it has ended; at once if it has."""
+        with self._lock:
+            self._on_end = on_end
+            ended = self.end is not None
+        if ended:
+            on_end(self)
+
+    def finish(self, end: dict[str, Any]) -> None:
+        """The shim tells that the process has ended."""
+        with self._lock:
+            if self.end is not None:
+                return
+            self.end = end
+            on_end = self._on_end
+        self.ended.set()
+        if on_end is not None:
+            on_end(self)
+
+    def send_signal(self, number: int) -> None:
+        """Send the signal; ProcessLookupError when the process has ended."""
+        signal.pidfd_send_signal(self.pidfd, number)  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        """Let the pidfd go."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+class ShimClient:
+    """The daemon's connection to the shim: requests from any thread, ends of processes to their on_end."""
+
+    def __init__(self, exec_root: str) -> None:
+        self.directory = exec_root
+        self.path = os.path.join(exec_root, "shim.sock")
+        self.pid = 0
+        self.processes: dict[str, Process] = {}
+        self._socket: Optional[socket.socket] = None
+        self._sequence = itertools.count(1)
+        self._waiting: dict[int, list[Any]] = {}
+        self._condition = threading.Condition()
+
+    def open(self) -> None:
+        """Connect to the shim that runs, else start one; raises DockerError when neither works."""
+        self._begin(self._connect() or self._spawn())
+
+    def open_existing(self) -> bool:
+        """Connect to a shim that an earlier daemon left; whether there is one."""
+        connection = self._connect()
+        if connection is not None:
+            self._begin(connection)
+        return connection is not None
+
+    def _begin(self, connection: socket.socket) -> None:
+        self._socket = connection
+        threading.Thread(target=self._read, args=(connection,), name="shim", daemon=True).start()
+        self.pid = self.call("hello")[0]["pid"]
+
+    def _connect(self) -> Optional[socket.socket]:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            connection.connect(self.path)
+            return connection
+        except OSError:
+            connection.close()
+            return None
+
+    def _spawn(self) -> socket.socket:
+        """Start the shim in a session of its own, with nothing of the daemon's but its listening socket."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        listener.bind(self.path)
+        os.chmod(self.path, 0o600)
+        listener.listen(16)
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        errors = os.open(
+            os.path.join(self.directory, "shim.log"),
+            os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC,
+            0o600,
+        )
+        program = sealed_interpreter()
+        environment = {"LC_ALL": "C.UTF-8", "LD_LIBRARY_PATH": os.path.join(sys.base_prefix, "lib")}
+        if "DOCKERD_FAILPOINTS" in os.environ:
+            environment["DOCKERD_FAILPOINTS"] = os.environ["DOCKERD_FAILPOINTS"]
+        try:
+            os.posix_spawn(
+                f"/proc/self/fd/{program}",
+                [sys.executable, "-I", "-S", shim_bytecode(self.directory), "3"],
+                environment,
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, null, 0),
+                    (os.POSIX_SPAWN_DUP2, errors, 1),
+                    (os.POSIX_SPAWN_DUP2, errors, 2),
+                    (os.POSIX_SPAWN_DUP2, listener.fileno(), 3),
+                ],
+                setsid=True,
+                setsigmask=(),
+            )
+            connection = self._connect()
+        finally:
+            listener.close()
+            for fd in (null, errors, program):
+                os.close(fd)
+        if connection is None:
+            raise DockerError(f"cannot start the shim: see {self.directory}/shim.log")
+        return connection
+
+    def _read(self, connection: socket.socket) -> None:
+        """The reader thread: answers go to their callers, ends to their processes."""
+        while True:
+            try:
+                data, fds = receive_fds(connection, SHIM_PACKET, 64)
+            except OSError:
+                data = b""
+            if not data:
+                break
+            packet = json.loads(data)
+            if "exit" in packet:
+                self._ended(packet)
+                continue
+            with self._condition:
+                self._waiting[packet["seq"]] = [packet, fds]
+                self._condition.notify_all()
+        with self._condition:
+            self._socket = None
+            self._condition.notify_all()
+        connection.close()
+
+    def _ended(self, end: dict[str, Any]) -> None:
+        process = self.processes.get(end["exit"])
+        if process is not None:
+            process.finish(end)
+
+    def call(
+        self, operation: str, fds: Optional[dict[str, int]] = None, **fields: Any
+    ) -> tuple[dict[str, Any], list[int]]:
+        """Send one request and wait for its answer: (fields, descriptors).  DockerError when the shim refuses
+        or is gone."""
+        sequence = next(self._sequence)
+        fds = fds or {}
+        packet = json.dumps({"op": operation, "seq": sequence, "fds": list(fds), **fields}).encode()
+        with self._condition:
+            if self._socket is None:
+                raise DockerError("the shim is gone")
+            socket.send_fds(self._socket, [packet], list(fds.values()))
+            self._condition.wait_for(lambda: sequence in self._waiting or self._socket is None)
+            if sequence not in self._waiting:
+                raise DockerError("the shim is gone")
+            answer, received = self._waiting.pop(sequence)
+        if "error" in answer:
+            raise DockerError(f"the shim refused {operation}: {answer['error']}")
+        return answer, received
+
+    def adopt(self, key: str) -> Process:
+        """The process `key` that an earlier daemon started; its kept streams are closed here."""
+        process = self.processes[key] = Process(key)
+        answer, fds = self.call("fetch", key=key)
+        process.pid, process.pidfd = answer["pid"], fds[0]
+        for fd in fds[1:]:
+            os.close(fd)
+        if answer["end"]:
+            process.finish(answer["end"])
+        return process
+
+    def forget(self, process: Process) -> None:
+        """The end of `process` has been recorded everywhere."""
+        self.processes.pop(process.key, None)
+        process.close()
+        with contextlib.suppress(DockerError):
+            self.call("forget", key=process.key)
+
+    def close(self) -> None:
+        """Ask the shim to end, if it has no process, and let the connection go."""
+        with contextlib.suppress(DockerError):
+            if self.call("quit")[0]["quitting"]:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path)
+        if self._socket is not None:
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+
+class ExecutionDriver:
+    """Starts processes through the shim; `name` is what info and the start's log line call it."""
+
+    name = "native"
+
+    def __init__(self, exec_root: str) -> None:
+        os.makedirs(exec_root, 0o711, exist_ok=True)
+        self.shim = ShimClient(exec_root)
+        self.root_place = os.path.join(exec_root, "rootfs")
+        os.makedirs(self.root_place, 0o700, exist_ok=True)
+
+    def start(self, spec: Spec, streams: dict[str, int], keep: dict[str, int]) -> Process:
+        """Start `spec` and return once its execve has succeeded.
+
+        `streams` are the process's own stdin, stdout and stderr (none with a terminal), `keep` the daemon's
+        ends of them, which the shim holds too.  With a terminal the result's `console` is its master.  Raises
+        StartError, CommandError (exit codes 126 and 127) or DockerError; then no process is left."""
+        process = self.shim.processes[spec.key] = Process(spec.key)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        plan = os.memfd_create("plan", os.MFD_CLOEXEC)
+        try:
+            with theirs:
+                os.write(plan, json.dumps(build_plan(spec, self.root_place)).encode())
+                fds = {"plan": plan, "sync": theirs.fileno(), "root": spec.root_fd, **streams, **spec.join}
+                if spec.cgroup_fd is not None:
+                    fds["cgroup"] = spec.cgroup_fd
+                fds.update({"keep:" + name: fd for name, fd in keep.items()})
+                answer, received = self.shim.call("start", fds, key=spec.key, flags=spec.namespaces)
+            process.pid, process.pidfd = answer["pid"], received[0]
+            self._await_execve(process, ours)
+            return process
+        except BaseException:
+            self._abandon(process)
+            raise
+        finally:
+            ours.close()
+            os.close(plan)
+
+    def _await_execve(self, process: Process, sync: socket.socket) -> None:
+        """Read what the init tells until its end of file: its terminal, and perhaps what stood in the way."""
+        while True:
+            data, fds = receive_fds(sync, SHIM_PACKET, 1)
+            if not data:
+                break
+            message = json.loads(data)
+            if "console" in message:
+                process.console = fds[0]
+                self.shim.call("keep", {"console": process.console}, key=process.key)
+            else:
+                kind = CommandError if message["code"] in (126, 127) else StartError
+                raise kind(
+                    "failed to create task for container: failed to create shim task: OCI runtime create "
+                    f"failed: unable to start container process: {message['error']}",
+                    message["code"],
+                )
+
+    def _abandon(self, process: Process) -> None:
+        """A start that failed leaves no process: wait for the child's end, by force, and forget it."""
+        if process.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)
+            process.ended.wait(10)
+        if process.console >= 0:
+            os.close(process.console)
+        self.shim.forget(process)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Network driver
+#
+# What a container's network is made of.  Here: the networks none and host, and the three files that tell a
+# container its name and its name servers.  `bridge` gives loopback only, and a log line says so.  hosts(5),
+# resolv.conf(5).
+# ------------------------------------------------------------------------------------------------------------
+
+HOSTS_HEAD = ("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\n"
+              "ff00::0\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n")
+DEFAULT_NAME_SERVERS = ("8.8.8.8", "8.8.4.4")
+
+
+def hosts_text(host_config: dict[str, Any]) -> str:
+    """The container's /etc/hosts: the host's own in its network, else the standard names; then --add-host."""
+    text = read_text("/etc/hosts") if host_config["NetworkMode"] == "host" else HOSTS_HEAD
+    for entry in host_config.get("ExtraHosts") or []:
+        name, _, address = entry.partition(":")
+        text += f"{address}\t{name}\n"
+    return text
+
+
+def resolv_text(host_config: dict[str, Any], config: Any) -> str:
+    """The container's /etc/resolv.conf: --dns, --dns-search and --dns-option of the container, else of the
+    daemon, else the host's; outside the host's network its loopback servers are of no use and are left
+    out."""
+    host = read_text("/etc/resolv.conf")
+    found: dict[str, list[str]] = {"nameserver": [], "search": [], "options": []}
+    for line in host.splitlines():
+        word, *values = line.split()[:8] or [""]
+        if word in found and values:
+            found[word] = found[word] + values[:1] if word == "nameserver" else values
+    servers = host_config.get("Dns") or config.dns or found["nameserver"]
+    searches = host_config.get("DnsSearch") or config.dns_search or found["search"]
+    options = host_config.get("DnsOptions") or config.dns_opts or found["options"]
+    if host_config["NetworkMode"] != "host" and not (host_config.get("Dns") or config.dns):
+        servers = [server for server in servers if not _is_loopback(server)] or list(DEFAULT_NAME_SERVERS)
+    lines = [f"search {' '.join(searches)}"] if searches and searches != ["."] else []
+    lines += [f"nameserver {server}" for server in servers]
+    lines += [f"options {' '.join(options)}"] if options else []
+    return "\n".join(lines) + "\n"
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        return False
+
+
+def write_network_files(directory: str, hostname: str, host_config: dict[str, Any], config: Any) -> None:
+    """Write hostname, hosts and resolv.conf of a container into its `directory`; they are bind-mounted into
+    it."""
+    texts = {"hostname": hostname + "\n", "hosts": hosts_text(host_config),
+             "resolv.conf": resolv_text(host_config, config)}
+    for name, text in texts.items():
+        write_state(os.path.join(directory, name), text.encode(), mode=0o644, durable=False)
+
+
+def network_settings(host_config: dict[str, Any], networks: dict[str, str]) -> dict[str, Any]:
+    """NetworkSettings of a container as inspect shows them; `networks` maps network names to ids."""
+    mode = host_config["NetworkMode"]
+    name = "bridge" if mode == "default" else mode
+    endpoint = {
+        "IPAMConfig": None,
+        "Links": None,
+        "Aliases": None,
+        "MacAddress": "",
+        "DriverOpts": None,
+        "GwPriority": 0,
+        "NetworkID": networks.get(name, ""),
+        "EndpointID": "",
+        "Gateway": "",
+        "IPAddress": "",
+        "IPPrefixLen": 0,
+        "IPv6Gateway": "",
+        "GlobalIPv6Address": "",
+        "GlobalIPv6PrefixLen": 0,
+        "DNSNames": None,
+    }
+    return {"Bridge": "", "SandboxID": "", "SandboxKey": "", "Ports": {}, "HairpinMode": False,
+            "LinkLocalIPv6Address": "", "LinkLocalIPv6PrefixLen": 0, "SecondaryIPAddresses": None,
+            "SecondaryIPv6Addresses": None, "EndpointID": "", "Gateway": "", "GlobalIPv6Address": "",
+            "GlobalIPv6PrefixLen": 0, "IPAddress": "", "IPPrefixLen": 0, "IPv6Gateway": "", "MacAddress": "",
+            "Networks": {name: endpoint}}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Logs
+#
+# What containers print: one pump thread for the streams of all containers, the json-file driver that writes
+# and reads moby's format (a JSON object a line: log, stream, time), and the streams of one run, to which
+# clients attach.  Lines are cut at 16 KiB as Docker cuts them.  A client that does not read slows its
+# container down, as a pipe would.
+# ------------------------------------------------------------------------------------------------------------
+
+LOG_LINE_LIMIT = 16384          # bytes of a line that go into one log entry
+SUBSCRIBER_LIMIT = 1 << 20      # bytes that wait for one attached client before its container must wait
+STDIN, STDOUT, STDERR = 0, 1, 2
+STREAM_NAMES = {STDOUT: "stdout", STDERR: "stderr"}
+_GO_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028",
+                             "\u2029": "\\u2029", "\ufffd": "\\ufffd", "\x7f": "\x7f"})
+_json_string = json.encoder.encode_basestring  # the C implementation where there is one
+
+
+def _replace_bytes(error: UnicodeError) -> tuple[str, int]:
+    """U+FFFD for every single byte that is not UTF-8, as Go does it."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error("each-byte", _replace_bytes)
+
+
+class LogPump:
+    """One thread that reads every container's output when there is some, and hands it on.
+
+    A callback gets what was read, b"" at the end of the stream; its descriptor is then closed by the pump."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._callbacks: dict[int, Callable[[bytes], None]] = {}
+        self._thread = threading.Thread(target=self._run, name="logs", daemon=True)
+        self._thread.start()
+
+    def add(self, fd: int, callback: Callable[[bytes], None]) -> None:
+        """Read `fd`, which the pump owns from now on, until its end."""
+        os.set_blocking(fd, False)
+        self._callbacks[fd] = callback
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def pause(self, fd: int) -> None:
+        """Do not read `fd` until resume(fd)."""
+        with contextlib.suppress(OSError):
+            self._epoll.modify(fd, 0)
+
+    def resume(self, fd: int) -> None:
+        """Read `fd` again."""
+        with contextlib.suppress(OSError):
+            self._epoll.modify(fd, select.EPOLLIN)
+
+    def _run(self) -> None:
+        while True:
+            for fd, _ in self._epoll.poll():
+                self._read(fd)
+
+    def _read(self, fd: int) -> None:
+        try:
+            data = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:  # EIO: the last slave of a terminal is closed
+            data = b""
+        callback = self._callbacks[fd]
+        if not data:
+            del self._callbacks[fd]
+            self._epoll.unregister(fd)
+            os.close(fd)
+        try:
+            callback(data)
+        except Exception:
+            log.exception("a container's output could not be handled")
+
+
+class JsonFileLog:
+    """The json-file log driver: one file, an entry a line.  write() is the pump's, read() any thread's."""
+
+    name = "json-file"
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.closed = False
+        self._file: Any = None
+        self._condition = threading.Condition()
+        self._partial: dict[int, bytes] = {}
+
+    def open(self) -> None:
+        """Begin to write; OSError when the file cannot be made."""
+        self._file = open(
+            self.path, "ab", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o640)
+        )
+        self.closed = False
+
+    def write(self, stream: int, data: bytes) -> None:
+        """Take `data` of a stream in: whole lines are written, the rest waits; b"" writes the rest.
+
+        A disk that is full loses the entries, says so once in the daemon's log, and stops no container."""
+        data = self._partial.pop(stream, b"") + data if data else self._partial.pop(stream, b"")
+        ending = not data.endswith(b"\n")
+        lines = data.split(b"\n")
+        rest = lines.pop()
+        when = rfc3339nano(time.time_ns())
+        tail = f',"stream":"{STREAM_NAMES[stream]}","time":"{when}"}}\n'
+        entries = [self._entry(piece, tail) for line in lines for piece in _pieces(line + b"\n")]
+        while len(rest) >= LOG_LINE_LIMIT:
+            entries.append(self._entry(rest[:LOG_LINE_LIMIT], tail))
+            rest = rest[LOG_LINE_LIMIT:]
+        if rest and ending:
+            self._partial[stream] = rest
+        self._append(entries)
+
+    def flush(self, stream: int) -> None:
+        """Write what waits for the end of its line: the stream has ended."""
+        rest = self._partial.pop(stream, b"")
+        if rest:
+            tail = f',"stream":"{STREAM_NAMES[stream]}","time":"{rfc3339nano(time.time_ns())}"}}\n'
+            self._append([self._entry(rest, tail)])
+
+    @staticmethod
+    def _entry(line: bytes, tail: str) -> str:
+        return '{"log":' + _json_string(line.decode("utf-8", "each-byte")).translate(_GO_ESCAPES) + tail
+
+    def _append(self, entries: list[str]) -> None:
+        if not entries:
+            return
+        try:
+            self._file.write("".join(entries).encode())
+        except OSError as error:
+            log.error("cannot write the log %s: %s", self.path, error.strerror)
+        with self._condition:
+            self._condition.notify_all()
+
+    def size(self) -> int:
+        """How many bytes of entries there are."""
+        try:
+            return os.path.getsize(self.path)
+        except FileNotFoundError:
+            return 0
+
+    def unwritten(self) -> dict[int, bytes]:
+        """What of each stream waits for the end of its line."""
+        return dict(self._partial)
+
+    def close(self) -> None:
+        """No more is written; readers that follow come to their end."""
+        with self._condition:
+            self.closed = True
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+            self._condition.notify_all()
+
+    def wake(self) -> None:
+        """Let readers that wait look whether they have been cancelled."""
+        with self._condition:
+            self._condition.notify_all()
+
+    def read(self, tail: int = -1, since: int = 0, until: int = 0, follow: bool = False,
+             cancelled: Optional[threading.Event] = None,
+             end: Optional[int] = None) -> Iterator[tuple[int, int, bytes]]:
+        """(stream, time in ns, bytes) of each entry: the last `tail` ones or all (-1), between two times (ns,
+        0 for open), up to the file's offset `end`; with `follow` until the log is closed or `cancelled`
+        is set."""
+        try:
+            file = open(self.path, "rb")
+        except FileNotFoundError:
+            return
+        with file:
+            if tail >= 0:
+                file.seek(_tail_offset(file, tail))
+            for line in self._lines(file, follow, cancelled or threading.Event(), end):
+                try:
+                    entry = json.loads(line)
+                    when = parse_timestamp(entry["time"])
+                    stream = STDERR if entry["stream"] == "stderr" else STDOUT
+                    text = entry["log"].encode("utf-8", "surrogatepass")
+                except (ValueError, KeyError, TypeError, DockerError):
+                    continue  # a torn line after a power cut
+                if until and when > until:
+                    return
+                if when >= since:
+                    yield stream, when, text
+
+    def _lines(self, file: BinaryIO, follow: bool, cancelled: threading.Event,
+               end: Optional[int]) -> Iterator[bytes]:
+        rest = b""
+        while not cancelled.is_set():
+            with self._condition:
+                closed = self.closed or not follow or self._file is None
+            data = file.read(1 << 16 if end is None else min(1 << 16, end - file.tell()))
+            if data:
+                *lines, rest = (rest + data).split(b"\n")
+                yield from lines
+            elif closed:
+                return
+            else:
+                self._wait_beyond(file.tell(), cancelled)
+
+    def _wait_beyond(self, position: int, cancelled: threading.Event) -> None:
+        """Return when the file is longer than `position`, the log is closed or the reader is cancelled."""
+        with self._condition:
+            self._condition.wait_for(
+                lambda: self.closed or cancelled.is_set() or os.path.getsize(self.path) > position)
+
+
+def _pieces(line: bytes) -> Iterable[bytes]:
+    """`line` in entries of at most LOG_LINE_LIMIT bytes, its newline in the last."""
+    if len(line) <= LOG_LINE_LIMIT:
+        return (line,)
+    return [line[start:start + LOG_LINE_LIMIT] for start in range(0, len(line), LOG_LINE_LIMIT)]
+
+
+def _tail_offset(file: BinaryIO, count: int) -> int:
+    """Where the last `count` lines of `file` begin."""
+    end = position = file.seek(0, os.SEEK_END)
+    if count == 0:
+        return end
+    found = -1  # the newline that ends the last line is not counted
+    while position > 0:
+        step = min(1 << 16, position)
+        position -= step
+        file.seek(position)
+        block = file.read(step)
+        newlines = block.count(b"\n")
+        if found + newlines >= count:
+            cut = len(block)
+            for _ in range(count - found):
+                cut = block.rindex(b"\n", 0, cut)
+            return position + cut + 1
+        found += newlines
+    return 0
+
+
+class Subscriber:
+    """An attached client's share of the output: chunks that wait for it, and a descriptor that tells of
+    them."""
+
+    def __init__(self, streams: Streams, wanted: set[int]) -> None:
+        self.streams, self.wanted = streams, wanted
+        self.position = streams.driver.size() if streams.driver is not None else 0
+        self.partial = streams.driver.unwritten() if streams.driver is not None else {}
+        self.chunks: collections.deque[tuple[int, bytes]] = collections.deque()
+        self.size = 0
+        self.ended = False
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def fileno(self) -> int:
+        """Readable when there is something to take()."""
+        return self._reader
+
+    def past(self) -> Iterator[tuple[int, bytes]]:
+        """(stream, bytes) of all that was printed before it subscribed, as far as the log has it."""
+        driver = self.streams.driver
+        if driver is not None:
+            yield from ((stream, text) for stream, _, text in driver.read(end=self.position))
+            yield from self.partial.items()
+
+    def wake(self) -> None:
+        """Make fileno() readable."""
+        with contextlib.suppress(BlockingIOError, OSError):
+            os.write(self._writer, b"x")
+
+    def take(self) -> list[tuple[int, bytes]]:
+        """All chunks that wait, as (stream, bytes); they then wait no longer."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._reader, 4096)
+        with self.streams.lock:
+            chunks = list(self.chunks)
+            self.chunks.clear()
+            self.size = 0
+        self.streams.drained()
+        return chunks
+
+    def close(self) -> None:
+        """Unsubscribe."""
+        with self.streams.lock:
+            self.streams.subscribers.discard(self)
+            os.close(self._reader)
+            os.close(self._writer)
+            self._reader = self._writer = -1
+        self.streams.drained()
+
+
+class Streams:
+    """The standard streams of one container: its log, its attached clients, its standard input.
+
+    It outlives the runs: clients may attach before a start; `connect` gives it the descriptors of a run."""
+
+    def __init__(self, pump: LogPump, driver: Optional[JsonFileLog]) -> None:
+        self.pump, self.driver = pump, driver
+        self.lock = threading.Lock()
+        self.subscribers: set[Subscriber] = set()
+        self.stdin = -1
+        self._open: dict[int, int] = {}  # stream -> descriptor that the pump reads
+        self._paused: set[int] = set()
+        self.finished = threading.Event()
+        self.finished.set()
+        self.on_finished: Callable[[], None] = lambda: None
+
+    def connect(self, stdin: int, outputs: dict[int, int]) -> None:
+        """A run begins: `outputs` maps STDOUT and STDERR (or STDOUT alone, a terminal) to descriptors."""
+        self.finished.clear()
+        self.stdin = stdin
+        self._open = dict(outputs)
+        if self.driver is not None:
+            self.driver.open()
+        for stream, fd in outputs.items():
+            self.pump.add(fd, functools.partial(self._feed, stream))
+        with self.lock:
+            for subscriber in self.subscribers:  # their input has somewhere to go now
+                subscriber.wake()
+
+    def subscribe(self, wanted: set[int]) -> Subscriber:
+        """A new client that gets what the streams `wanted` print from now on."""
+        with self.lock:  # nothing is written between what past() tells and what take() gives
+            subscriber = Subscriber(self, wanted)
+            self.subscribers.add(subscriber)
+        return subscriber
+
+    def _feed(self, stream: int, data: bytes) -> None:
+        """The pump's callback: to the log first, then to the clients; a full client pauses the stream."""
+        with self.lock:
+            if self.driver is not None:
+                self.driver.write(stream, data) if data else self.driver.flush(stream)
+            if not data:
+                self._open.pop(stream, None)
+            elif any(self._offer(subscriber, stream, data) for subscriber in self.subscribers):
+                self._paused.add(self._open[stream])
+                self.pump.pause(self._open[stream])
+            last = not self._open
+        if last:
+            self._finish()
+
+    @staticmethod
+    def _offer(subscriber: Subscriber, stream: int, data: bytes) -> bool:
+        """Queue `data` for one client; whether it has more waiting than it should."""
+        if stream not in subscriber.wanted:
+            return False
+        subscriber.chunks.append((stream, data))
+        subscriber.size += len(data)
+        subscriber.wake()
+        return subscriber.size > SUBSCRIBER_LIMIT
+
+    def drained(self) -> None:
+        """A client has taken its chunks or left: go on reading, unless another is full."""
+        with self.lock:
+            if self._paused and all(subscriber.size <= SUBSCRIBER_LIMIT for subscriber in self.subscribers):
+                for fd in self._paused:
+                    self.pump.resume(fd)
+                self._paused.clear()
+
+    def _finish(self) -> None:
+        """All output of the run has been read: end the log and the clients."""
+        if self.driver is not None:
+            self.driver.close()
+        self.finished.set()
+        self.on_finished()
+
+    def end_subscribers(self) -> None:
+        """Tell every client that the run is over."""
+        with self.lock:
+            for subscriber in self.subscribers:
+                subscriber.ended = True
+                subscriber.wake()
+
+    def close_stdin(self) -> None:
+        """End the container's standard input."""
+        with self.lock:
+            if self.stdin >= 0:
+                os.close(self.stdin)
+                self.stdin = -1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Containers
+#
+# One class, Container: its record, its state machine, its lock, the monitor of its process, attach and logs;
+# every step has its undo, and a failure runs the undos of what was done.  First what is pure: the words of
+# the list, names, the configuration of a new container (tables of members and of rules), filters.  Shapes and
+# texts are Docker's (API 1.51, POST /containers/create), because clients match on them.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def human_duration(seconds: float) -> str:
+    """A length of time in words (go-units: HumanDuration): "Less than a second" to "2 years"."""
+    minutes, hours = int(seconds / 60), int(seconds / 3600 + 0.5)
+    steps = (  # (whether this step serves, its words)
+        (seconds < 1, "Less than a second"), (seconds < 2, "1 second"),
+        (seconds < 60, f"{int(seconds)} seconds"), (minutes == 1, "About a minute"),
+        (minutes < 60, f"{minutes} minutes"), (hours == 1, "About an hour"),
+        (hours < 48, f"{hours} hours"), (hours < 24 * 14, f"{hours // 24} days"),
+        (hours < 24 * 60, f"{hours // 168} weeks"), (hours < 24 * 730, f"{hours // 720} months"),
+    )
+    return next((words for serves, words in steps if serves), f"{int(seconds / 3600) // 24 // 365} years")
+
+
+def status_text(state: dict[str, Any], now: int) -> str:
+    """The STATUS of `docker ps` from `state` as inspect shows it; `now` in nanoseconds since 1970."""
+    def since(key: str) -> str:
+        return human_duration((now - parse_timestamp(state[key])) / 10**9)
+
+    if state["Restarting"]:
+        return f"Restarting ({state['ExitCode']}) {since('FinishedAt')} ago"
+    if state["Running"]:
+        health = (state.get("Health") or {}).get("Status", "none")
+        suffix = {"starting": " (health: starting)", "none": "", "": ""}.get(health, f" ({health})")
+        return f"Up {since('StartedAt')}" + (" (Paused)" if state["Paused"] else suffix)
+    if state["Status"] == "removing":
+        return "Removal In Progress"
+    if state["Dead"]:
+        return "Dead"
+    if state["StartedAt"] == ZERO_TIME:
+        return "Created"
+    if state["FinishedAt"] == ZERO_TIME:
+        return ""
+    return f"Exited ({state['ExitCode']}) {since('FinishedAt')} ago"
+
+
+# Names: what one may be, and one at random for a container that is given none
+
+NAME_PATTERN = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+")
+ADJECTIVES = """
+    able agile amber ample bold brave breezy bright brisk calm candid cheerful clever cosmic crisp curious
+    daring deft eager earnest elated epic fair festive fluent focused frank gentle gifted glad golden
+    grand happy hardy honest hopeful jolly keen kind lively lucid lucky mellow merry modest nimble noble
+    patient peaceful playful polite proud quiet rapid serene sharp sincere steady sunny swift tidy upbeat
+    vivid warm wise witty zealous
+""".split()
+SCIENTISTS = """
+    abel agnesi al-biruni ampere archimedes aryabhata avicenna avogadro babbage banneker bardeen bell
+    bernoulli bhabha bohr boltzmann bose boyle brahmagupta brattain burnell cannon cantor carson carver
+    cauchy cavendish cerf chandrasekhar chatelet church clarke copernicus cori coulomb crick curie dalton
+    darwin dijkstra dirac easley edison ehrlich einstein elion erdos euclid euler faraday fermat fermi
+    feynman fibonacci fleming fourier franklin galileo galois gauss germain gibbs godel goodall hamilton
+    hawking heisenberg herschel hertz hilbert hodgkin hopper hubble huygens hypatia jacobi jemison jenner
+    johnson joliot joule kalam kepler khayyam khwarizmi knuth kovalevsky lagrange lamarr landau laplace
+    lavoisier leavitt leibniz linnaeus lovelace maxwell mayer mcclintock meitner mendel mendeleev
+    mirzakhani montalcini napier nash newton nobel noether ohm pascal pasteur pauli pauling payne planck
+    poincare ptolemy pythagoras raman ramanujan riemann ritchie rubin rutherford sagan salk shannon
+    somerville tesla turing volta wiles wu yalow zhang
+""".split()
+
+
+def random_name() -> str:
+    """A name such as "brave_curie" for a container."""
+    return f"{secrets.choice(ADJECTIVES)}_{secrets.choice(SCIENTISTS)}".replace("-", "")
+
+
+def name_conflict(name: str, container_id: str) -> Conflict:
+    """The error for a name (without its slash) that the container `container_id` has already."""
+    return Conflict(f'Conflict. The container name "/{name}" is already in use by container "{container_id}".'
+                    " You have to remove (or rename) that container to be able to reuse that name.")
+
+
+# The members of a container's configuration: their names, Go types and order, as moby's structs have them.
+# A type that ends in "?" is left out when it is empty; one that begins with "*" may be null.  API 1.51
+
+_STRUCTS = {
+    "ContainerConfigWrapper": """
+        Hostname string  Domainname string  User string  AttachStdin bool  AttachStdout bool
+        AttachStderr bool  ExposedPorts map[string]object?  Tty bool  OpenStdin bool  StdinOnce bool
+        Env []string  Cmd strslice  Healthcheck *HealthConfig?  ArgsEscaped bool?  Image string
+        Volumes map[string]object  WorkingDir string  Entrypoint strslice  NetworkDisabled bool?
+        MacAddress string?  OnBuild []string  Labels map[string]string  StopSignal string?
+        StopTimeout *int?  Shell strslice?""",
+    "HealthConfig": """
+        Test []string?  Interval int64?  Timeout int64?  StartPeriod int64?  StartInterval int64?
+        Retries int?""",
+    "HostConfig": """
+        Binds []string  ContainerIDFile string  LogConfig LogConfig  NetworkMode string
+        PortBindings map[string][]PortBinding  RestartPolicy RestartPolicy  AutoRemove bool
+        VolumeDriver string  VolumesFrom []string  ConsoleSize []uint  Annotations map[string]string?
+        CapAdd strslice  CapDrop strslice  CgroupnsMode string  Dns []string  DnsOptions []string
+        DnsSearch []string  ExtraHosts []string  GroupAdd []string  IpcMode string  Cgroup string
+        Links []string  OomScoreAdj int  PidMode string  Privileged bool  PublishAllPorts bool
+        ReadonlyRootfs bool  SecurityOpt []string  StorageOpt map[string]string?  Tmpfs map[string]string?
+        UTSMode string  UsernsMode string  ShmSize int64  Sysctls map[string]string?  Runtime string
+        Isolation string  CpuShares int64  Memory int64  NanoCpus int64  CgroupParent string
+        BlkioWeight uint16  BlkioWeightDevice []WeightDevice  BlkioDeviceReadBps []ThrottleDevice
+        BlkioDeviceWriteBps []ThrottleDevice  BlkioDeviceReadIOps []ThrottleDevice
+        BlkioDeviceWriteIOps []ThrottleDevice  CpuPeriod int64  CpuQuota int64  CpuRealtimePeriod int64
+        CpuRealtimeRuntime int64  CpusetCpus string  CpusetMems string  Devices []DeviceMapping
+        DeviceCgroupRules []string  DeviceRequests []DeviceRequest  KernelMemory int64
+        KernelMemoryTCP int64  MemoryReservation int64  MemorySwap int64  MemorySwappiness *int64
+        OomKillDisable *bool  PidsLimit *int64  Ulimits []Ulimit  CpuCount int64  CpuPercent int64
+        IOMaximumIOps uint64  IOMaximumBandwidth uint64  Mounts []object?  MaskedPaths []string
+        ReadonlyPaths []string  Init *bool?""",
+    "LogConfig": "Type string  Config map[string]string",
+    "PortBinding": "HostIp string  HostPort string",
+    "RestartPolicy": "Name string  MaximumRetryCount int",
+    "WeightDevice": "Path string  Weight uint16",
+    "ThrottleDevice": "Path string  Rate uint64",
+    "DeviceMapping": "PathOnHost string  PathInContainer string  CgroupPermissions string",
+    "DeviceRequest": """
+        Driver string  Count int  DeviceIDs []string  Capabilities [][]string  Options map[string]string""",
+    "Ulimit": "Name string  Hard int64  Soft int64",
+    "NetworkingConfig": "EndpointsConfig map[string]*object",
+}
+STRUCTS = {name: dict(zip(text.split()[::2], text.split()[1::2])) for name, text in _STRUCTS.items()}
+_INTEGERS: dict[str, tuple[int, int]] = {
+    "int": (-1 << 63, 1 << 63), "int64": (-1 << 63, 1 << 63), "uint": (0, 1 << 64), "uint16": (0, 1 << 16),
+    "uint64": (0, 1 << 64)}
+_SCALARS: dict[str, tuple[type, Any]] = {"string": (str, ""), "bool": (bool, False),
+                                         **dict.fromkeys(_INTEGERS, (int, 0))}
+
+
+def decode_struct(value: Any, name: str, path: str = "") -> dict[str, Any]:
+    """`value`, of JSON, as the struct `name` of STRUCTS: every member with its zero value, and no other.
+
+    Names match in any case, as in Go.  BadParameter, with Go's text, for a member of another type."""
+    if value is not None and not isinstance(value, dict):
+        raise _wrong_type(value, name, path)
+    given = {key.lower(): member for key, member in (value or {}).items()}
+    decoded = {}
+    for key, kind in STRUCTS[name].items():
+        member = _decode(given.get(key.lower()), kind.rstrip("?"), f"{path or name}.{key}")
+        if member or not kind.endswith("?") or kind.startswith("*") and member is not None:
+            decoded[key] = member
+    return decoded
+
+
+def _decode(value: Any, kind: str, path: str) -> Any:
+    """`value`, of JSON, as the Go type `kind`; null is the type's zero value."""
+    if kind in STRUCTS:
+        return decode_struct(value, kind, path)
+    if kind in _SCALARS:
+        return _decode_scalar(value, kind, path)
+    if value is None:
+        return None
+    if kind.startswith("*"):
+        return _decode(value, kind[1:], path)
+    if kind == "strslice":
+        value, kind = [value] if isinstance(value, str) else value, "[]string"
+    if kind.startswith("[]") and isinstance(value, list):
+        return [_decode(item, kind[2:], path) for item in value]
+    if kind.startswith("map[string]") and isinstance(value, dict):
+        return {key: _decode(item, kind[11:], path) for key, item in value.items()}
+    if kind == "object" and isinstance(value, dict):
+        return value
+    raise _wrong_type(value, kind, path)
+
+
+def _decode_scalar(value: Any, kind: str, path: str) -> Any:
+    python_type, zero = _SCALARS[kind]
+    if value is None:
+        return zero
+    low, high = _INTEGERS.get(kind, (0, 0))
+    if type(value) is not python_type or (isinstance(value, int) and low != high and not low <= value < high):
+        raise _wrong_type(value, kind, path)
+    if isinstance(value, str) and "\0" in value:
+        raise BadParameter(f"invalid {path.partition('.')[2]}: it contains a NUL byte")
+    return value
+
+
+def _wrong_type(value: Any, kind: str, path: str) -> BadParameter:
+    words = {bool: "bool", str: "string", list: "array", dict: "object", float: f"number {value}"}
+    word = words.get(type(value), f"number {value}" if kind in _INTEGERS else "number")
+    place = f"Go struct field {path} of type {kind}" if path else f"Go value of type runconfig.{kind}"
+    return BadParameter(f"json: cannot unmarshal {word} into {place}")
+
+
+# Security options
+
+
+class SecurityOptions(NamedTuple):
+    """A container's --security-opt; `seccomp` is None (default), "unconfined" or the profile."""
+
+    no_new_privileges: bool = False
+    seccomp: Any = None
+    apparmor: str = ""
+    label: tuple[str, ...] = ()
+    systempaths: str = ""
+
+
+_SECURITY_SHORTHANDS = {"no-new-privileges": "no-new-privileges=true", "disable": "label=disable"}
+
+
+def parse_security_options(options: list[str]) -> SecurityOptions:
+    """KEY=VALUE, KEY:VALUE, "no-new-privileges" and "disable" as SecurityOptions; else BadParameter."""
+    found = SecurityOptions()
+    for option in options:
+        text = _SECURITY_SHORTHANDS.get(option, option)
+        key, separator, value = text.partition("=" if "=" in text else ":")
+        if not separator:
+            raise BadParameter(f"invalid --security-opt 1: {go_quote(option)}")
+        if key == "seccomp":
+            found = found._replace(seccomp=_parse_profile(value))
+        elif key == "label":
+            found = found._replace(label=(*found.label, value))
+        elif key == "apparmor":
+            found = found._replace(apparmor=value)
+        elif (key, value) == ("systempaths", "unconfined"):
+            found = found._replace(systempaths=value)
+        elif key == "no-new-privileges" and value.lower() in ("1", "t", "true", "0", "f", "false"):
+            found = found._replace(no_new_privileges=value.lower() in ("1", "t", "true"))
+        else:
+            raise BadParameter(f"invalid --security-opt 2: {go_quote(option)}")
+    return found
+
+
+def _parse_profile(text: str) -> Any:
+    """A seccomp profile's document; "unconfined" as it is and None for "builtin"."""
+    if text in ("unconfined", "builtin"):
+        return None if text == "builtin" else text
+    try:
+        profile = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadParameter(f"Decoding seccomp profile failed: {error}") from None
+    if not isinstance(profile, dict):
+        raise BadParameter("Decoding seccomp profile failed: it must be a JSON object")
+    return profile
+
+
+# The rules: what a configuration may not be, and what Docker says then
+
+MINIMUM_MEMORY = 6 << 20        # bytes
+RESTART_POLICIES = ("no", "always", "on-failure", "unless-stopped")
+_JSON_FILE_OPTIONS = ("compress env env-regex labels labels-regex max-buffer-size max-file max-size mode "
+                      "tag").split()
+_UNLANDED_LOG_DRIVERS = ("awslogs", "fluentd", "gcplogs", "gelf", "journald", "local", "splunk", "syslog")
+
+# (what is wrong, the text), in the order in which Docker looks; `c` is Config and HostConfig in one.
+# What the cgroups are asked for is checked where they are (CgroupManager.adapt).
+RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
+    (lambda c: c["WorkingDir"] and not c["WorkingDir"].startswith("/"),
+     "the working directory '{WorkingDir}' is invalid, it needs to be an absolute path"),
+    (lambda c: c["UTSMode"] == "host" and c["Hostname"], "conflicting options: hostname and the UTS mode"),
+    (lambda c: c["StopTimeout"] is not None and c["StopTimeout"] < -1, "invalid stop timeout: {StopTimeout}"),
+    (lambda c: c["AutoRemove"] and c["RestartPolicy"]["Name"] != "no",
+     "can't create 'AutoRemove' container with restart policy"),
+    (lambda c: c["RestartPolicy"]["Name"] not in RESTART_POLICIES,
+     "invalid restart policy '{RestartPolicy[Name]}'"),
+    (lambda c: c["RestartPolicy"]["Name"] != "on-failure" and c["RestartPolicy"]["MaximumRetryCount"],
+     "maximum retry count cannot be used with restart policy '{RestartPolicy[Name]}'"),
+    (lambda c: c["RestartPolicy"]["MaximumRetryCount"] < 0, "maximum retry count cannot be negative"),
+    (lambda c: c["Isolation"].lower() not in ("", "default"),
+     "Invalid isolation: \"{Isolation}\" - linux only supports 'default'"),
+    (lambda c: "" in (c["Annotations"] or ()),
+     "invalid Annotations: the empty string is not permitted as an annotation key"),
+    (lambda c: c["Memory"] < 0, "Minimum memory limit allowed is 6MB"),
+    (lambda c: 0 < c["KernelMemory"] < MINIMUM_MEMORY, "Minimum kernel memory limit allowed is 6MB"),
+    (lambda c: 0 < c["NanoCpus"] < 10**7,
+     "Range of CPUs is from 0.01 to {cpus}.00, as there are only {cpus} CPUs available"),
+    (lambda c: c["CpuRealtimePeriod"], "Your kernel does not support cgroup cpu real-time period"),
+    (lambda c: c["CpuRealtimeRuntime"], "Your kernel does not support cgroup cpu real-time runtime"),
+    (lambda c: c["IOMaximumIOps"] or c["IOMaximumBandwidth"],
+     "Invalid QoS settings: linux does not support Maximum IO Bandwidth or Maximum IO IOps"),
+    (lambda c: c["IpcMode"] not in ("none", "private", "shareable", "host"), "invalid IPC mode: {IpcMode}"),
+    (lambda c: c["PidMode"] not in ("", "host"), "invalid PID mode: {PidMode}"),
+    (lambda c: c["UTSMode"] not in ("", "host"), "invalid UTS mode: {UTSMode}"),
+    (lambda c: c["UsernsMode"] not in ("", "host"), "invalid user namespace mode: {UsernsMode}"),
+    (lambda c: c["CgroupnsMode"] not in ("host", "private"), "invalid cgroup namespace mode: {CgroupnsMode}"),
+    (lambda c: ".." in c["CgroupParent"].split("/"),
+     "invalid cgroup parent {CgroupParent}: it leads upwards"),
+    (lambda c: c["ShmSize"] < 0, "SHM size can not be less than 0"),
+    (lambda c: not -1000 <= c["OomScoreAdj"] <= 1000,
+     "Invalid value {OomScoreAdj}, range for oom score adj is [-1000, 1000]"),
+    (lambda c: len(c["ConsoleSize"]) != 2 or max(c["ConsoleSize"]) > 65535,
+     "invalid console size {ConsoleSize}"),
+    (lambda c: c["Runtime"] not in ("runc", "io.containerd.runc.v2"), "Unknown runtime specified {Runtime}"),
+    (lambda c: c["StorageOpt"],
+     "--storage-opt is supported only for overlay over xfs with 'pquota' mount option"),
+    (lambda c: not c["Entrypoint"] and not c["Cmd"], "No command specified"),
+)
+
+# (whether it is asked for, what has not landed): what to ignore would be wrong
+UNLANDED: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
+    (lambda c: c["Binds"] or c["Mounts"], "mounts (-v, --mount)"),
+    (lambda c: c["Tmpfs"], "--tmpfs"),
+    (lambda c: c["VolumesFrom"], "--volumes-from"),
+    (lambda c: c["Links"], "--link"),
+    (lambda c: c["NetworkMode"] == "bridge" and
+     (c["PortBindings"] or c["PublishAllPorts"] and c["ExposedPorts"]), "published ports (-p, -P)"),
+    (lambda c: c["NetworkMode"] not in ("none", "host", "bridge"),
+     'the network "{NetworkMode}": networks beside none, host and bridge'),
+    (lambda c: set(c["networks"]) - {c["NetworkMode"], "default"}, "a second network"),
+    (lambda c: c["PidMode"].startswith("container:"), "another container's PID namespace"),
+    (lambda c: c["IpcMode"].startswith("container:"), "another container's IPC namespace"),
+    (lambda c: c["Init"], "--init"),
+    (lambda c: c["LogConfig"]["Type"] in _UNLANDED_LOG_DRIVERS, "the log driver {LogConfig[Type]}"),
+)
+
+
+def container_config(body: dict[str, Any], image_config: Optional[dict[str, Any]], defaults: Any) \
+        -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[str]]:
+    """(Config, HostConfig, NetworkingConfig, warnings) of a new container, complete as inspect shows them.
+
+    `body` is that of POST /containers/create in the newest API's shape, `image_config` its image's Config,
+    `defaults` the daemon's Config.  Limits are CgroupManager.adapt's to check and to adapt to the host.
+    BadParameter, with Docker's text, for what cannot be; NotSupported for what this daemon cannot do."""
+    config = decode_struct(body, "ContainerConfigWrapper")
+    members = {key.lower(): value for key, value in body.items()}
+    host = decode_struct(members.get("hostconfig"), "HostConfig", "HostConfig.HostConfig")
+    networking = decode_struct(members.get("networkingconfig"), "NetworkingConfig")
+    _merge_image(config, image_config or {})
+    _apply_defaults(host, defaults)
+    left_out = dict.fromkeys("Annotations ExposedPorts Init Mounts StopTimeout StorageOpt Tmpfs".split())
+    everything = {**left_out, **config, **host, "cpus": os.cpu_count(),
+                  "networks": networking["EndpointsConfig"] or {}}
+    for asked, text in UNLANDED:
+        if asked(everything):
+            feature = text.format_map(everything)
+            raise NotSupported(f"{feature} cannot be used: this version of the daemon does not have it yet")
+    for wrong, text in RULES:
+        if wrong(everything):
+            raise BadParameter(text.format_map(everything))
+    _check_config(config)
+    _check_host_config(host)
+    if config["WorkingDir"]:
+        config["WorkingDir"] = "/" + os.path.normpath(config["WorkingDir"]).lstrip("/")
+    return config, host, networking, _warnings(host)
+
+
+def _merge_image(config: dict[str, Any], image: dict[str, Any]) -> None:
+    """Complete `config` with its image's, as moby's merge does; a command of its own hides the image's."""
+    if not config["Entrypoint"]:
+        config["Cmd"] = config["Cmd"] or image.get("Cmd")
+        if config["Entrypoint"] is None:
+            config["Entrypoint"] = image.get("Entrypoint")
+    if config["Entrypoint"] == [""]:
+        config["Entrypoint"] = None
+    for key in ("User", "WorkingDir", "StopSignal", "Shell"):
+        config[key] = config.get(key) or image.get(key)
+    names = {item.partition("=")[0] for item in config["Env"] or []}
+    inherited = [item for item in image.get("Env") or [] if item.partition("=")[0] not in names]
+    config["Env"] = (config["Env"] or []) + inherited
+    config["Labels"] = {**(image.get("Labels") or {}), **(config["Labels"] or {})}
+    for key in ("ExposedPorts", "Volumes"):
+        # A volume of the image is a plain directory of the container's own layer here.
+        config[key] = {**(config.get(key) or {}), **(image.get(key) or {})} or None
+    health = {**(image.get("Healthcheck") or {}), **(config.get("Healthcheck") or {})}
+    config["Healthcheck"] = health or None
+    merged = decode_struct(config, "ContainerConfigWrapper")  # the order and the empty members again
+    config.clear()
+    config.update(merged)
+
+
+def _apply_defaults(host: dict[str, Any], defaults: Any) -> None:
+    """Fill in what the client left to the daemon."""
+    host["RestartPolicy"]["Name"] = host["RestartPolicy"]["Name"] or "no"
+    if host["NetworkMode"] in ("", "default"):
+        host["NetworkMode"] = "bridge"
+    host["IpcMode"] = host["IpcMode"] or defaults.default_ipc_mode
+    if not host["CgroupnsMode"]:
+        shared = host["Privileged"] and not os.path.exists("/sys/fs/cgroup/cgroup.controllers")
+        host["CgroupnsMode"] = "host" if shared else defaults.default_cgroupns_mode
+    host["ShmSize"] = host["ShmSize"] or defaults.default_shm_size
+    host["Runtime"] = host["Runtime"] or "runc"
+    host["ConsoleSize"] = host["ConsoleSize"] or [0, 0]
+    if host["MemorySwappiness"] == -1:
+        host["MemorySwappiness"] = None
+    host["OomKillDisable"] = bool(host["OomKillDisable"])
+    host["PidsLimit"] = host["PidsLimit"] if (host["PidsLimit"] or 0) > 0 else None
+    if not host["LogConfig"]["Type"]:
+        options = host["LogConfig"]["Config"] or dict(defaults.log_opts or {})
+        host["LogConfig"] = {"Type": defaults.log_driver, "Config": options}
+    host["LogConfig"]["Config"] = host["LogConfig"]["Config"] or {}
+    unconfined = bool(parse_security_options(host["SecurityOpt"] or []).systempaths)
+    for key, paths in (("MaskedPaths", MASKED_PATHS), ("ReadonlyPaths", READONLY_PATHS)):
+        if host[key] is None and not host["Privileged"]:
+            host[key] = [] if unconfined else list(paths)
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    """What RULES cannot say of Config."""
+    if config.get("StopSignal"):
+        parse_signal(config["StopSignal"])
+    for item in config["Env"] or []:
+        if not item.partition("=")[0]:
+            raise BadParameter(f"invalid environment variable: {item}")
+    health = config.get("Healthcheck") or {}
+    for key in ("Interval", "Timeout", "StartPeriod", "StartInterval"):
+        if health.get(key) and health[key] < 10**6:
+            raise BadParameter(f"{key} in Healthcheck cannot be less than 1ms")
+    if health.get("Retries", 0) < 0:
+        raise BadParameter("Retries in Healthcheck cannot be negative")
+
+
+def _check_host_config(host: dict[str, Any]) -> None:
+    """What RULES cannot say of HostConfig."""
+    _check_ports(host["PortBindings"] or {})
+    for key in ("CapAdd", "CapDrop"):
+        _capability_numbers(host[key] or [], key)
+    for request in host["DeviceRequests"] or []:
+        wanted = " ".join(f"[{' '.join(names)}]" for names in request["Capabilities"] or [])
+        raise BadParameter(f"could not select device driver {go_quote(request['Driver'])} with capabilities: "
+                           f"[{wanted}]")
+    for limit in host["Ulimits"] or []:
+        check_ulimit(limit)
+    for entry in host["ExtraHosts"] or []:
+        name, colon, address = entry.partition(":")
+        if not (name and colon):
+            raise BadParameter(f"bad format for add-host: {go_quote(entry)}")
+        if address == "host-gateway":
+            raise BadParameter("unable to derive the IP value for host-gateway")
+        parse_ip(address or "?")
+    for address in host["Dns"] or []:
+        parse_ip(address or "?")
+    _check_log_config(host["LogConfig"])
+    apparmor = parse_security_options(host["SecurityOpt"] or []).apparmor
+    if apparmor not in ("", "unconfined") and os.path.exists("/sys/kernel/security/apparmor/profiles"):
+        raise NotSupported(f"the AppArmor profile {apparmor} cannot be used: this version of the daemon does "
+                           "not confine containers by AppArmor yet")
+    check_sysctls(host)
+
+
+def _check_ports(bindings: dict[str, Any]) -> None:
+    """Ports are "80", "80/udp"; those of the host may be a range or empty.  Else BadParameter."""
+    for key, places in bindings.items():
+        asked = [(key, r"(\d+)"), *((place["HostPort"], r"(?:(\d+)(?:-(\d+))?)?") for place in places or [])]
+        for text, pattern in asked:
+            port = text.partition("/")[0]
+            match = re.fullmatch(pattern, port, re.ASCII)
+            groups = match.groups() if match and len(port) < 16 else ("65536",)
+            numbers = [int(number) for number in groups if number]
+            if numbers != sorted(numbers) or numbers[-1:] > [65535]:
+                raise BadParameter(f"invalid port specification: {go_quote(port)}")
+
+
+def _check_log_config(log_config: dict[str, Any]) -> None:
+    """Whether the log driver is one that is there, with options that it knows."""
+    kind, options = log_config["Type"], log_config["Config"]
+    if kind not in ("json-file", "none"):
+        raise BadParameter(f"logger: no log driver named '{kind}' is registered")
+    for name in options if kind == "json-file" else ():
+        if name not in _JSON_FILE_OPTIONS:
+            raise BadParameter(f"unknown log opt '{name}' for json-file log driver")
+    if options.get("max-size", "-1") != "-1" and parse_size(options["max-size"]) <= 0:
+        raise BadParameter("max-size must be a positive number")
+    if "max-file" in options and parse_int(options["max-file"]) < 1:
+        raise BadParameter("max-file cannot be less than 1")
+    if options.get("mode", "blocking") not in ("", "blocking", "non-blocking"):
+        raise BadParameter(f"logger: logging mode not supported: {options['mode']}")
+
+
+_IPC_SYSCTLS = ["kernel." + name for name in
+                "msgmax msgmnb msgmni sem shmall shmmax shmmni shm_rmid_forced".split()]
+
+
+def check_sysctls(host: dict[str, Any]) -> None:
+    """BadParameter, with runc's text, for a sysctl of a namespace that the container has not for itself.
+
+    Nothing else keeps a container's configuration from changing the host; also asked at every start."""
+    for name in host.get("Sysctls") or {}:
+        dotted = name.replace("/", ".")
+        if re.fullmatch(r"[\w-]+(\.[\w:@-]+)+", dotted, re.ASCII):
+            if dotted in _IPC_SYSCTLS or dotted.startswith("fs.mqueue."):
+                if host["IpcMode"] != "host":
+                    continue
+                raise BadParameter(f"sysctl {go_quote(name)} is not allowed in the hosts ipc namespace")
+            if dotted.startswith("net."):
+                if host["NetworkMode"] != "host":
+                    continue
+                raise BadParameter(f"sysctl {go_quote(name)} not allowed in host network namespace")
+            if dotted == "kernel.domainname" and host["UTSMode"] != "host":
+                continue
+        raise BadParameter(f"sysctl {go_quote(name)} is not in a separate kernel namespace")
+
+
+def _warnings(host: dict[str, Any]) -> list[str]:
+    """What the client is to know of a configuration that is otherwise good."""
+    warnings = []
+    if host["NetworkMode"] == "host" and host["PortBindings"]:
+        warnings.append("Published ports are discarded when using host network mode")
+    if host["CpuPercent"]:
+        host["CpuPercent"] = 0
+        warnings.append("linux does not support CPU percent. Percent discarded.")
+    return warnings
+
+
+# The filters of the list of containers: {name: whether `value` holds of `container`}.  Several values of a
+# filter are alternatives, but for labels.  `since` and `before` are bounds, which the daemon applies.
+
+CONTAINER_STATES = ("created", "running", "paused", "restarting", "removing", "exited", "dead")
+HEALTH_STATES = ("none", "starting", "healthy", "unhealthy")
+
+
+def _found(pattern: str, text: str) -> bool:
+    try:
+        return pattern == text or re.search(pattern, text) is not None
+    except re.error:
+        return False
+
+
+def _member(container: Any, *keys: str) -> dict[str, Any]:
+    """A table of the container's record, down the `keys`; {} for null or none."""
+    return functools.reduce(lambda table, key: table.get(key) or {}, keys, container.record)
+
+
+def _health(container: Any) -> str:
+    return (container.state.to_api().get("Health") or {}).get("Status") or "none"
+
+
+def _exited_with(container: Any, value: str) -> bool:
+    state = container.state
+    return not state.running and state.started_at != ZERO_TIME and state.exit_code == int(value)
+
+
+def _port_is_among(ports: Iterable[str], value: str) -> bool:
+    """Whether a port such as "80/tcp" is within "80", "80/udp" or "8000-8080/tcp"."""
+    numbers, _, protocol = value.partition("/")
+    low, _, high = numbers.partition("-")
+    split = [port.partition("/") for port in ports]
+    return any(number.isdecimal() and int(low) <= int(number) <= int(high or low)
+               and (kind or "tcp") == (protocol or "tcp") for number, _, kind in split)
+
+
+CONTAINER_MATCHES: dict[str, Callable[[Any, str], bool]] = {
+    "exited": _exited_with,
+    "expose": lambda container, value: _port_is_among(container.config.get("ExposedPorts") or {}, value),
+    "health": lambda container, value: _health(container) == value,
+    "id": lambda container, value: _found(value, container.id),
+    "is-task": lambda container, value: value.lower() in ("0", "false"),
+    "isolation": lambda container, value: True,
+    "name": lambda container, value: _found(value, container.name) or _found(value, "/" + container.name),
+    "network": lambda container, value: any(
+        value == name or value and (endpoint or {}).get("NetworkID", "").startswith(value)
+        for name, endpoint in _member(container, "NetworkSettings", "Networks").items()),
+    "publish": lambda container, value: _port_is_among(
+        [port for port, places in _member(container, "NetworkSettings", "Ports").items() if places], value),
+    "status": lambda container, value: container.state.status == value,
+    "volume": lambda container, value: any(
+        value in (point.get("Name"), place) for place, point in _member(container, "MountPoints").items()),
+}
+CONTAINER_FILTERS = frozenset(CONTAINER_MATCHES) | {"ancestor", "before", "label", "label!", "since"}
+
+_PORT_RANGE = r"\d{1,5}(-\d{1,5})?(/\w+)?"
+_FILTER_VALUES = {"expose": _PORT_RANGE, "health": "|".join(HEALTH_STATES), "is-task": "(?i:0|1|true|false)",
+                  "publish": _PORT_RANGE, "status": "|".join(CONTAINER_STATES)}
+
+
+def container_matches(container: Any, filters: dict[str, list[str]], images: Any) -> bool:
+    """Whether `container` is among those that `filters` ask for; `images` resolves the names of ancestors."""
+    labels = container.config.get("Labels") or {}
+    if not matches_labels(filters.get("label", ()), labels):
+        return False
+    if any(matches_labels([value], labels) for value in filters.get("label!", ())):
+        return False
+    ancestors = filters.get("ancestor")
+    if ancestors and not any(_descends(container, value, images) for value in ancestors):
+        return False
+    return all(any(matches(container, value) for value in filters[name])
+               for name, matches in CONTAINER_MATCHES.items() if filters.get(name))
+
+
+def check_container_filters(filters: dict[str, list[str]]) -> dict[str, list[str]]:
+    """`filters` unchanged; BadParameter for a value that its filter cannot have."""
+    for name, values in filters.items():
+        for value in values:
+            if name == "exited" and not re.fullmatch(r"[+-]?\d{1,9}", value, re.ASCII):
+                raise BadParameter(f"strconv.Atoi: parsing {go_quote(value)}: invalid syntax")
+            if name in _FILTER_VALUES and not re.fullmatch(_FILTER_VALUES[name], value, re.ASCII):
+                raise BadParameter(f"Invalid filter '{name}={value}'")
+    return filters
+
+
+def _descends(container: Any, name: str, images: Any) -> bool:
+    """Whether the container's image is the one called `name`."""
+    try:
+        return bool(images.resolve(name).id == container.image_id)
+    except DockerError:
+        return False
+
+
+CONTAINER_STOP_TIMEOUT = 10     # seconds between the stop signal and SIGKILL
+STOPPED, RUNNING, PAUSED, REMOVING, DEAD = "stopped", "running", "paused", "removing", "dead"
+
+
+class Parts(NamedTuple):
+    """What a container is built from: the daemon's parts."""
+
+    config: Any
+    layers: Any                                 # LayerStore
+    driver: ExecutionDriver
+    cgroups: Any                                # CgroupManager
+    pump: LogPump
+    seccomp_profile: Any                        # None for the built-in, "unconfined", or a document
+    log_event: Callable[..., None]              # (action, container, **attributes)
+    background: Callable[..., None]             # run a function soon, on a worker thread
+    networks: dict[str, str]                  # network names to ids
+    removed: Callable[[Container], None]      # takes a removed container out of the table
+
+
+class State:
+    """A container's state as moby keeps it; `changed` is notified at every change."""
+
+    def __init__(self, changed: threading.Condition) -> None:
+        self.changed = changed
+        self.running = self.paused = self.restarting = self.oom_killed = self.removing = self.dead = False
+        self.removed = False
+        self.pid = 0
+        self.exit_code = 0
+        self.error = ""
+        self.removal_error = ""
+        self.started_at = self.finished_at = ZERO_TIME
+        self.runs = 0   # ends seen so far: a waiter for the next exit compares it
+
+    @property
+    def status(self) -> str:
+        """Docker's word for the state."""
+        words = (
+            (self.removing, "removing"),
+            (self.dead, "dead"),
+            (self.restarting, "restarting"),
+            (self.paused, "paused"),
+            (self.running, "running"),
+            (self.started_at == ZERO_TIME, "created"),
+        )
+        return next((word for holds, word in words if holds), "exited")
+
+    def to_api(self) -> dict[str, Any]:
+        """State as inspect shows it."""
+        return {
+            "Status": self.status,
+            "Running": self.running,
+            "Paused": self.paused,
+            "Restarting": self.restarting,
+            "OOMKilled": self.oom_killed,
+            "Dead": self.dead,
+            "Pid": self.pid,
+            "ExitCode": self.exit_code,
+            "Error": self.error,
+            "StartedAt": self.started_at,
+            "FinishedAt": self.finished_at,
+        }
+
+    def to_disk(self) -> dict[str, Any]:
+        """State as config.v2.json keeps it."""
+        disk = {**self.to_api(), "RemovalInProgress": self.removing, "Health": None}
+        del disk["Status"]
+        return disk
+
+    def from_disk(self, disk: dict[str, Any]) -> None:
+        """Take over what to_disk wrote."""
+        self.running, self.paused = disk["Running"], disk["Paused"]
+        self.oom_killed, self.dead, self.pid = disk["OOMKilled"], disk["Dead"], disk["Pid"]
+        self.removing = disk["RemovalInProgress"]
+        self.exit_code, self.error = disk["ExitCode"], disk["Error"]
+        self.started_at, self.finished_at = disk["StartedAt"], disk["FinishedAt"]
+
+
+class Container:
+    """One container: its record, its state machine, its streams.
+
+    `lock` is held while the state changes and during start; reading for inspect and ps takes no lock.  Every
+    public method raises DockerError with Docker's text."""
+
+    def __init__(self, parts: Parts, record: dict[str, Any], host_config: dict[str, Any]) -> None:
+        self.parts = parts
+        self.record = record
+        self.host_config = host_config
+        self.id: str = record["ID"]
+        self.config: dict[str, Any] = record["Config"]
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.state = State(self.changed)
+        self.process: Optional[Process] = None
+        self.cgroup: Any = None
+        self._root_fd = -1
+        driver = JsonFileLog(record["LogPath"]) if record["LogPath"] else None
+        self.streams = Streams(parts.pump, driver)
+        self.streams.on_finished = self._streams_finished
+        self._stopping = False
+
+    # The record
+
+    @classmethod
+    def create(cls, parts: Parts, container_id: str, name: str, image: Any, config: dict[str, Any],
+               host_config: dict[str, Any]) -> Container:
+        """A new container on disk: its directory, its writable layer, its record.  All or nothing."""
+        directory = os.path.join(parts.config.data_root, "containers", container_id)
+        command = (config.get("Entrypoint") or []) + (config.get("Cmd") or [])
+        log_path = os.path.join(directory, f"{container_id}-json.log")
+        record = {
+            "StreamConfig": {},
+            "State": {},
+            "ID": container_id,
+            "Created": rfc3339nano(time.time_ns()),
+            "Managed": False,
+            "Path": command[0],
+            "Args": command[1:],
+            "Config": config,
+            "Image": image.id,
+            "NetworkSettings": network_settings(host_config, parts.networks),
+            "LogPath": log_path if host_config["LogConfig"]["Type"] == "json-file" else "",
+            "Name": "/" + name,
+            "Driver": parts.layers.driver.name,
+            "OS": "linux",
+            "MountLabel": "",
+            "ProcessLabel": "",
+            "RestartCount": 0,
+            "HasBeenStartedBefore": False,
+            "HasBeenManuallyStopped": False,
+            "MountPoints": {},
+            "SecretReferences": None,
+            "ConfigReferences": None,
+            "AppArmorProfile": "",
+            "HostnamePath": os.path.join(directory, "hostname"),
+            "HostsPath": os.path.join(directory, "hosts"),
+            "ShmPath": "",
+            "ResolvConfPath": os.path.join(directory, "resolv.conf"),
+            "SeccompProfile": "",
+            "NoNewPrivileges": False,
+        }
+        container = cls(parts, record, host_config)
+        with contextlib.ExitStack() as undo:
+            undo.callback(remove_tree, directory)
+            os.mkdir(directory, 0o710)
+            parts.layers.create_rw(container_id, image.chain_id, _fill_init_layer)
+            undo.callback(parts.layers.remove_rw, container_id)
+            write_state(os.path.join(directory, "hostconfig.json"), host_config, durable=False)
+            container.save()
+            undo.pop_all()
+        return container
+
+    @classmethod
+    def load(cls, parts: Parts, directory: str) -> Container:
+        """The container whose record stands in `directory`; ValueError, KeyError or OSError when it is not
+        whole."""
+        record = json.loads(read_state(os.path.join(directory, "config.v2.json")))
+        host_config = json.loads(read_state(os.path.join(directory, "hostconfig.json")))
+        container = cls(parts, record, host_config)
+        container.state.from_disk(record["State"])
+        return container
+
+    @property
+    def name(self) -> str:
+        """The name without its slash."""
+        return self.record["Name"][1:]
+
+    @property
+    def directory(self) -> str:
+        """Where the record stands."""
+        return os.path.join(self.parts.config.data_root, "containers", self.id)
+
+    @property
+    def image_id(self) -> str:
+        """The id of the image that it was made of."""
+        return self.record["Image"]
+
+    def save(self) -> None:
+        """Write the record: renamed at once, synced with the next group."""
+        self.record["State"] = self.state.to_disk()
+        write_state(os.path.join(self.directory, "config.v2.json"), self.record, durable=False)
+
+    def event(self, action: str, **attributes: str) -> None:
+        """Tell the daemon's listeners."""
+        self.parts.log_event(action, self, **attributes)
+
+    # Start
+
+    def start(self) -> None:
+        """Start the container; returns when its execve has succeeded.
+
+        NotModified when it runs, Conflict when it is paused or being removed, CommandError when the command
+        cannot be executed.  A failure leaves nothing of the run behind and is kept in the state."""
+        with self.lock:
+            if self.state.paused:
+                raise Conflict("cannot start a paused container, try unpause instead")
+            if self.state.running:
+                raise NotModified(f"container {self.id} is already started")
+            if self.state.removing or self.state.dead:
+                raise Conflict("container is marked for removal and cannot be started")
+            try:
+                self._start()
+            except Exception as error:
+                self.state.exit_code = getattr(error, "code", 128)
+                self.state.error = str(error)
+                self.save()
+                self.event("die", exitCode=str(self.state.exit_code))
+                self._end_waiters()
+                if self.host_config["AutoRemove"]:
+                    self._auto_remove()
+                raise
+            self.event("start")
+
+    def _start(self) -> None:
+        """The steps of a start; each leaves its undo, and a failure runs the undos of what was done."""
+        parts = self.parts
+        with contextlib.ExitStack() as undo:
+            write_network_files(self.directory, self._hostname(), self.host_config, parts.config)
+            self._root_fd = parts.layers.mount_rw(self.id)
+            undo.callback(self._close_root)
+            user = self._user()
+            self.cgroup = parts.cgroups.create(self.id, self.host_config)
+            undo.callback(self.cgroup.remove)
+            theirs, ours = self._make_pipes()
+            undo.callback(_close_all_of, ours)
+            try:
+                process = parts.driver.start(self._spec(user), theirs, ours)
+            finally:
+                _close_all_of(theirs)
+            if self.config["Tty"]:
+                ours = {"stdout": process.console, "stdin": os.dup(process.console)}
+            undo.pop_all()
+        self.process = process
+        self.state.running, self.state.pid = True, process.pid
+        self.state.exit_code, self.state.error, self.state.oom_killed = 0, "", False
+        self.state.started_at, self.state.finished_at = rfc3339nano(time.time_ns()), ZERO_TIME
+        self.record["HasBeenStartedBefore"] = True
+        self.record["HasBeenManuallyStopped"] = False
+        self._stopping = False
+        self.save()
+        self.changed.notify_all()
+        outputs = {number: ours[name] for number, name in STREAM_NAMES.items() if name in ours}
+        self.streams.connect(ours.get("stdin", -1), outputs)
+        process.deliver(self._process_ended)
+
+    def _make_pipes(self) -> tuple[dict[str, int], dict[str, int]]:
+        """(the process's ends, ours) of its streams by name; none with a terminal."""
+        if self.config["Tty"]:
+            return {}, {}
+        theirs, ours = {}, {}
+        for name in ("stdout", "stderr"):
+            ours[name], theirs[name] = os.pipe2(os.O_CLOEXEC)
+            with contextlib.suppress(OSError):  # above pipe-user-pages-soft a pipe keeps its 64 KiB
+                fcntl.fcntl(ours[name], F_SETPIPE_SZ, 1 << 20)
+        if self.config["OpenStdin"]:
+            theirs["stdin"], ours["stdin"] = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(ours["stdin"], False)
+        else:
+            theirs["stdin"] = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        return theirs, ours
+
+    def _hostname(self) -> str:
+        host = self.host_config["NetworkMode"] == "host" or self.host_config.get("UTSMode") == "host"
+        return socket.gethostname() if host and not self.config.get("Hostname") else self.config["Hostname"]
+
+    def _user(self) -> Any:
+        """(uid, gid, groups, home) by the image's own files, read through the root's descriptor."""
+        passwd, group = (_read_in_root(self._root_fd, path) for path in ("/etc/passwd", "/etc/group"))
+        return lookup_user(
+            self.config.get("User") or "", passwd, group, self.host_config.get("GroupAdd") or []
+        )
+
+    def _environment(self, home: str) -> list[str]:
+        """The process's environment in Docker's order: what Docker sets, the container's own, HOME."""
+        values = {"PATH": DEFAULT_PATH, "HOSTNAME": self._hostname()}
+        if self.config["Tty"]:
+            values["TERM"] = "xterm"
+        for item in self.config.get("Env") or []:
+            key, equals, value = item.partition("=")
+            if equals:
+                values[key] = value
+            else:
+                values.pop(key, None)
+        values.setdefault("HOME", home)
+        return [f"{key}={value}" for key, value in values.items()]
+
+    def _spec(self, user: Any) -> Spec:
+        """What the execution driver must know, from the record."""
+        host = self.host_config
+        uid, gid, groups, home = user
+        options = parse_security_options(host.get("SecurityOpt") or [])
+        privileged = host["Privileged"]
+        capabilities = capability_sets(host.get("CapAdd") or [], host.get("CapDrop") or [], privileged,
+                                       bounding_capabilities())
+        seccomp, seccomp_mode = b"", 0
+        if not privileged and options.seccomp != "unconfined":
+            profile = options.seccomp if options.seccomp is not None else self.parts.seccomp_profile
+            if profile != "unconfined":
+                seccomp = compile_seccomp(profile, {CAPABILITIES[number] for number in capabilities})
+                seccomp_mode = seccomp_flags(profile)
+        readonly = MOUNT_ATTR_RDONLY if host["ReadonlyRootfs"] else 0
+        files = [
+            {"from": self.record[key], "to": to, "attributes": readonly}
+            for key, to in (
+                ("ResolvConfPath", "/etc/resolv.conf"),
+                ("HostnamePath", "/etc/hostname"),
+                ("HostsPath", "/etc/hosts"),
+            )
+        ]
+        shared_ipc = host["IpcMode"] == "host"
+        namespaces = CLONE_NEWNS
+        for flag, shared in (
+            (CLONE_NEWPID, host["PidMode"] == "host"),
+            (CLONE_NEWIPC, shared_ipc),
+            (CLONE_NEWUTS, host["UTSMode"] == "host"),
+            (CLONE_NEWNET, host["NetworkMode"] == "host"),
+        ):
+            namespaces |= 0 if shared else flag
+        check_sysctls(host)
+        sysctls = dict(host.get("Sysctls") or {})
+        if namespaces & CLONE_NEWNET:
+            if os.path.exists("/proc/sys/net/ipv6"):
+                sysctls.setdefault("net.ipv6.conf.all.disable_ipv6", "1")
+            sysctls.setdefault("net.ipv4.ip_unprivileged_port_start", "0")
+            sysctls.setdefault("net.ipv4.ping_group_range", "0 2147483647")
+        shm = [{"from": "/dev/shm", "to": "/dev/shm"}] if shared_ipc else []
+        return Spec(
+            key=self.id,
+            args=[self.record["Path"], *self.record["Args"]],
+            env=self._environment(home),
+            cwd=self.config.get("WorkingDir") or "/",
+            uid=uid,
+            gid=gid,
+            groups=groups,
+            capabilities=capabilities,
+            root_fd=self._root_fd,
+            tty=self.config["Tty"],
+            console_size=tuple(host.get("ConsoleSize") or (0, 0)),
+            hostname=self._hostname() if namespaces & CLONE_NEWUTS else "",
+            domainname=self.config.get("Domainname") or "" if namespaces & CLONE_NEWUTS else "",
+            namespaces=namespaces,
+            cgroup_join=self.cgroup.join,
+            cgroup_fd=self.cgroup.directory_fd,
+            cgroup_namespace=host["CgroupnsMode"] == "private",
+            cgroup_mounts=self.cgroup.mounts(host["CgroupnsMode"] == "private", not privileged),
+            mounts=shm + files,
+            devices=container_devices(host),
+            privileged=privileged,
+            readonly_root=host["ReadonlyRootfs"],
+            masked_paths=tuple(host.get("MaskedPaths") or ()),
+            readonly_paths=tuple(host.get("ReadonlyPaths") or ()),
+            seccomp=seccomp,
+            seccomp_flags=seccomp_mode,
+            no_new_privileges=options.no_new_privileges or self.parts.config.no_new_privileges,
+            rlimits=container_limits(host, self.parts.config),
+            sysctls=sorted(sysctls.items()),
+            oom_score_adj=host["OomScoreAdj"] or None,
+            shm_size=0 if shared_ipc or host["IpcMode"] == "none" else host["ShmSize"],
+        )
+
+    def _close_root(self) -> None:
+        if self._root_fd >= 0:
+            os.close(self._root_fd)
+            self._root_fd = -1
+
+    # The end of a run: when the process has ended and its output has been read, whichever comes last
+
+    def _process_ended(self, process: Process) -> None:
+        if self.host_config["PidMode"] == "host":  # no pid namespace took the rest with it
+            self.parts.background(self.cgroup.kill)
+        if self.streams.finished.is_set():
+            self.parts.background(self._finish, process)
+
+    def _streams_finished(self) -> None:
+        process = self.process
+        if process is not None and process.end is not None:
+            self.parts.background(self._finish, process)
+
+    def _finish(self, process: Process) -> None:
+        """Record the end of a run once, tell everybody, and clear up behind it."""
+        with self.lock:
+            if self.process is not process or process.end is None or not self.streams.finished.is_set():
+                return
+            self.process = None
+            state = self.state
+            state.oom_killed = self.cgroup.oom_killed()
+            state.running = state.paused = False
+            state.pid, state.exit_code = 0, process.end["status"]
+            state.finished_at = rfc3339nano(process.end["time"])
+            self.streams.close_stdin()
+            self.save()
+            if state.oom_killed:
+                self.event("oom")
+            self.event(
+                "die",
+                exitCode=str(state.exit_code),
+                execDuration=str(max(0, (process.end["time"] - parse_timestamp(state.started_at)) // 10**9)),
+            )
+            cgroup, self.cgroup, root, self._root_fd = self.cgroup, None, self._root_fd, -1
+            self._end_waiters()
+            self.streams.end_subscribers()
+        self.parts.driver.shim.forget(process)
+        os.close(root)
+        cgroup.remove()
+        if self.host_config["AutoRemove"]:
+            self._auto_remove()
+
+    def _end_waiters(self) -> None:
+        self.state.runs += 1
+        self.changed.notify_all()
+
+    def _auto_remove(self) -> None:
+        try:
+            self.remove(force=True)
+        except DockerError as error:
+            log.warning("cannot remove the container %s: %s", self.id, error)
+
+    # Signals
+
+    def _require_running(self, what: str) -> Process:
+        if not self.state.running or self.process is None:
+            raise Conflict(f"{what}Container {self.id} is not running")
+        return self.process
+
+    def kill(self, number: int) -> None:
+        """Send the signal to the container's process; with SIGKILL wait for its end.  Conflict when it does
+        not run."""
+        with self.lock:
+            process = self._require_running(f"Cannot kill container: {self.name}: ")
+            if self.state.paused and number == signal.SIGKILL:
+                self.cgroup.thaw()
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+            self.event("kill", signal=str(number))
+            if number == signal.SIGKILL:
+                self._wait_end(10)
+
+    def stop(self, number: Optional[int] = None, timeout: Optional[int] = None) -> None:
+        """Send the stop signal and, after `timeout` seconds (-1: never), SIGKILL.  NotModified when it does
+        not run."""
+        number = number or parse_signal(self.config.get("StopSignal") or "SIGTERM")
+        timeout = self.stop_timeout if timeout is None else timeout
+        with self.lock:
+            if not self.state.running or self.process is None:
+                raise NotModified(f"container {self.id} is already stopped")
+            self.record["HasBeenManuallyStopped"] = True
+            process = self.process
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(number)
+            self.event("kill", signal=str(number))
+            if not self._wait_end(None if timeout < 0 else timeout):
+                log.info("Container %s failed to exit within %d s of signal %d - using the force",
+                         self.id, timeout, number)
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGKILL)
+                self.event("kill", signal=str(int(signal.SIGKILL)))
+                if not self._wait_end(10):
+                    raise DockerError(
+                        f"cannot stop container {self.name}: it did not die of SIGKILL within 10 s"
+                    )
+            self.event("stop")
+
+    @property
+    def stop_timeout(self) -> int:
+        """Seconds that the container has between its stop signal and SIGKILL."""
+        timeout = self.config.get("StopTimeout")
+        return CONTAINER_STOP_TIMEOUT if timeout is None else timeout
+
+    def _wait_end(self, timeout: Optional[float]) -> bool:
+        """Wait, with the lock given up, for the end of this run; False when the time is over."""
+        runs = self.state.runs
+        return self.changed.wait_for(lambda: self.state.runs > runs or not self.state.running, timeout)
+
+    def restart(self, number: Optional[int] = None, timeout: Optional[int] = None) -> None:
+        """Stop it if it runs, and start it."""
+        with contextlib.suppress(NotModified):
+            self.stop(number, timeout)
+        self.start()
+        self.event("restart")
+
+    def pause(self) -> None:
+        """Freeze all its processes; Conflict when it does not run or is paused."""
+        with self.lock:
+            self._require_running("")
+            if self.state.paused:
+                raise Conflict(f"Container {self.id} is already paused")
+            self.cgroup.freeze()
+            self.state.paused = True
+            self.save()
+            self.event("pause")
+
+    def unpause(self) -> None:
+        """Thaw its processes; Conflict when it is not paused."""
+        with self.lock:
+            if not self.state.paused:
+                raise Conflict(f"Container {self.id} is not paused")
+            self.cgroup.thaw()
+            self.state.paused = False
+            self.save()
+            self.event("unpause")
+
+    def resize(self, height: int, width: int) -> None:
+        """Set the terminal's size in characters; Conflict when the container does not run."""
+        with self.lock:
+            process = self._require_running("")
+            if self.config["Tty"] and process.console >= 0:
+                with contextlib.suppress(OSError):
+                    fcntl.ioctl(self.streams.stdin, TIOCSWINSZ, struct.pack("4H", height, width, 0, 0))
+            self.event("resize", height=str(height), width=str(width))
+
+    def wait(self, job: Job, condition: str) -> dict[str, Any]:
+        """Wait for `condition` (not-running, next-exit or removed) or the job's cancellation; the API's
+        answer."""
+        with self.lock:
+            runs = self.state.runs
+            conditions: dict[str, Callable[[], bool]] = {
+                "not-running": lambda: not self.state.running or self.state.removed,
+                "next-exit": lambda: self.state.runs > runs or self.state.removed,
+                "removed": lambda: self.state.removed or bool(self.state.removal_error),
+            }
+            if condition not in conditions:
+                raise BadParameter(f"invalid condition: \"{condition}\"")
+            job.on_cancel(self._notify)
+            job.ready()
+            self.changed.wait_for(lambda: conditions[condition]() or job.cancelled.is_set())
+            error = {"Message": self.state.removal_error} if self.state.removal_error else None
+            return {"Error": error, "StatusCode": self.state.exit_code}
+
+    def close_stdin(self) -> None:
+        """End the container's standard input: our end of it, and the one that the shim holds."""
+        self.streams.close_stdin()
+        with contextlib.suppress(DockerError):
+            self.parts.driver.shim.call("drop", key=self.id, name="stdin")
+
+    def _notify(self) -> None:
+        with self.lock:
+            self.changed.notify_all()
+
+    # Remove
+
+    def remove(self, force: bool = False) -> None:
+        """Remove the container and all that belongs to it; Conflict when it runs and `force` is not given."""
+        with self.lock:
+            if self.state.removing:
+                raise Conflict(f"removal of container {self.name} is already in progress")
+            if self.state.running:
+                self._stop_for_removal(force)
+            self.state.removing = True
+            try:
+                self.save()
+                self.parts.layers.remove_rw(self.id)
+                remove_tree(self.directory)
+            except OSError as error:
+                self.state.removing, self.state.dead = False, True
+                with contextlib.suppress(OSError):
+                    self.save()
+                self.state.removal_error = (
+                    f"unable to remove filesystem for {self.id}: {error.strerror}: {error.filename}"
+                )
+                self.changed.notify_all()
+                raise DockerError(self.state.removal_error) from None
+            self.state.removed = True
+            self.parts.removed(self)
+            self.event("destroy")
+            self.changed.notify_all()
+
+    def _stop_for_removal(self, force: bool) -> None:
+        if not force:
+            state = "paused" if self.state.paused else "running"
+            advice = "unpause and then stop the container" if self.state.paused else "stop the container"
+            raise Conflict(
+                f"cannot remove container \"/{self.name}\": container is {state}: {advice} before removing "
+                "or force remove"
+            )
+        self.kill(signal.SIGKILL)
+        if self.state.running:
+            raise DockerError(
+                f"cannot remove container \"/{self.name}\": it did not die of SIGKILL within 10 s"
+            )
+
+    # Streams
+
+    def logs(self, job: Job) -> None:
+        """The job logs: what the container printed, and with `follow` what it prints from now on."""
+        env = job.env
+        wanted = {number for number, name in STREAM_NAMES.items() if env.get_bool(name)}
+        if not wanted:
+            raise BadParameter("Bad parameters: you must choose at least one stream")
+        if self.streams.driver is None:
+            raise NotSupported("configured logging driver does not support reading")
+        since, until = (parse_timestamp(str(env[key])) if env.get(key) not in (None, "", "0", 0) else 0
+                        for key in ("since", "until"))
+        driver = self.streams.driver
+        follow = env.get_bool("follow") and not driver.closed and self.state.running
+        job.on_cancel(driver.wake)
+        job.ready(tty=self.config["Tty"])
+        tail = env.get("tail", "all")
+        count = int(tail) if str(tail).isdigit() else -1
+        for stream, when, text in driver.read(count, since, until, follow, job.cancelled):
+            if stream in wanted:
+                stamp = rfc3339nano(when, padded=True).encode() + b" " if env.get_bool("timestamps") else b""
+                (job.stderr if stream == STDERR else job.stdout).write(stamp + text)
+
+    def attach(self, job: Job) -> None:
+        """The job attach: the client's connection becomes the container's streams."""
+        env = job.env
+        wanted = {number for number, name in STREAM_NAMES.items() if env.get_bool(name)}
+        keys = parse_detach_keys(env.get("detachKeys") or "ctrl-p,ctrl-q")
+        if self.state.paused:
+            raise Conflict(f"Container {self.name} is paused, unpause the container before attach")
+        if self.state.restarting:
+            raise Conflict(f"Container {self.name} is restarting, wait until the container is running")
+        subscriber = self.streams.subscribe(wanted if env.get_bool("stream") else set())
+        try:
+            job.ready(tty=self.config["Tty"])
+            self.event("attach")
+            attachment = Attachment(self, job, subscriber, keys if self.config["Tty"] else b"")
+            if env.get_bool("logs") and self.streams.driver is not None:
+                for stream, text in subscriber.past():
+                    if stream in wanted:
+                        attachment.queue(stream, text)
+            attachment.run(bool(env.get_bool("stream")), env.get_bool("stdin") and self.config["OpenStdin"])
+            if attachment.detached:
+                self.event("detach")
+        finally:
+            subscriber.close()
+
+    # Shapes
+
+    def inspect(self, size: bool) -> dict[str, Any]:
+        """The container as GET /containers/ID/json of the newest API shows it."""
+        record = self.record
+        shown = {
+            "Id": self.id,
+            "Created": record["Created"],
+            "Path": record["Path"],
+            "Args": record["Args"],
+            "State": self.state.to_api(),
+            "Image": record["Image"],
+            "ResolvConfPath": record["ResolvConfPath"],
+            "HostnamePath": record["HostnamePath"],
+            "HostsPath": record["HostsPath"],
+            "LogPath": record["LogPath"],
+            "Name": record["Name"],
+            "RestartCount": record["RestartCount"],
+            "Driver": record["Driver"],
+            "Platform": record["OS"],
+            "MountLabel": "",
+            "ProcessLabel": "",
+            "AppArmorProfile": record["AppArmorProfile"],
+            "ExecIDs": None,
+            "HostConfig": self.host_config,
+            "GraphDriver": {"Data": self.parts.layers.rw_metadata(self.id), "Name": record["Driver"]},
+            "Mounts": [],
+            "Config": self.config,
+            "NetworkSettings": self._network_settings(),
+        }
+        if size:
+            shown["SizeRw"], shown["SizeRootFs"] = self.parts.layers.rw_size(self.id)
+        return shown
+
+    def _network_settings(self) -> dict[str, Any]:
+        settings = {
+            **network_settings(self.host_config, self.parts.networks),
+            **{
+                key: value
+                for key, value in self.record["NetworkSettings"].items()
+                if key in ("Networks", "Ports")
+            },
+        }
+        if self.state.running and self.process is not None:
+            settings["SandboxKey"] = f"/proc/{self.process.pid}/ns/net"
+        return settings
+
+    def summary(self, size: bool, image_name: str) -> dict[str, Any]:
+        """The container as GET /containers/json of the newest API lists it."""
+        record = self.record
+        command = " ".join(_shell_word(word) for word in [record["Path"], *record["Args"]])
+        listed = {
+            "Id": self.id,
+            "Names": [record["Name"]],
+            "Image": image_name,
+            "ImageID": record["Image"],
+            "Command": command,
+            "Created": parse_timestamp(record["Created"]) // 10**9,
+            "Ports": [],
+            "Labels": self.config.get("Labels") or {},
+            "State": self.state.status,
+            "Status": status_text(self.state.to_api(), time.time_ns()),
+            "HostConfig": {"NetworkMode": self.host_config["NetworkMode"]},
+            "NetworkSettings": {"Networks": record["NetworkSettings"]["Networks"]},
+            "Mounts": [],
+        }
+        if size:
+            listed["SizeRw"], listed["SizeRootFs"] = self.parts.layers.rw_size(self.id)
+        return listed
+
+
+def _shell_word(word: str) -> str:
+    """A word of a command as the list of containers shows it: quoted when it has spaces or a quote."""
+    return "'" + word.replace("'", "\\'") + "'" if " " in word or "'" in word else word
+
+
+def _close_all_of(fds: dict[str, int]) -> None:
+    for fd in fds.values():
+        os.close(fd)
+    fds.clear()
+
+
+def _read_in_root(root: int, path: str, limit: int = 16 << 20) -> bytes:
+    """The content of a regular file inside a container's root, never of one outside; b"" where there is
+    none."""
+    try:
+        fd = openat2(root, path.lstrip("/"), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, 0,
+                     RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
+    except OSError:
+        return b""
+    with open(fd, "rb") as file:
+        return file.read(limit) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+
+
+def _fill_init_layer(directory: str) -> None:
+    """What Docker puts under every container's own layer: the places that it will mount on.
+
+    The image may have made links of them: the kernel keeps all of it inside `directory`."""
+    confined(directory, _make_mount_places)
+
+
+def _make_mount_places() -> None:
+    for name in ("dev/pts", "dev/shm", "proc", "sys"):
+        os.makedirs(name, 0o755, exist_ok=True)
+    os.makedirs("etc", 0o755, exist_ok=True)
+    for name in ("etc/hostname", "etc/hosts", "etc/resolv.conf", "dev/console", ".dockerenv"):
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o755))
+    with contextlib.suppress(FileExistsError):
+        os.symlink("/proc/mounts", "etc/mtab")
+
+
+def container_limits(host_config: dict[str, Any], config: Any) -> list[tuple[int, int, int]]:
+    """(RLIMIT_*, soft, hard) of a container: the daemon's defaults, overridden by its own."""
+    import resource
+
+    limits = {
+        **{name: (limit["Soft"], limit["Hard"]) for name, limit in (config.default_ulimits or {}).items()},
+        **{limit["Name"]: (limit["Soft"], limit["Hard"]) for limit in host_config.get("Ulimits") or []},
+    }
+    return [
+        (getattr(resource, "RLIMIT_" + name.upper()), soft, hard)
+        for name, (soft, hard) in sorted(limits.items())
+    ]
+
+
+def container_devices(host_config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The nodes of --device, and of all the host's devices for a privileged container."""
+    nodes = []
+    for device in host_config.get("Devices") or []:
+        information = os.stat(device["PathOnHost"])
+        if not stat.S_ISCHR(information.st_mode) and not stat.S_ISBLK(information.st_mode):
+            raise BadParameter(
+                f"error gathering device information while adding custom device \"{device['PathOnHost']}\": "
+                "not a device node"
+            )
+        nodes.append(
+            {
+                "to": device.get("PathInContainer") or device["PathOnHost"],
+                "node": information.st_mode,
+                "rdev": information.st_rdev,
+                "owner": [information.st_uid, information.st_gid],
+            }
+        )
+    if host_config["Privileged"]:
+        nodes += _all_host_devices({node["to"] for node in nodes})
+    return nodes
+
+
+def _all_host_devices(taken: set[str]) -> list[dict[str, Any]]:
+    """Every node under the host's /dev that no container has by default, except terminals' and mounts'
+    own."""
+    given = {"/dev/" + name for name, _, _ in DEVICE_NODES} | {"/dev/console", "/dev/ptmx"} | taken
+    nodes = []
+    for directory, names, files in os.walk("/dev"):
+        names[:] = [
+            name
+            for name in names
+            if name not in ("pts", "shm", "mqueue", "fd", ".lxc", ".lxd-mounts", ".udev")
+        ]
+        for path in (os.path.join(directory, name) for name in files):
+            with contextlib.suppress(OSError):
+                information = os.lstat(path)
+                if path not in given and (
+                    stat.S_ISCHR(information.st_mode) or stat.S_ISBLK(information.st_mode)
+                ):
+                    nodes.append({"to": path, "node": information.st_mode, "rdev": information.st_rdev,
+                                  "owner": [information.st_uid, information.st_gid]})
+    return nodes
+
+
+_CONTROL_KEYS = frozenset("abcdefghijklmnopqrstuvwxyz@[\\]^_")
+
+
+def parse_detach_keys(text: str) -> bytes:
+    """The bytes of a key sequence such as "ctrl-p,ctrl-q" or "a,b"; BadParameter when it is none."""
+    keys = bytearray()
+    for key in text.split(","):
+        if len(key) == 1:
+            keys += key.encode()
+        elif len(key) == 6 and key.startswith("ctrl-") and key[5] in _CONTROL_KEYS:
+            keys.append(ord(key[5].upper()) - 64)
+        else:
+            raise BadParameter(f"Invalid detach keys ({text}) provided")
+    return bytes(keys)
+
+
+class Attachment:
+    """One attached client: a loop in its connection's thread between its connection and the container's
+    streams.
+
+    Nothing in it blocks: input goes on while output waits for a slow client, and the other way round."""
+
+    def __init__(self, container: Container, job: Job, subscriber: Subscriber, detach_keys: bytes) -> None:
+        self.container, self.job, self.subscriber, self.detach_keys = container, job, subscriber, detach_keys
+        self.stream = job.hijacked
+        self.tty = container.config["Tty"]
+        self.output = bytearray()
+        self.input = bytearray()
+        self.input_open = True
+        self.detached = False
+        self._matched = 0
+        job.on_cancel(subscriber.wake)
+
+    def queue(self, stream: int, data: bytes) -> None:
+        """Frame `data` for the client: raw with a terminal, else behind the 8-byte stream header."""
+        if not self.tty:
+            self.output += struct.pack(">BxxxI", stream, len(data))
+        self.output += data
+
+    def run(self, follow: bool, stdin: bool) -> None:
+        """Copy until the run is over, the client is gone or detaches, or the job is cancelled."""
+        try:
+            while not self.detached and not self.job.cancelled.is_set():
+                over = self.subscriber.ended or not follow
+                if over and not self.subscriber.chunks and not self.output:
+                    return
+                self._step(stdin and not over)
+        except (BrokenPipeError, ConnectionError):
+            return
+
+    def _step(self, stdin: bool) -> None:
+        """Wait for whatever can go on, and do it."""
+        streams = self.container.streams
+        poll = select.poll()
+        client = 0
+        if self.input_open and len(self.input) < 1 << 16 and (not stdin or streams.stdin >= 0):
+            client |= select.POLLIN
+        if self.output:
+            client |= select.POLLOUT
+        poll.register(self.stream, client)
+        if len(self.output) < 1 << 18:
+            poll.register(self.subscriber, select.POLLIN)
+        if self.input and streams.stdin >= 0:
+            poll.register(streams.stdin, select.POLLOUT)
+        ready = dict(poll.poll(0 if client & select.POLLIN and self.stream.pending() else None))
+        events = ready.get(self.stream.fileno(), 0)
+        if events & (select.POLLERR | select.POLLHUP) and not events & select.POLLIN:
+            raise ConnectionResetError
+        if client & select.POLLIN and (events & select.POLLIN or self.stream.pending()):
+            self._read_client(stdin)
+        if self.subscriber.fileno() in ready:
+            for stream, data in self.subscriber.take():
+                self.queue(stream, data)
+        self._write_stdin()
+        if self.output:
+            sent = self.stream.write_some(bytes(memoryview(self.output)[:1 << 16]))
+            del self.output[:sent]
+
+    def _read_client(self, stdin: bool) -> None:
+        data = self.stream.read_some(1 << 16)
+        if data is None:
+            return
+        if not data:
+            self.input_open = False
+        elif stdin:
+            self.input += self._without_detach_keys(data) if self.detach_keys else data
+
+    def _without_detach_keys(self, data: bytes) -> bytes:
+        """`data` up to the detach keys; keys that turn out not to be the sequence are passed on."""
+        passed = bytearray()
+        for position in range(len(data)):
+            byte = data[position]
+            if byte == self.detach_keys[self._matched]:
+                self._matched += 1
+                if self._matched == len(self.detach_keys):
+                    self.detached = True
+                    break
+                continue
+            passed += self.detach_keys[:self._matched]
+            self._matched = 1 if byte == self.detach_keys[0] else 0
+            if not self._matched:
+                passed.append(byte)
+        return bytes(passed)
+
+    def _write_stdin(self) -> None:
+        """Pass the client's input on; its end closes the container's input where StdinOnce says so."""
+        streams = self.container.streams
+        if self.input and streams.stdin >= 0:
+            try:
+                del self.input[:os.write(streams.stdin, self.input)]
+            except BlockingIOError:
+                pass
+            except OSError:  # the container has closed its end
+                self.input.clear()
+        if (
+            not self.input
+            and not self.input_open
+            and self.container.config["StdinOnce"]
+            and streams.stdin >= 0
+            and not self.tty
+        ):
+            self.container.close_stdin()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Daemon
+#
+# Puts the parts together: checks the host, locks the data root, loads what is on disk, recovers from what a
+# crash left, and declares the jobs that are about containers, events and the system.  Policy and order stand
+# here; what a step does stands in the parts.
+# ------------------------------------------------------------------------------------------------------------
+
+MINIMUM_KERNEL = (5, 10)        # clone3 into cgroups, close_range, openat2, pidfds
+EVENTS_KEPT = 256               # how many past events a new listener can ask for
+EVENT_BACKLOG = 4096            # events that may wait for one listener before it is cut off
+WORKERS = 4
+PREDEFINED_NETWORKS = ("bridge", "host", "none")
+
+
+class Workers:
+    """A few threads that do what no client waits for: ends of containers, clearing up."""
+
+    def __init__(self, count: int) -> None:
+        import queue
+        self._tasks: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
+        self._idle = threading.Condition()
+        self._unfinished = 0
+        for number in range(count):
+            threading.Thread(target=self._run, name=f"worker-{number}", daemon=True).start()
+
+    def submit(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run `function(*arguments)` soon."""
+        with self._idle:
+            self._unfinished += 1
+        self._tasks.put((function, arguments))
+
+    def drain(self, timeout: float) -> bool:
+        """Return when all that was submitted is done; False when that takes more than `timeout` seconds."""
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._unfinished, timeout)
+
+    def _run(self) -> None:
+        while True:
+            function, arguments = self._tasks.get()
+            try:
+                function(*arguments)
+            except Exception:
+                log.exception("a background task failed")
+            with self._idle:
+                self._unfinished -= 1
+                self._idle.notify_all()
+
+
+class Events:
+    """What happened, newest last, and who listens.  A listener that falls too far behind is cut off."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Condition()
+        self._past: collections.deque[dict[str, Any]] = collections.deque(maxlen=EVENTS_KEPT)
+        self._listeners: list[collections.deque[dict[str, Any]]] = []
+
+    def publish(self, kind: str, action: str, actor: str, attributes: dict[str, str]) -> None:
+        """Record one event of the API's newest shape and hand it to the listeners."""
+        now = time.time_ns()
+        event: dict[str, Any] = {
+            "Type": kind,
+            "Action": action,
+            "Actor": {"ID": actor, "Attributes": attributes},
+            "scope": "local",
+            "time": now // 10**9,
+            "timeNano": now,
+        }
+        if kind in ("container", "image"):
+            event = {
+                "status": action,
+                "id": actor,
+                **({"from": attributes["image"]} if "image" in attributes else {}),
+                **event,
+            }
+        with self._lock:
+            self._past.append(event)
+            for listener in self._listeners:
+                listener.append(event)
+            self._listeners = [listener for listener in self._listeners if len(listener) <= EVENT_BACKLOG]
+            self._lock.notify_all()
+
+    def container_event(self, action: str, container: Container, **attributes: str) -> None:
+        """An event about a container, with its labels, image and name."""
+        labels = container.config.get("Labels") or {}
+        image = container.config.get("Image") or container.image_id
+        self.publish("container", action, container.id,
+                     {**labels, **attributes, "image": image, "name": container.name})
+
+    def image_event(self, action: str, image: str, attributes: dict[str, str]) -> None:
+        """An event about an image."""
+        self.publish("image", action, image, attributes)
+
+    @job("events")
+    def get(self, job: Job) -> None:
+        """Past events from `since`, then new ones as they come, until `until` or the client goes."""
+        since, until = (self._time(job.env.get(key)) for key in ("since", "until"))
+        filters = job.env.get_json("filters") or {}
+        listener: collections.deque[dict[str, Any]] = collections.deque()
+        with self._lock:
+            past = [event for event in self._past if since and event["timeNano"] >= since]
+            self._listeners.append(listener)
+        try:
+            job.on_cancel(self._wake)
+            job.ready()
+            for event in itertools.chain(past, self._follow(listener, until, job.cancelled)):
+                if until and event["timeNano"] > until:
+                    break
+                if event_matches(event, filters):
+                    job.stdout.write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
+        finally:
+            with self._lock:
+                self._listeners = [other for other in self._listeners if other is not listener]
+
+    @staticmethod
+    def _time(value: Any) -> int:
+        return parse_timestamp(str(value)) if value not in (None, "", "0", 0) else 0
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._lock.notify_all()
+
+    def _listens(self, listener: collections.deque[dict[str, Any]]) -> bool:
+        return any(other is listener for other in self._listeners)
+
+    def _follow(self, listener: collections.deque[dict[str, Any]], until: int,
+                cancelled: threading.Event) -> Iterator[dict[str, Any]]:
+        """Events as they come, in batches that are taken under the lock and sent without it."""
+        while True:
+            with self._lock:
+                remaining = max(0.0, (until - time.time_ns()) / 1e9) if until else None
+                self._lock.wait_for(
+                    lambda: listener or cancelled.is_set() or not self._listens(listener), remaining
+                )
+                batch = list(listener)
+                listener.clear()
+                over = cancelled.is_set() or not self._listens(listener)
+            yield from batch
+            if over or (until and time.time_ns() >= until):
+                return
+
+    @job("log")
+    def log(self, job: Job) -> None:
+        """Publish an event from outside: args are action, id and where it comes from, as in Docker 1.2.0."""
+        if len(job.args) != 3:
+            raise BadParameter(f"usage: {job.name} ACTION ID FROM")
+        action, actor, image = job.args
+        self.publish("container", action, actor, {"image": image})
+
+    @job("subscribers_count")
+    def subscribers_count(self, job: Job) -> None:
+        """How many listeners there are now."""
+        job.reply({"Count": self.count})
+
+    @property
+    def count(self) -> int:
+        """How many listeners there are now."""
+        return len(self._listeners)
+
+
+def event_matches(event: dict[str, Any], filters: dict[str, Any]) -> bool:
+    """Whether `event` is among those that `filters` of GET /events ask for: all keys, any value of each."""
+    attributes = event["Actor"]["Attributes"]
+    actor, kind = event["Actor"]["ID"], event["Type"]
+
+    def one(key: str, value: str) -> bool:
+        if key in ("container", "image", "network", "volume"):
+            names = (actor, attributes.get("name"), attributes.get(key))
+            same_kind = kind == key or (
+                key == "image" and kind == "container" and attributes.get("image") == value
+            )
+            return same_kind and (value in names or actor.startswith(value))
+        if key == "label":
+            name, equals, wanted = value.partition("=")
+            return name in attributes and (not equals or attributes[name] == wanted)
+        shown = {"event": event["Action"], "type": kind, "scope": event["scope"]}.get(key)
+        return shown == value or (key == "event" and event["Action"].startswith(value + ":"))
+
+    return all(any(one(key, value) for value in values) for key, values in filters.items())
+
+
+class ContainerTable:
+    """All containers by id and name; its lock is held for look-ups only."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_id: dict[str, Container] = {}
+        self._names: dict[str, str] = {}  # name -> id; reserved before the container exists
+
+    def find(self, name: str) -> Container:
+        """The container of this id, name (with or without a slash) or unambiguous id prefix; NotFound."""
+        with self._lock:
+            found = self._by_id.get(name) or self._by_id.get(self._names.get(name.lstrip("/"), ""))
+            if found is not None:
+                return found
+            matching = [container for key, container in self._by_id.items() if name and key.startswith(name)]
+        if len(matching) > 1:
+            raise BadParameter(f"Multiple IDs found with provided prefix: {name}")
+        if not matching:
+            raise NotFound(f"No such container: {name or ' '}")
+        return matching[0]
+
+    def reserve(self, name: str, container_id: str) -> None:
+        """Take `name` for a container that is being made; Conflict when it is taken."""
+        with self._lock:
+            holder = self._names.setdefault(name, container_id)
+        if holder != container_id:
+            raise name_conflict(name, holder)
+
+    def release(self, name: str) -> None:
+        """Give a reserved name back."""
+        with self._lock:
+            self._names.pop(name, None)
+
+    def add(self, container: Container) -> None:
+        """Let the container be found."""
+        with self._lock:
+            self._by_id[container.id] = container
+            self._names[container.name] = container.id
+
+    def discard(self, container: Container) -> None:
+        """The container has been removed."""
+        with self._lock:
+            self._by_id.pop(container.id, None)
+            if self._names.get(container.name) == container.id:
+                del self._names[container.name]
+
+    def all(self) -> list[Container]:
+        """All containers, the newest first."""
+        with self._lock:
+            return sorted(
+                self._by_id.values(), key=lambda container: container.record["Created"], reverse=True
+            )
+
+
+class ContainerJobs:
+    """The jobs about containers: each finds its container and lets it act."""
+
+    def __init__(self, parts: Parts, images: Any, table: ContainerTable) -> None:
+        self.parts, self.images, self.table = parts, images, table
+
+    @job("create")
+    def create(self, job: Job) -> None:
+        """Make a container of env `body`, the body of POST /containers/create; args: perhaps its name."""
+        body = job.env.get("body") or {}
+        name = (job.args[0] if job.args else "").lstrip("/")
+        if name and not NAME_PATTERN.fullmatch(name):
+            raise BadParameter(f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
+        image = self.images.resolve(body.get("Image") or "")
+        config, host_config, _, warnings = container_config(body, image.config, self.parts.config)
+        warnings = warnings + self.parts.cgroups.adapt(host_config)
+        container_id = secrets.token_hex(32)
+        if not config.get("Hostname"):
+            config["Hostname"] = "" if host_config["NetworkMode"] == "host" else container_id[:12]
+        name = self._reserve_name(name, container_id)
+        try:
+            container = Container.create(self.parts, container_id, name, image, config, host_config)
+        except BaseException:
+            self.table.release(name)
+            raise
+        self.table.add(container)
+        container.event("create")
+        job.reply({"Id": container_id, "Warnings": warnings})
+
+    def _reserve_name(self, name: str, container_id: str) -> str:
+        """The name asked for, or a random one that is free."""
+        if name:
+            self.table.reserve(name, container_id)
+            return name
+        while True:
+            with contextlib.suppress(Conflict):
+                name = random_name()
+                self.table.reserve(name, container_id)
+                return name
+
+    @job("start")
+    def start(self, job: Job) -> None:
+        """Start the container named by the argument."""
+        self.table.find(job.args[0]).start()
+
+    @job("stop")
+    def stop(self, job: Job) -> None:
+        """Stop it: env `t` seconds, `signal`."""
+        self.table.find(job.args[0]).stop(*self._stop_arguments(job))
+
+    @job("restart")
+    def restart(self, job: Job) -> None:
+        """Stop and start it: env `t` seconds, `signal`."""
+        self.table.find(job.args[0]).restart(*self._stop_arguments(job))
+
+    @staticmethod
+    def _stop_arguments(job: Job) -> tuple[Optional[int], Optional[int]]:
+        wanted = job.env.get("signal")
+        timeout = job.env.get("t")
+        return parse_signal(wanted) if wanted else None, None if timeout in (None, "") else job.env.get_int(
+            "t", 10
+        )
+
+    @job("kill")
+    def kill(self, job: Job) -> None:
+        """Send it a signal: the second argument, by default KILL."""
+        try:
+            container = self.table.find(job.args[0])
+        except NotFound as error:
+            raise NotFound(f"Cannot kill container: {job.args[0]}: {error}") from None
+        container.kill(parse_signal(job.args[1]) if len(job.args) > 1 and job.args[1] else signal.SIGKILL)
+
+    @job("pause")
+    def pause(self, job: Job) -> None:
+        """Freeze its processes."""
+        self.table.find(job.args[0]).pause()
+
+    @job("unpause")
+    def unpause(self, job: Job) -> None:
+        """Thaw its processes."""
+        self.table.find(job.args[0]).unpause()
+
+    @job("wait")
+    def wait(self, job: Job) -> None:
+        """Wait for env `condition`; the reply is the exit code."""
+        job.reply(self.table.find(job.args[0]).wait(job, job.env.get("condition") or "not-running"))
+
+    @job("attach")
+    def attach(self, job: Job) -> None:
+        """Connect job.hijacked with its streams."""
+        self.table.find(job.args[0]).attach(job)
+
+    @job("logs")
+    def logs(self, job: Job) -> None:
+        """Write what it printed to stdout and stderr."""
+        self.table.find(job.args[0]).logs(job)
+
+    @job("resize")
+    def resize(self, job: Job) -> None:
+        """Set the size of its terminal: env `h` and `w` in characters."""
+        self.table.find(job.args[0]).resize(job.env.get_int("h", 0), job.env.get_int("w", 0))
+
+    @job("delete")
+    def delete(self, job: Job) -> None:
+        """Remove it: env `force`, `v`, `link`."""
+        if job.env.get_bool("link"):
+            raise NotSupported("removing links is not supported yet")
+        self.table.find(job.args[0]).remove(job.env.get_bool("force"))
+
+    @job("container_inspect")
+    def inspect(self, job: Job) -> None:
+        """All about it; env `size` adds its sizes."""
+        job.reply(self.table.find(job.args[0]).inspect(job.env.get_bool("size")))
+
+    @job("containers")
+    def containers(self, job: Job) -> None:
+        """The list of containers: env all, limit, size, filters, since, before."""
+        env = job.env
+        filters = check_container_filters(parse_filters(env.get("filters") or {}, CONTAINER_FILTERS))
+        for key in ("since", "before"):
+            if env.get(key):
+                filters.setdefault(key, []).append(env[key])
+        limit = env.get_int("limit", 0)
+        everything = env.get_bool("all") or limit > 0 or any(
+            key in filters for key in ("status", "exited", "since", "before"))
+        bounds = {key: max(self.table.find(name).record["Created"] for name in filters.pop(key))
+                  for key in ("since", "before") if key in filters}
+        listed = [container for container in self.table.all()
+                  if (everything or container.state.running)
+                  and container.record["Created"] > bounds.get("since", "")
+                  and ("before" not in bounds or container.record["Created"] < bounds["before"])
+                  and container_matches(container, filters, self.images)]
+        job.reply([container.summary(env.get_bool("size"), self._image_name(container))
+                   for container in listed[:limit if limit > 0 else None]])
+
+    def _image_name(self, container: Container) -> str:
+        """The name that the container was made with, while that still means its image; else the id."""
+        name = container.config.get("Image") or ""
+        try:
+            return name if self.images.resolve(name).id == container.image_id else container.image_id
+        except DockerError:
+            return container.image_id
+
+
+class SystemJobs:
+    """The jobs about the daemon itself: info and version."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+
+    @job("info")
+    def info(self, job: Job) -> None:
+        """GET /info of the newest API."""
+        daemon = self.daemon
+        config, uname = daemon.config, os.uname()
+        containers = daemon.containers.all()
+        states = [container.state.status for container in containers]
+        release = _os_release()
+        job.reply(
+            {
+                "ID": daemon.id,
+                "Containers": len(containers),
+                "ContainersRunning": states.count("running"),
+                "ContainersPaused": states.count("paused"),
+                "ContainersStopped": len(states) - states.count("running") - states.count("paused"),
+                "Images": daemon.images.count(),
+                "Driver": daemon.layers.driver.name,
+                "DriverStatus": daemon.layers.driver.status(),
+                "Plugins": {
+                    "Volume": ["local"],
+                    "Network": ["host", "null"],
+                    "Authorization": None,
+                    "Log": ["json-file", "none"],
+                },
+                **daemon.cgroups.info(),
+                "IPv4Forwarding": read_text("/proc/sys/net/ipv4/ip_forward").strip() == "1",
+                "Debug": config.debug,
+                "NFd": len(os.listdir("/proc/self/fd")),
+                "NGoroutines": threading.active_count(),
+                "SystemTime": rfc3339nano(time.time_ns()),
+                "LoggingDriver": config.log_driver,
+                "NEventsListener": daemon.events.count,
+                "KernelVersion": uname.release,
+                "OperatingSystem": release.get("PRETTY_NAME", "Linux"),
+                "OSVersion": release.get("VERSION_ID", ""),
+                "OSType": "linux",
+                "Architecture": uname.machine,
+                "IndexServerAddress": "https://index.docker.io/v1/",
+                "RegistryConfig": _registry_config(config),
+                "NCPU": len(os.sched_getaffinity(0)),
+                "MemTotal": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+                "GenericResources": None,
+                "DockerRootDir": config.data_root,
+                "HttpProxy": config.http_proxy,
+                "HttpsProxy": config.https_proxy,
+                "NoProxy": config.no_proxy,
+                "Name": uname.nodename,
+                "Labels": list(config.labels),
+                "ExperimentalBuild": config.experimental,
+                "ServerVersion": VERSION,
+                "Runtimes": {"runc": {"path": "native"}},
+                "DefaultRuntime": "runc",
+                "Swarm": {
+                    "NodeID": "",
+                    "NodeAddr": "",
+                    "LocalNodeState": "inactive",
+                    "ControlAvailable": False,
+                    "Error": "",
+                    "RemoteManagers": None,
+                },
+                "LiveRestoreEnabled": config.live_restore,
+                "Isolation": "",
+                "InitBinary": "",
+                "ContainerdCommit": {"ID": ""},
+                "RuncCommit": {"ID": ""},
+                "InitCommit": {"ID": ""},
+                "SecurityOptions": daemon.security_options,
+                "CDISpecDirs": [],
+                "DiscoveredDevices": [],
+                "Warnings": daemon.cgroups.warnings(),
+            }
+        )
+
+    @job("version")
+    def version(self, job: Job) -> None:
+        """GET /version of the newest API; Docker 1.2.0's fields are among them."""
+        uname = os.uname()
+        details = {
+            "ApiVersion": API_VERSION,
+            "Arch": _go_architecture(),
+            "BuildTime": "",
+            "Experimental": "false",
+            "GitCommit": GIT_COMMIT,
+            "GoVersion": _runtime_version(),
+            "KernelVersion": uname.release,
+            "MinAPIVersion": MIN_API_VERSION,
+            "Os": "linux",
+        }
+        job.reply(
+            {
+                "Platform": {"Name": "dockerd.py"},
+                "Components": [{"Name": "Engine", "Version": VERSION, "Details": details}],
+                "Version": VERSION,
+                "ApiVersion": API_VERSION,
+                "MinAPIVersion": MIN_API_VERSION,
+                "GitCommit": GIT_COMMIT,
+                "GoVersion": details["GoVersion"],
+                "Os": "linux",
+                "Arch": details["Arch"],
+                "KernelVersion": uname.release,
+                "BuildTime": "",
+            }
+        )
+
+
+def _runtime_version() -> str:
+    """What runs the daemon, where clients look for the version of Go."""
+    return "python" + ".".join(map(str, sys.version_info[:3]))
+
+
+def _go_architecture() -> str:
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
+
+
+def _os_release() -> dict[str, str]:
+    """os-release(5) as a dictionary."""
+    text = read_text("/etc/os-release") or read_text("/usr/lib/os-release")
+    pairs = (line.partition("=") for line in text.splitlines() if "=" in line and not line.startswith("#"))
+    return {key: "".join(shlex.split(value)) for key, _, value in pairs}
+
+
+def _registry_config(config: Any) -> dict[str, Any]:
+    hub = {"Name": "docker.io", "Mirrors": list(config.registry_mirrors), "Secure": True, "Official": True}
+    networks = [entry for entry in config.insecure_registries if "/" in entry]
+    return {
+        "InsecureRegistryCIDRs": ["::1/128", "127.0.0.0/8", *networks],
+        "Mirrors": list(config.registry_mirrors),
+        "IndexConfigs": {
+            "docker.io": hub,
+            **{
+                host: {"Name": host, "Mirrors": [], "Secure": False, "Official": False}
+                for host in config.insecure_registries
+                if host not in networks
+            },
+        },
+    }
+
+
+class Daemon:
+    """The daemon: `Daemon(config, engine)` loads it, `install()` gives the engine its jobs.
+
+    Raises DockerError with one line when this host, this configuration or the data root does not allow it."""
+
+    def __init__(self, config: Config, engine: Engine) -> None:
+        check_host_system()
+        self.config, self.engine = config, engine
+        self._prepare_directories()
+        self.id = self._engine_id()
+        self.events = Events()
+        self.containers = ContainerTable()
+        self.workers = Workers(WORKERS)
+        self.cgroups = CgroupManager(config.cgroup_parent)
+        self.driver = ExecutionDriver(config.exec_root)
+        self.images = Images(config, self.events.image_event, self._image_users)
+        self.layers = self.images.layers
+        self.networks = self._network_ids()
+        self.parts = Parts(
+            config,
+            self.layers,
+            self.driver,
+            self.cgroups,
+            LogPump(),
+            self._seccomp_profile(),
+            self.events.container_event,
+            self.workers.submit,
+            self.networks,
+            self.containers.discard,
+        )
+        self._stop_old_processes()
+        self._load_containers()
+        self.driver.shim.open()
+        engine.on_shutdown(self.shutdown)
+
+    def install(self) -> None:
+        """Register every part's jobs with the engine, and leave the daemon where old parts look for it."""
+        for part in (
+            self.events,
+            self.images,
+            ContainerJobs(self.parts, self.images, self.containers),
+            SystemJobs(self),
+        ):
+            self.engine.install(part)
+        self.engine.variables["httpapi.daemon"] = self
+
+    # Set-up
+
+    def _prepare_directories(self) -> None:
+        """The data root and the exec root, locked against a second daemon."""
+        config = self.config
+        try:
+            config.data_root = os.path.realpath(config.data_root)
+            config.exec_root = os.path.realpath(config.exec_root)
+            os.makedirs(config.data_root, 0o710, exist_ok=True)
+            os.chmod(config.data_root, 0o710)
+            for name in ("containers", "tmp"):
+                os.makedirs(os.path.join(config.data_root, name), 0o710, exist_ok=True)
+            os.makedirs(config.exec_root, 0o711, exist_ok=True)
+        except OSError as error:
+            raise DockerError(f"cannot make the directory {error.filename}: {error.strerror}") from None
+        self._lock_file = os.open(
+            os.path.join(config.data_root, "dockerd.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._lock_file, 32, 0).decode(errors="replace").strip()
+            raise DockerError(
+                f"the data root {config.data_root} is in use by another daemon (pid {holder})"
+            ) from None
+        os.ftruncate(self._lock_file, 0)
+        os.pwrite(self._lock_file, b"%d\n" % os.getpid(), 0)
+
+    def _engine_id(self) -> str:
+        """The daemon's lasting id, a UUID in the data root."""
+        path = os.path.join(self.config.data_root, "engine-id")
+        with contextlib.suppress(OSError):
+            known = read_state(path).decode().strip()
+            if known:
+                return known
+        import uuid
+        fresh = str(uuid.uuid4())
+        write_state(path, fresh.encode() + b"\n")
+        return fresh
+
+    def _network_ids(self) -> dict[str, str]:
+        """The ids of the predefined networks, made once and kept."""
+        path = os.path.join(self.config.data_root, "networks.json")
+        with contextlib.suppress(OSError, ValueError):
+            return dict(json.loads(read_state(path)))
+        fresh = {name: secrets.token_hex(32) for name in PREDEFINED_NETWORKS}
+        write_state(path, fresh)
+        return fresh
+
+    def _seccomp_profile(self) -> Any:
+        """The profile of containers that name none: None for the built-in, "unconfined", or a JSON
+        document."""
+        name = self.config.seccomp_profile
+        if name in ("", "builtin"):
+            return None
+        if name == "unconfined":
+            return name
+        try:
+            with open(name, encoding="utf-8") as file:
+                profile = json.load(file)
+            compile_seccomp(profile, set())
+            return profile
+        except (OSError, ValueError) as error:
+            raise DockerError(f"opening seccomp profile ({name}) failed: {error}") from None
+
+    @property
+    def security_options(self) -> list[str]:
+        """What confines containers here, as info shows it."""
+        profile = {"": "builtin"}.get(self.config.seccomp_profile, self.config.seccomp_profile)
+        options = [f"name=seccomp,profile={profile}"] if os.path.exists("/proc/sys/kernel/seccomp") else []
+        if self.config.default_cgroupns_mode == "private":
+            options.append("name=cgroupns")
+        if self.config.no_new_privileges:
+            options.append("name=no-new-privileges")
+        return options
+
+    def _image_users(self, image_id: str) -> list[tuple[str, bool]]:
+        return [(container.id, container.state.running) for container in self.containers.all()
+                if container.image_id == image_id]
+
+    # Load and recover
+
+    def _stop_old_processes(self) -> None:
+        """End what an earlier daemon's shim still runs; its exit codes are kept for the records."""
+        self.ends: dict[str, int] = {}
+        shim = ShimClient(self.config.exec_root)
+        if not shim.open_existing():
+            return
+        keys: list[str] = []
+        while True:
+            page = shim.call("list", after=keys[-1] if keys else "")[0]["keys"]
+            if not page:
+                break
+            keys += page
+        log.warning("stopping %d containers that ran under an earlier daemon", len(keys))
+        for process in [shim.adopt(key) for key in keys]:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)
+            process.ended.wait(10)
+            if process.end is not None:
+                self.ends[process.key] = process.end["status"]
+            shim.forget(process)
+        shim.close()
+
+    def _load_containers(self) -> None:
+        """Load every record; what is not whole is removed, what is marked as running has stopped."""
+        root = os.path.join(self.config.data_root, "containers")
+        names = sorted(os.listdir(root))
+        for name in names:
+            directory = os.path.join(root, name)
+            try:
+                container = Container.load(self.parts, directory)
+            except (OSError, ValueError, KeyError) as error:
+                log.warning("removing the container %s, whose record is not whole: %s", name, error)
+                remove_tree(directory)
+                continue
+            self.containers.add(container)
+            self._settle(container)
+        self.cgroups.remove_stale(names)
+        known = {container.id for container in self.containers.all()}
+        for orphan in set(self.layers.rw_ids()) - known:
+            log.warning("removing the layer of the container %s, which has no record", orphan)
+            self.layers.remove_rw(orphan)
+
+    def _settle(self, container: Container) -> None:
+        """Bring one loaded container into the state that holds after a restart of the daemon."""
+        state = container.state
+        if state.running:
+            self.cgroups.kill_leftover(container.id, container.host_config.get("CgroupParent") or "")
+            state.exit_code = self.ends.get(container.id, 137)
+            state.running = state.paused = False
+            state.pid, state.finished_at = 0, rfc3339nano(time.time_ns())
+            container.save()
+        if state.removing or container.host_config["AutoRemove"]:
+            state.removing = False
+            try:
+                container.remove()
+            except DockerError as error:
+                log.warning("cannot remove the container %s: %s", container.id, error)
+
+    def shutdown(self) -> None:
+        """Stop all containers at the same time, each within its own time; write everything out; end the
+        shim."""
+        running = [container for container in self.containers.all() if container.state.running]
+        threads = [
+            threading.Thread(target=self._stop_one, args=(container,), daemon=True) for container in running
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.workers.drain(5)
+        self.cgroups.close()
+        self.driver.shim.close()
+        STATE_SYNC.flush()
+        os.ftruncate(self._lock_file, 0)
+
+    @staticmethod
+    def _stop_one(container: Container) -> None:
+        try:
+            with contextlib.suppress(NotModified):
+                if container.state.paused:
+                    container.unpause()
+                container.stop()
+        except DockerError as error:
+            log.error("cannot stop the container %s: %s", container.id, error)
+
+    def shutdown_timeout(self) -> float:
+        """How long shutdown may take, in seconds: --shutdown-timeout, or the longest stop timeout and 5 s."""
+        longest = max(
+            (container.stop_timeout for container in self.containers.all() if container.state.running),
+            default=0,
+        )
+        return max(10, self.config.shutdown_timeout, longest + 5)
+
+
+def check_host_system() -> None:
+    """DockerError unless this is Linux on a machine served here, with root's rights and a kernel that is new
+    enough."""
+    uname = os.uname()
+    if uname.sysname != "Linux" or uname.machine not in SYSCALLS:
+        raise DockerError(
+            f"dockerd.py runs on Linux on {' and '.join(SYSCALLS)}, not on {uname.sysname} {uname.machine}"
+        )
+    if os.geteuid() != 0:
+        raise DockerError(
+            "dockerd needs to be started with root privileges. To see how to run dockerd in rootless mode "
+            "with unprivileged user, see the documentation"
+        )
+    version = tuple(int(number) for number in re.findall(r"\d+", uname.release)[:2])
+    if version < MINIMUM_KERNEL:
+        raise DockerError(f"the kernel {uname.release} is too old: dockerd.py needs "
+                          f"{'.'.join(map(str, MINIMUM_KERNEL))} or newer")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# API server
+#
+# Listeners (Unix, TCP, TLS, passed descriptors), a strict and fast HTTP/1 parser on a thread a connection,
+# ONE table of routes, version gates beside them, streams and hijacked connections.  Handlers translate HTTP
+# to jobs and back; below them there is one shape, that of the newest API.  RFC 9112, Docker's Engine API
+# v1.12 to v1.51.
+# ------------------------------------------------------------------------------------------------------------
+
+# What a client may cost: sizes in bytes, times in seconds.
+HEAD_BYTES = 64 * 1024
+HEAD_FIELDS = 200
+HEAD_SECONDS = 30.0
+JSON_BYTES = 4 * 1024 * 1024
+JSON_DEPTH = 64
+JSON_SECONDS = 60.0
+STALL_SECONDS = 600.0  # of a streamed body: docker import from a slow pipe is no attack
+DRAIN_BYTES = 256 * 1024
+LINGER_SECONDS = 2.0
+HANDSHAKE_SECONDS = 10.0
+IDLE_CONNECTIONS = 1024
+CONNECTIONS = 4096
+
+RAW_STREAM = "application/vnd.docker.raw-stream"
+MULTIPLEXED_STREAM = "application/vnd.docker.multiplexed-stream"
+TAR = "application/x-tar"
+
+REASONS = {
+    100: "Continue", 101: "UPGRADED", 200: "OK", 201: "Created", 204: "No Content", 304: "Not Modified",
+    400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 408: "Request Timeout",
+    409: "Conflict", 413: "Request Entity Too Large", 417: "Expectation Failed",
+    431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
+    503: "Service Unavailable", 505: "HTTP Version Not Supported",
+}
+
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_HEAD = re.compile(rb"(" + _TOKEN + rb") ([^\x00-\x20\x7f]+) HTTP/([0-9])\.([0-9])\r\n"
+                   rb"((?:" + _TOKEN + rb":[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)")
+_NOT_HTTP = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+_VERSIONED = re.compile(r"/v([0-9.]{1,20})(/.*)", re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class ProtocolError(Exception):
+    """What the client sent is no request that can be served: answered with `status`, then the connection
+    ends."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class ClientGone(ConnectionError):
+    """The client closed its connection; what is being done for it alone may end."""
+
+
+class Head(NamedTuple):
+    """A request's first part, checked: `minor` is that of HTTP/1.x, the names of `headers` are in lower
+    case."""
+
+    method: str
+    target: str
+    minor: int
+    headers: dict[str, str]
+
+
+def parse_head(data: bytes) -> Head:
+    """The request line and the header fields in `data`, each ended by CRLF (RFC 9112, sections 3 and 5).
+
+    Raises ProtocolError for all that two parsers might read in two ways: bare line feeds, folded lines,
+    blanks before the colon, and a repeated Content-Length, Transfer-Encoding or Host."""
+    match = _HEAD.fullmatch(data)
+    if match is None:
+        raise ProtocolError(400, "malformed HTTP request")
+    method, target, major, minor, fields = match.groups()
+    if major != b"1":
+        raise ProtocolError(505, "only HTTP/1.0 and HTTP/1.1 are served")
+    headers: dict[str, str] = {}
+    lines = fields.decode("latin-1").split("\r\n")
+    if len(lines) > HEAD_FIELDS:
+        raise ProtocolError(431, f"more than {HEAD_FIELDS} header fields")
+    for line in lines[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if name in headers:
+            if name in ("content-length", "transfer-encoding", "host"):
+                raise ProtocolError(400, f"repeated {name} header")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    return Head(method.decode(), target.decode("utf-8", "replace"), int(minor), headers)
+
+
+def body_length(head: Head) -> int:
+    """The bytes that the request's body has, -1 when it comes in chunks (RFC 9112, section 6.3).
+
+    Both Content-Length and Transfer-Encoding is how requests are smuggled past a proxy: ProtocolError."""
+    coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
+    if coding is not None:
+        if length is not None or head.minor == 0:
+            raise ProtocolError(400, "Transfer-Encoding with Content-Length, or in HTTP/1.0")
+        if coding.lower() != "chunked":
+            raise ProtocolError(501, f"unsupported transfer encoding {coding!r}")
+        return -1
+    if length is None:
+        return 0
+    if not (length.isascii() and length.isdigit() and len(length) < 19):
+        raise ProtocolError(400, f"bad Content-Length {length[:40]!r}")
+    return int(length)
+
+
+class Body:
+    """A request's body as a stream, whether its length was announced or it comes in chunks.
+
+    `length` is the announced one, -1 for chunks.  Reading raises ClientGone where the client ends too
+    early and ProtocolError for a bad chunk or a client that stalls."""
+
+    def __init__(self, connection: Connection, length: int, expects: bool) -> None:
+        self.length = length
+        self.deadline: Optional[float] = None
+        self._connection, self._expects = connection, expects
+        self._left = max(length, 0)
+        self.ended = length == 0
+
+    @property
+    def drainable(self) -> bool:
+        """Whether the connection can serve another request once the rest of this body is read and dropped."""
+        return self.ended or (self.length >= 0 and self._left <= DRAIN_BYTES and not self._expects)
+
+    def read1(self, size: int = 65536) -> bytes:
+        """What is there, at most `size` bytes; waits for the first.  b"" at the end."""
+        if self.ended:
+            return b""
+        if self._expects:
+            self._expects = False
+            self._connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._left == 0 and not self._next_chunk():
+            return b""
+        data = self._connection.take(min(size, self._left), self._deadline())
+        self._left -= len(data)
+        if self._left == 0:
+            if self.length >= 0:
+                self.ended = True
+            elif self._connection.take_line(self._deadline()):
+                raise ProtocolError(400, "a chunk is longer than its announced size")
+        return data
+
+    def read(self, size: int = -1) -> bytes:
+        """Exactly `size` bytes, fewer only at the end; all that is left where `size` is negative."""
+        parts = []
+        while size:
+            data = self.read1(65536 if size < 0 else min(size, 1 << 20))
+            if not data:
+                break
+            parts.append(data)
+            if size > 0:
+                size -= len(data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_whole(self, limit: int) -> bytes:
+        """The whole body; ProtocolError(413) when it is longer than `limit` bytes, 408 when it takes too
+        long."""
+        self.deadline = time.monotonic() + JSON_SECONDS
+        data = self.read(limit + 1) if self.length <= limit else b""
+        if len(data) > limit or self.length > limit:
+            raise ProtocolError(413, f"the request's body is larger than {limit} bytes")
+        return data
+
+    def _deadline(self) -> float:
+        return self.deadline or time.monotonic() + STALL_SECONDS
+
+    def _next_chunk(self) -> bool:
+        """Read a chunk's size line; after the last chunk also the trailer, which is dropped, and return
+        False."""
+        match = _CHUNK_SIZE.fullmatch(self._connection.take_line(self._deadline()))
+        if match is None:
+            raise ProtocolError(400, "bad chunk size")
+        self._left = int(match.group(1), 16)
+        if self._left == 0:
+            fields = 0
+            while self._connection.take_line(self._deadline()):
+                fields += 1
+                if fields > HEAD_FIELDS:
+                    raise ProtocolError(431, f"more than {HEAD_FIELDS} trailer fields")
+            self.ended = True
+        return not self.ended
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON document in `data`; BadParameter when it is none or nests deeper than JSON_DEPTH.
+
+    The depth is checked before the decoder, which recurses, sees it.  A lone surrogate becomes U+FFFD, as
+    in Go."""
+    outside = b"".join(data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    nesting = re.sub(rb"[^][{}]+", b"", outside)
+    for _ in range(JSON_DEPTH):
+        if not nesting:
+            break
+        nesting = nesting.replace(b"[]", b"").replace(b"{}", b"")
+    if nesting:
+        raise BadParameter(f"invalid JSON: unbalanced, or nested deeper than {JSON_DEPTH} levels")
+    try:
+        value = json.loads(data, parse_constant=lambda name: json.loads("?"))
+        if _SURROGATE.search(data):
+            text = json.dumps(value, ensure_ascii=False)
+            value = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    except ValueError as error:
+        raise BadParameter(f"invalid JSON: {error}") from None
+    return value
+
+
+def to_json(value: Any) -> bytes:
+    """`value` as one line of JSON in UTF-8; what is no Unicode becomes a question mark."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+
+
+def stream_frame(number: int, data: bytes) -> bytes:
+    """`data` as a frame of a multiplexed stream: 0 stdin, 1 stdout, 2 stderr, 3 an error of the daemon's."""
+    return struct.pack(">BxxxL", number, len(data)) + data
+
+
+class Frames:
+    """A destination of a job's output that writes it to `stream` in frames of the given number."""
+
+    def __init__(self, stream: Any, number: int) -> None:
+        self.stream, self.number = stream, number
+
+    def write(self, data: bytes) -> None:
+        """Write `data` as one frame."""
+        self.stream.write(stream_frame(self.number, data))
+
+
+class Connection:
+    """One client's connection: its socket and the one buffer in front of it, from which requests are read in
+    turn.
+
+    Nobody else reads the socket, so pipelined requests and what follows an upgrade are never lost."""
+
+    def __init__(self, server: ApiServer, sock: socket.socket) -> None:
+        self.server, self.sock = server, sock
+        self.buffer = bytearray()
+        self.served = 0
+        self.hijacked = False
+        self._timeout: Optional[float] = None
+
+    def serve(self) -> None:
+        """Answer requests until the client or an error ends the connection, and close it."""
+        try:
+            while self._serve_one():
+                self.served += 1
+        except ClientGone:
+            pass
+        except ProtocolError as error:
+            self.refuse(error)
+        finally:
+            self.sock.close()
+
+    def _serve_one(self) -> bool:
+        """Read and answer one request; whether another may follow."""
+        data = self._read_head()
+        if not data:
+            return False
+        request = Request(self, parse_head(data))
+        self.server.answer(request)
+        if self.hijacked or not request.keep_alive:
+            self.linger()
+            return False
+        if not request.body.ended:
+            request.body.deadline = time.monotonic() + HEAD_SECONDS
+            request.body.read()
+        return True
+
+    def refuse(self, error: ProtocolError) -> None:
+        """Answer what cannot be understood, as Go's server does, and hang up."""
+        log.debug("refused a request: %s", error)
+        text = f"{error.status} {REASONS[error.status]}: {error}".encode()
+        with contextlib.suppress(ClientGone):
+            self.send(f"HTTP/1.1 {error.status} {REASONS[error.status]}\r\n"
+                      f"Content-Type: text/plain; charset=utf-8\r\n"
+                      f"Content-Length: {len(text)}\r\nConnection: close\r\n\r\n".encode() + text)
+            self.linger()
+
+    def _read_head(self) -> bytes:
+        """The next request's head without its last empty line; b"" when there is none.
+
+        A client that has been served may stay idle as long as it likes; one that has begun must end in
+        time."""
+        buffer = self.buffer
+        deadline = None if self.served else time.monotonic() + HEAD_SECONDS
+        while True:
+            end = buffer.find(b"\r\n\r\n")
+            if 0 <= end <= HEAD_BYTES:
+                head = bytes(buffer[:end + 2]).lstrip(b"\r\n")
+                del buffer[:end + 4]
+                if head:
+                    return head
+                continue
+            if len(buffer) > HEAD_BYTES:
+                raise ProtocolError(431, f"the request's header is larger than {HEAD_BYTES} bytes")
+            if _NOT_HTTP.search(buffer):
+                raise ProtocolError(400, "malformed HTTP request")
+            if buffer and deadline is None:
+                deadline = time.monotonic() + HEAD_SECONDS
+            try:
+                data = self._wait_idle() if deadline is None else self._receive(65536, deadline)
+            except ProtocolError:
+                if buffer:
+                    raise
+                return b""
+            if not data:
+                return b""
+            buffer += data
+
+    def _wait_idle(self) -> bytes:
+        """Wait, among the connections that may be closed when there are too many, for a request to begin."""
+        idle = self.server.idle
+        idle[self] = None
+        if len(idle) > IDLE_CONNECTIONS:
+            with contextlib.suppress(KeyError, OSError):
+                idle.popitem(last=False)[0].sock.shutdown(socket.SHUT_RDWR)
+        try:
+            return self._receive(65536, None)
+        finally:
+            idle.pop(self, None)
+
+    def _set_timeout(self, seconds: Optional[float]) -> None:
+        if seconds != self._timeout:
+            self.sock.settimeout(seconds)
+            self._timeout = seconds
+
+    def _receive(self, size: int, deadline: Optional[float]) -> bytes:
+        """At most `size` bytes from the socket, b"" at the end; ProtocolError(408) after the deadline."""
+        left = None if deadline is None else deadline - time.monotonic()
+        try:
+            if left is not None and left <= 0:
+                raise socket.timeout
+            self._set_timeout(left)
+            return self.sock.recv(size)
+        except socket.timeout:
+            raise ProtocolError(408, "the request was not complete in time") from None
+        except OSError as error:
+            raise ClientGone(str(error)) from None
+
+    def take(self, size: int, deadline: float) -> bytes:
+        """Between 1 and `size` bytes of the body; ClientGone at the end of the connection."""
+        if self.buffer:
+            data = bytes(self.buffer[:size])
+            del self.buffer[:size]
+            return data
+        data = self._receive(size, deadline)
+        if not data:
+            raise ClientGone("unexpected EOF")
+        return data
+
+    def take_line(self, deadline: float) -> bytes:
+        """A line of chunked framing without its CRLF."""
+        while True:
+            end = self.buffer.find(b"\n")
+            if end >= 0:
+                line = bytes(self.buffer[:end + 1])
+                if not line.endswith(b"\r\n"):
+                    raise ProtocolError(400, "bad chunk: a bare line feed")
+                del self.buffer[:end + 1]
+                return line[:-2]
+            if len(self.buffer) > 4096:
+                raise ProtocolError(400, "bad chunk: a line without end")
+            data = self._receive(4096, deadline)
+            if not data:
+                raise ClientGone("unexpected EOF")
+            self.buffer += data
+
+    def send(self, data: bytes) -> None:
+        """Send all of `data`; waits for a slow client as long as it stays."""
+        try:
+            self._set_timeout(None)
+            self.sock.sendall(data)
+        except OSError as error:
+            raise ClientGone(str(error)) from None
+
+    def hijack(self, head: bytes) -> HijackedStream:
+        """Send `head` and give the raw connection away; no further request is read from it."""
+        self.send(head)
+        self.hijacked = True
+        self._set_timeout(0.0)
+        return HijackedStream(self)
+
+    def linger(self) -> None:
+        """End our side and wait a little for the client to end its own: closing a socket that holds unread
+        input makes the kernel reset it, and the client lose our last bytes."""
+        deadline = time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(ClientGone, ProtocolError, OSError, ValueError):
+            self._set_timeout(0.0)
+            HijackedStream(self).close_write()
+            while self._receive(65536, deadline):
+                pass
+
+
+class HijackedStream:
+    """A client's connection after the hijack, not blocking: for one poll loop in the connection's own
+    thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._buffer, self._sock = connection.buffer, connection.sock
+        self._pending = getattr(connection.sock, "pending", lambda: 0)
+
+    def fileno(self) -> int:
+        """The descriptor to poll; ask pending() first, since poll sees neither buffer nor TLS record."""
+        return self._sock.fileno()
+
+    def pending(self) -> bool:
+        """Whether input waits above the socket: bytes that came with the request, or a decrypted record's
+        rest."""
+        return bool(self._buffer) or self._pending() > 0
+
+    def _attempt(self, operation: Callable[[Any], Any], argument: Any, blocked: Any) -> Any:
+        """operation(argument), or `blocked` where it would have to wait (TLS: in either direction)."""
+        try:
+            return operation(argument)
+        except BlockingIOError:
+            return blocked
+        except OSError as error:
+            if hasattr(error, "reason") and error.errno in (2,
+                                                            3):  # SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE
+                return blocked
+            raise ClientGone(str(error)) from None
+
+    def read_some(self, size: int = 65536) -> Optional[bytes]:
+        """At most `size` bytes; None when nothing is there yet, b"" when the client has ended its side or
+        is gone."""
+        if self._buffer:
+            data = bytes(self._buffer[:size])
+            del self._buffer[:size]
+            return data
+        try:
+            return self._attempt(self._sock.recv, size, None)
+        except ClientGone:
+            return b""
+
+    def write_some(self, data: Union[bytes, bytearray, memoryview]) -> int:
+        """Send a first part of `data` and return its size, 0 when the client does not read; ClientGone.
+
+        TLS wants a write that was put off repeated with the same bytes in front."""
+        return self._attempt(self._sock.send, data[:16384], 0)
+
+    def close_write(self) -> None:
+        """End our side: FIN, under TLS close_notify before it.  Reading goes on."""
+        with contextlib.suppress(OSError, ValueError):
+            if hasattr(self._sock, "unwrap"):
+                self._sock.unwrap()
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)  # SSLSocket's would drop the TLS layer
+
+    def close(self) -> None:
+        """End both sides; the descriptor itself is closed with the connection's thread."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+
+class DisconnectWatcher:
+    """One thread that watches the connections of jobs that last, and calls back when a client hangs up."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._epoll: Any = None
+        self._callbacks: dict[int, Callable[[], None]] = {}
+
+    @contextlib.contextmanager
+    def watching(self, fd: int, callback: Callable[[], None]) -> Iterator[None]:
+        """While the block runs, `callback` is called once if the other side of the socket `fd` closes."""
+        with self._lock:
+            if self._epoll is None:
+                self._epoll = select.epoll()
+                threading.Thread(target=self._run, name="disconnects", daemon=True).start()
+            self._callbacks[fd] = callback
+            self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
+        try:
+            yield
+        finally:
+            with self._lock:  # also waits for a callback that is under way
+                self._epoll.unregister(fd)
+                del self._callbacks[fd]
+
+    def _run(self) -> None:
+        while True:
+            for fd, _ in self._epoll.poll():
+                with self._lock:
+                    callback = self._callbacks.get(fd)
+                    if callback:
+                        callback()
+
+
+# -- requests, responses, routes
+
+class Response(NamedTuple):
+    """What a handler answers: `body` is bytes, or an object that is sent as JSON; None is no body at all."""
+
+    status: int = 200
+    body: Any = None
+    headers: tuple[tuple[str, str], ...] = ()
+    content_type: str = "application/json"
+
+
+@functools.lru_cache(maxsize=256)
+def parse_version(text: str) -> tuple[int, int]:
+    """"1.24" as (1, 24); what is missing or no number counts as 0, as in Docker."""
+    major, _, minor = text.partition(".")
+    minor = minor.partition(".")[0]
+    return int(major or 0), int(minor or 0)
+
+
+NEWEST, OLDEST = parse_version(API_VERSION), parse_version(MIN_API_VERSION)
+_CONVERSIONS: dict[str, Callable[[str], Any]] = {
+    "": str, "int": int, "bool": lambda text: Env(flag=text).get_bool("flag"),
+    "json": lambda text: parse_json(text.encode()),
+}
+
+
+class Request:
+    """One request as a handler sees it.
+
+    `version` is the API's as (1, 24), `named_version` whether the path says so, `body` the unread body.
+    Gates change `query` and the decoded body before the handler looks at them."""
+
+    def __init__(self, connection: Connection, head: Head) -> None:
+        self.connection, self.server, self.head = connection, connection.server, head
+        self.method, self.headers = head.method, head.headers
+        path, _, self._query_string = head.target.partition("?")
+        if not path.startswith("/"):  # absolute form, of a client that takes us for a proxy; or "*"
+            path = "/" + path.partition("://")[2].partition("/")[2]
+        if "%" in path:
+            from urllib.parse import unquote
+            path = unquote(path)
+            if "\0" in path:
+                raise ProtocolError(400, "a NUL in the path")
+        versioned = _VERSIONED.fullmatch(path)
+        self.named_version = versioned is not None
+        self.version, self.path = (parse_version(versioned[1]), versioned[2]) if versioned else (NEWEST, path)
+        expects = self.headers.get("expect", "")
+        if expects and expects.lower() != "100-continue":
+            raise ProtocolError(417, f"unknown expectation {expects!r}")
+        self.body = Body(connection, body_length(head), bool(expects) and head.minor > 0)
+        options = self.headers.get("connection", "").lower().replace(" ", "").split(",")
+        self.keep_alive = "close" not in options if head.minor else "keep-alive" in options
+        self.route: Optional[Route] = None
+        self.started: Optional[Stream] = None
+        self.host_config: Any = None
+        self.early = True
+        self.forgiving = False
+
+    @functools.cached_property
+    def query(self) -> dict[str, list[str]]:
+        """The query string's parameters."""
+        if not self._query_string:
+            return {}
+        from urllib.parse import parse_qs
+        try:
+            return parse_qs(self._query_string, keep_blank_values=True, max_num_fields=1000)
+        except ValueError as error:
+            raise BadParameter(f"invalid query: {error}") from None
+
+    def parameters(self, names: str) -> dict[str, Any]:
+        """The query's parameters that `names` lists ("all:bool limit:int since"), converted; absent and
+        empty ones are left out.  Types: int, bool, json, list (of strings); BadParameter for a wrong
+        value."""
+        found: dict[str, Any] = {}
+        for item in names.split():
+            name, _, kind = item.partition(":")
+            values = self.query.get(name)
+            if not values or (values == [""] and kind != "bool"):
+                continue
+            try:
+                found[name] = values if kind == "list" else _CONVERSIONS[kind](values[0])
+            except ValueError:
+                raise BadParameter(f"invalid value {values[0][:100]!r} of parameter {name}") from None
+        return found
+
+    @functools.cached_property
+    def json(self) -> Any:
+        """The body as JSON, None where there is none; BadParameter, as Docker words it, where it is
+        something else."""
+        kind = self.headers.get("content-type", "")
+        if self.body.ended:
+            return None
+        if kind.partition(";")[0].strip().lower() != "application/json":
+            if not kind:
+                raise BadParameter("malformed Content-Type header (): mime: no media type")
+            raise BadParameter(f"unsupported Content-Type header ({kind}): must be 'application/json'")
+        data = self.body.read_whole(JSON_BYTES)
+        return parse_json(data) if data.strip() else None
+
+    @property
+    def object(self) -> dict[str, Any]:
+        """The body as a JSON object, {} where there is none."""
+        if self.json is not None and not isinstance(self.json, dict):
+            raise BadParameter("invalid JSON: the request's body must be an object")
+        return self.json or {}
+
+    def header_json(self, name: str) -> Any:
+        """A header whose value is JSON in URL-safe base64; {} where it is absent or cannot be read, as in
+        Docker."""
+        try:
+            return parse_json(base64.urlsafe_b64decode(self.headers.get(name, "") + "==")) or {}
+        except (ValueError, BadParameter):
+            return {}
+
+    def job(self, name: str, *arguments: str, **env: Any) -> Job:
+        """A job of the engine; NotSupported while no part of the daemon has registered its handler."""
+        engine = self.server.engine
+        if engine.handler(name) is None:
+            raise NotSupported(f"{name.replace('_', ' ')}: this feature is not supported by this daemon")
+        return engine.job(name, *arguments, **env)
+
+    def reshape(self, value: Any) -> Any:
+        """`value`, an object or a list of them of the newest API's shape, in that of the client's version.
+
+        An object that the version does not know becomes {}."""
+        shapes = self.route.shapes if self.route else []
+        gates = [gate.function for gate in shapes if self.version < gate.version]
+        if isinstance(value, list):
+            return [self.reshape(item) for item in value]
+        if not gates or not isinstance(value, dict):
+            return value
+        value = copy.deepcopy(value)
+        for gate in gates:
+            changed = gate(value)
+            value = value if changed is None else changed
+            if not value:
+                break
+        return value
+
+    def run(self, job: Job) -> Any:
+        """Run a job that lasts: it is cancelled when the client hangs up."""
+        with self.server.watcher.watching(self.connection.sock.fileno(), job.cancel):
+            return job.run()
+
+    def stream(self, content_type: str = "application/json", **headers: str) -> Stream:
+        """The response's body as a stream; the head goes out with its first byte, or by start()."""
+        self.started = Stream(self, content_type, headers)
+        return self.started
+
+    def hijack(self, job: Job) -> None:
+        """Run `job` with the raw connection as job.hijacked, which it gets when it is ready(tty=...)."""
+
+        def ready(facts: dict[str, Any]) -> None:
+            multiplexed = "upgrade" in self.headers and not facts.get("tty") and self.version >= (1, 42)
+            status, upgrade = "200 OK", ""
+            if "upgrade" in self.headers:
+                status, upgrade = "101 UPGRADED", "Connection: Upgrade\r\nUpgrade: tcp\r\n"
+            kind = MULTIPLEXED_STREAM if multiplexed else RAW_STREAM
+            head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\n{upgrade}\r\n"
+            job.hijacked = self.connection.hijack(head.encode())
+
+        job.on_ready = ready
+        job.run()
+
+    def progress(self, job: Job) -> None:
+        """Run `job` with its JSON progress lines as the response; an error after the first goes out as a
+        line."""
+        stream = self.stream()
+        stream.error_line = lambda error: to_json(
+            {"errorDetail": {"message": str(error)}, "error": str(error)}).rstrip() + b"\r\n"
+        job.stdout.add(stream)
+        job.stdin = self.body
+        self.run(job)
+
+
+class Stream:
+    """A response's body that is sent while it is made: in chunks, or to HTTP/1.0 until the connection's end.
+
+    `error_line` makes of an error what tells the client of it inside the stream; where it makes nothing,
+    the stream is cut off instead."""
+
+    def __init__(self, request: Request, content_type: str, headers: dict[str, str]) -> None:
+        self.request, self.content_type, self.headers = request, content_type, headers
+        self.running = False
+        self.error_line: Callable[[BaseException], bytes] = lambda error: b""
+        self._chunked = request.head.minor > 0
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Send the head now, unless it has been sent."""
+        with self._lock:
+            self._start()
+
+    def _start(self) -> None:
+        if self.running:
+            return
+        self.running = True
+        request = self.request
+        framing = (("Transfer-Encoding", "chunked"),) if self._chunked else ()
+        request.keep_alive = request.keep_alive and self._chunked and request.body.drainable
+        request.connection.send(request.server.head(
+            request, 200, (("Content-Type", self.content_type), *self.headers.items(), *framing)))
+
+    def write(self, data: bytes) -> int:
+        """Send `data`, as one chunk, before it returns."""
+        with self._lock:
+            self._start()
+            if data and self.request.method != "HEAD":
+                chunk = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else bytes(data)
+                self.request.connection.send(chunk)
+        return len(data)
+
+    def finish(self) -> None:
+        """Send what ends the stream."""
+        if self._chunked and self.request.method != "HEAD":
+            self.request.connection.send(b"0\r\n\r\n")
+
+    def fail(self, error: BaseException) -> None:
+        """End the stream after an error: with its error line, or by cutting the connection off."""
+        line = self.error_line(error)
+        if line:
+            self.write(line)
+            self.finish()
+        else:
+            self.request.keep_alive = False
+
+
+class Lines:
+    """A destination of JSON lines that writes each in the shape of the client's version, if it has one."""
+
+    def __init__(self, request: Request, stream: Stream) -> None:
+        self.request, self.stream = request, stream
+
+    def write(self, data: bytes) -> None:
+        """Write whole lines."""
+        lines = (self.request.reshape(json.loads(line)) for line in data.splitlines() if line.strip())
+        self.stream.write(b"".join(to_json(line) for line in lines if line))
+
+
+class Gate(NamedTuple):
+    """What a route does differently for clients older than `version`: to the request, or to the response."""
+
+    version: tuple[int, int]
+    function: Callable[[Any], Any]
+    shapes: bool
+
+
+def until(version: str, function: Callable[[Request], Any]) -> Gate:
+    """A gate on requests of API versions before `version`: function(request) rewrites them to today's."""
+    return Gate(parse_version(version), function, False)
+
+
+def shape_until(version: str, function: Callable[[Any], Any]) -> Gate:
+    """A gate on responses to API versions before `version`: function(body) returns the older shape of a
+    newer one."""
+    return Gate(parse_version(version), function, True)
+
+
+class Route(NamedTuple):
+    """One row of the table of routes."""
+
+    method: str
+    path: str
+    pattern: re.Pattern[str]
+    handler: Callable[..., Any]
+    requests: list[Gate]
+    shapes: list[Gate]
+
+
+ROUTES: list[Route] = []
+_ROUTE_INDEX: dict[tuple[str, str, str], list[Route]] = {}
+
+
+def route(method: str, path: str, *gates: Gate) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Put the decorated handler(request, *names) into the table of routes, for the path with and without a
+    version.
+
+    A {name} in `path` matches at least one character, slashes too; the longer path goes first.  Gates run
+    in the order they stand in: those on responses newest first, so that each only knows the step to the
+    version before."""
+
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        pattern = re.compile(re.sub(r"\\{\w+\\}", "(.+)", re.escape(path)), re.DOTALL)
+        row = Route(method, path, pattern, handler, [gate for gate in gates if not gate.shapes],
+                    [gate for gate in gates if gate.shapes])
+        ROUTES.append(row)
+        rows = _ROUTE_INDEX.setdefault(_route_key(method, path), [])
+        rows.append(row)
+        rows.sort(key=lambda row: -len(row.path))
+        return handler
+
+    return register
+
+
+def _route_key(method: str, path: str) -> tuple[str, str, str]:
+    """What a path and its route have in common: method, first and last part ("" for a parameter)."""
+    last = path.rpartition("/")[2]
+    return method, path[1:].partition("/")[0], "" if last.startswith("{") else last
+
+
+def find_route(method: str, path: str) -> Optional[tuple[Route, tuple[str, ...]]]:
+    """The route of a path without version, and its names; None where there is none."""
+    key = _route_key(method, path)
+    for row in itertools.chain(_ROUTE_INDEX.get(key, ()), _ROUTE_INDEX.get((*key[:2], ""), ())):
+        match = row.pattern.fullmatch(path)
+        if match:
+            return row, match.groups()
+    return None
+
+
+def runs(job: str, parameters: str = "", status: int = 200, body: bool = False, reply: bool = True,
+         stdin: bool = False) -> Callable[..., Any]:
+    """The handler of a route that is one job: the path's names are its arguments, the query's `parameters`
+    and, with `body`, the JSON body are its env, with `stdin` the body is its stdin.  Its reply is sent
+    with `status`; 204 and reply=False send none."""
+
+    def handler(request: Request, *names: str) -> Response:
+        env = request.parameters(parameters)
+        if body:
+            env["body"] = request.object
+        task = request.job(job, *names, **env)
+        if stdin:
+            task.stdin = request.body
+        result = task.run()
+        return Response(status, result if reply and status != 204 else None)
+
+    return handler
+
+
+def downloads(job: str, content_type: str, parameters: str = "") -> Callable[..., Any]:
+    """The handler of a route whose response is what one job writes."""
+
+    def handler(request: Request, *names: str) -> None:
+        names = names or tuple(request.query.get("names", ()))
+        task = request.job(job, *names, **request.parameters(parameters))
+        task.stdout.add(request.stream(content_type))
+        request.run(task)
+
+    return handler
+
+
+def follows(job: str, parameters: str, **defaults: Any) -> Callable[..., Any]:
+    """The handler of a route whose response is JSON lines for as long as one job and the client last."""
+
+    def handler(request: Request, *names: str) -> None:
+        task = request.job(job, *names, **{**defaults, **request.parameters(parameters)})
+        stream = request.stream()
+        task.stdout.add(Lines(request, stream))
+        task.on_ready = lambda facts: stream.start()
+        request.run(task)
+
+    return handler
+
+
+def progresses(job: str, parameters: str, auth: str = "", **defaults: Any) -> Callable[..., Any]:
+    """The handler of a route that shows one job's progress; the body is its stdin, `auth` a header with
+    credentials."""
+
+    def handler(request: Request, *names: str) -> None:
+        env = {**defaults, **request.parameters(parameters)}
+        if auth:
+            env["authConfig"] = request.header_json(auth)
+        request.progress(request.job(job, *names, **env))
+
+    return handler
+
+
+def resizes(job: str) -> Callable[..., Any]:
+    """The handler that gives a terminal the size in the query's `h` and `w`."""
+
+    def handler(request: Request, name: str) -> Response:
+        size = {}
+        for key, side in (("h", "height"), ("w", "width")):
+            text = request.query.get(key, [""])[0]
+            if not (text.isascii() and text.isdigit() and int(text) < 1 << 32):
+                raise BadParameter(f'invalid resize {side} "{text[:40]}": invalid syntax')
+            size[key] = int(text)
+        request.job(job, name, **size).run()
+        return Response(200)
+
+    return handler
+
+
+def refuses(error: type[DockerError], text: str) -> Callable[..., Any]:
+    """The handler of a route whose feature this daemon does not have, by design."""
+
+    def handler(request: Request, *names: str) -> Response:
+        raise error(text.format(*names))
+
+    return handler
+
+
+# -- version gates: small functions, named after what they do
+
+def members(node: Any, path: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """(object, name) of every member of `node` at the dotted `path`; a list stands for each of its elements,
+    * for each member."""
+    if isinstance(node, list):
+        for item in node:
+            yield from members(item, path)
+    elif isinstance(node, dict):
+        first, _, rest = path.partition(".")
+        for name in list(node) if first == "*" else [first] if first in node else []:
+            if rest:
+                yield from members(node[name], rest)
+            else:
+                yield node, name
+
+
+def drops(*paths: str) -> Callable[[Any], None]:
+    """A shape gate: the members at the dotted `paths` did not exist yet."""
+
+    def gate(item: Any) -> None:
+        for path in paths:
+            for holder, name in members(item, path):
+                del holder[name]
+
+    return gate
+
+
+def without(*paths: str) -> Callable[[Request], None]:
+    """A request gate: members of the body that came later than the client are not looked at."""
+    return lambda request: drops(*paths)(request.object)
+
+
+def ignores(*names: str) -> Callable[[Request], None]:
+    """A request gate: parameters of the query that came later than the client are not looked at."""
+
+    def gate(request: Request) -> None:
+        for name in names:
+            request.query.pop(name, None)
+
+    return gate
+
+
+def refuses_member(path: str, text: str, value: Any = None) -> Callable[[Request], None]:
+    """A request gate: where the client asks for what it cannot know (a member at `path` that is true, or is
+    `value`), ignoring it would do something else than what is meant."""
+
+    def gate(request: Request) -> None:
+        for holder, name in members(request.object, path):
+            if holder[name] == value or value is None and holder[name]:
+                raise BadParameter(text)
+
+    return gate
+
+
+def adds(**added: Any) -> Callable[[Any], None]:
+    """A shape gate: these members existed still."""
+    return lambda item: item.update({**added, **item})
+
+
+def exactly(template: dict[str, Any]) -> Callable[[Any], Any]:
+    """A shape gate: these members and no others, with these values where the newest shape has none."""
+
+    def shape(wanted: dict[str, Any], item: Any) -> dict[str, Any]:
+        item = item or {}
+        return {name: shape(value, item.get(name)) if isinstance(value, dict) else item.get(name, value)
+                for name, value in wanted.items()}
+
+    return lambda item: shape(template, item)
+
+
+def plain_ids(item: Any) -> None:
+    """Before 1.22 an image's id had no algorithm in front."""
+    for name in ("Id", "ParentId", "Parent", "Image", "ImageID", "Deleted"):
+        if str(item.get(name)).startswith("sha256:"):
+            item[name] = item[name][7:]
+
+
+def virtual_size(item: Any) -> None:
+    """Before 1.44 an image's size stood in a second member too."""
+    for image in item.get("Images") or [item]:
+        image["VirtualSize"] = image.get("Size", 0)
+
+
+def untagged_names(item: Any) -> None:
+    """Before 1.43 an image without names had <none> for one."""
+    if not item.get("RepoTags") and not item.get("RepoDigests"):
+        item["RepoTags"], item["RepoDigests"] = ["<none>:<none>"], ["<none>@<none>"]
+
+
+def as_container_config(item: Any) -> None:
+    """Before 1.50 an image's config was written as a container's, with members that are always empty."""
+    item["Config"] = {**CONFIG_1_49, **(item.get("Config") or {})}
+
+
+def short_id_alias(item: Any) -> None:
+    """Before 1.45 a container's short id was one of its aliases on user networks."""
+    for name, endpoint in (item["NetworkSettings"].get("Networks") or {}).items():
+        if name not in ("bridge", "host", "none", "default"):
+            endpoint["Aliases"] = [*(endpoint.get("Aliases") or []), item["Id"][:12]]
+
+
+def driver_in_config(item: Any) -> None:
+    """Before 1.21 the volume driver stood in Config, and there was one network."""
+    config = {"MacAddress": "", "NetworkDisabled": False, "ExposedPorts": None, **item["Config"]}
+    item["Config"] = {**config, "VolumeDriver": item["HostConfig"].get("VolumeDriver", "")}
+    item["NetworkSettings"].pop("Networks", None)
+
+
+def volumes_as_maps(item: Any) -> None:
+    """Before 1.20 there were Volumes and VolumesRW for Mounts, and resource limits stood in Config."""
+    mounts = item.pop("Mounts", None) or []
+    item["Volumes"] = {mount["Destination"]: mount.get("Source", "") for mount in mounts}
+    item["VolumesRW"] = {mount["Destination"]: mount.get("RW", True) for mount in mounts}
+    for old, new, empty in (("Memory", "Memory", 0), ("MemorySwap", "MemorySwap", 0),
+                            ("CpuShares", "CpuShares", 0), ("Cpuset", "CpusetCpus", "")):
+        item["Config"][old] = item["HostConfig"].get(new, empty)
+
+
+def option_names_only(item: Any) -> None:
+    """Before 1.25 security options were bare names."""
+    item["SecurityOptions"] = [option.partition(",")[0].partition("name=")[2] or option
+                               for option in item.get("SecurityOptions") or []]
+
+
+def flags_as_numbers(item: Any) -> None:
+    """Before 1.19 these flags were numbers."""
+    for name in ("Debug", "IPv4Forwarding", "MemoryLimit", "SwapLimit"):
+        item[name] = int(bool(item.get(name)))
+
+
+def unknown_system(item: Any) -> None:
+    """Before 1.39 what could not be found out was not left empty."""
+    for name in ("KernelVersion", "OperatingSystem"):
+        item[name] = item.get(name) or "<unknown>"
+
+
+def expected_commits(item: Any) -> None:
+    """Before 1.49 each component's commit stood beside the one expected."""
+    for name in ("ContainerdCommit", "RuncCommit", "InitCommit"):
+        commit = item.setdefault(name, {"ID": "N/A"})
+        commit["Expected"] = commit.get("ID", "")
+
+
+def listed_in_1_14(item: Any) -> Any:
+    """Docker 1.2.0's list: sizes only when asked for, and no status of a container that was never started."""
+    sizes = {name: item[name] for name in ("SizeRw", "SizeRootFs") if name in item}
+    status = "" if item["Status"] == "Created" else item["Status"]
+    return {**exactly(CONTAINERS_1_14)(item), "Status": status, **sizes}
+
+
+def warnings_or_null(item: Any) -> None:
+    """Docker 1.2.0 wrote null for no warnings."""
+    item["Warnings"] = item.get("Warnings") or None
+
+
+def no_error_no_answer(item: Any) -> Any:
+    """Before 1.34 a failed removal could only be told by an empty answer."""
+    return {} if item.get("Error") else item
+
+
+def no_image_create_event(event: Any) -> Any:
+    """Before 1.46 there was no event for an image that is made without a name."""
+    return {} if (event.get("Type"), event.get("Action")) == ("image", "create") else event
+
+
+def flat_event(event: Any) -> Any:
+    """Before 1.22 there were events of containers and images only, of a handful of members."""
+    names = ("status", "id", "from", "time", "timeNano") if event["Type"] in ("container", "image") else ()
+    return {name: event[name] for name in names if name in event}
+
+
+def with_filter(request: Request, name: str, value: str) -> None:
+    """Put one more value of a filter into the query."""
+    filters = request.parameters("filters:json").get("filters") or {}
+    if not isinstance(filters, dict):
+        raise BadParameter("invalid filter")
+    request.query["filters"] = [json.dumps({**filters, name: [*filters.get(name, ()), value]})]
+
+
+def all_volumes(request: Request) -> None:
+    """Before 1.42 named volumes were pruned too."""
+    with_filter(request, "all", "true")
+
+
+def filter_is_reference(request: Request) -> None:
+    """Before 1.41 `filter` was a pattern for repository names."""
+    if request.query.get("filter", [""])[0]:
+        with_filter(request, "reference", request.query["filter"][0])
+
+
+def answers_at_the_end(request: Request) -> None:
+    """Before 1.30 wait had no conditions and sent nothing before the exit."""
+    request.query.pop("condition", None)
+    request.early = False
+
+
+def forgives_conflict(request: Request) -> None:
+    """Before 1.20 it was no error to kill a container that does not run."""
+    request.forgiving = True
+
+
+def takes_host_config(request: Request) -> None:
+    """Before 1.24 start took the HostConfig as its body."""
+    request.host_config = request.object
+
+
+def pause_is_off(request: Request) -> None:
+    """Before 1.13 commit did not pause by default."""
+    request.query.setdefault("pause", ["0"])
+
+
+def asked_host_config(request: Request) -> dict[str, Any]:
+    """The HostConfig in the body of a create request, an empty one put there where it is missing."""
+    if not isinstance(request.object.get("HostConfig"), dict):
+        request.object["HostConfig"] = {}
+    return request.object["HostConfig"]
+
+
+def limits_of_config(request: Request) -> None:
+    """Clients before 1.18 to 1.21 put limits and the volume driver beside Config's members."""
+    host = asked_host_config(request)
+    for name in ("Memory", "MemorySwap", "CpuShares", "CpusetCpus", "VolumeDriver", "Cpuset"):
+        value = request.object.pop(name, None)
+        if value:
+            name = "CpusetCpus" if name == "Cpuset" else name
+            host[name] = host.get(name) or value
+
+
+def shareable_ipc(request: Request) -> None:
+    """Before 1.40 containers could share each other's IPC namespace by default."""
+    asked_host_config(request)["IpcMode"] = asked_host_config(request).get("IpcMode") or "shareable"
+
+
+def lenient_mounts(request: Request) -> None:
+    """Before 1.42 options of another type of mount were not refused."""
+    for mount in asked_host_config(request).get("Mounts") or []:
+        for kind in {"volume", "tmpfs", "bind"} - {mount.get("Type")}:
+            mount.pop(kind.capitalize() + "Options", None)
+
+
+def one_network(request: Request) -> None:
+    """Before 1.44 a container was created on one network."""
+    endpoints = (request.object.get("NetworkingConfig") or {}).get("EndpointsConfig") or {}
+    if len(endpoints) > 1:
+        raise BadParameter("Container cannot be created with multiple network endpoints: "
+                           + ", ".join(endpoints))
+
+
+def flat_read_only(request: Request) -> None:
+    """Before 1.44 a read-only mount did not reach into what is mounted below it."""
+    request.query["defaultReadOnlyNonRecursive"] = ["1"]
+
+
+# What older versions answer: each member with the value that it has when there is nothing to tell.
+CONFIG_1_49: dict[str, Any] = {
+    "Hostname": "", "Domainname": "", "User": "", "AttachStdin": False, "AttachStdout": False,
+    "AttachStderr": False, "Tty": False, "OpenStdin": False, "StdinOnce": False, "Env": None, "Cmd": None,
+    "Image": "", "Volumes": None, "WorkingDir": "", "Entrypoint": None, "OnBuild": None, "Labels": None,
+}
+CONFIG_1_14: dict[str, Any] = {
+    "Hostname": "", "Domainname": "", "User": "", "Memory": 0, "MemorySwap": 0, "CpuShares": 0, "Cpuset": "",
+    "AttachStdin": False, "AttachStdout": False, "AttachStderr": False, "PortSpecs": None,
+    "ExposedPorts": None, "Tty": False, "OpenStdin": False, "StdinOnce": False, "Env": None, "Cmd": None,
+    "Image": "", "Volumes": None, "WorkingDir": "", "Entrypoint": None, "NetworkDisabled": False,
+    "OnBuild": None,
+}
+CONTAINER_1_14: dict[str, Any] = {
+    "Id": "", "Created": "", "Path": "", "Args": [], "Config": CONFIG_1_14,
+    "State": {"Running": False, "Paused": False, "Restarting": False, "Pid": 0, "ExitCode": 0,
+              "StartedAt": "", "FinishedAt": ""},
+    "Image": "",
+    "NetworkSettings": {"IPAddress": "", "IPPrefixLen": 0, "Gateway": "", "Bridge": "", "PortMapping": None,
+                        "Ports": None},
+    "ResolvConfPath": "", "HostnamePath": "", "HostsPath": "", "Name": "", "Driver": "",
+    "ExecDriver": "native-0.2", "MountLabel": "", "ProcessLabel": "", "Volumes": None, "VolumesRW": None,
+    "HostConfig": {"Binds": None, "ContainerIDFile": "", "LxcConf": [], "Privileged": False,
+                   "PortBindings": None, "Links": None, "PublishAllPorts": False, "Dns": None,
+                   "DnsSearch": None, "VolumesFrom": None, "Devices": None, "NetworkMode": "", "CapAdd": None,
+                   "CapDrop": None, "RestartPolicy": {"Name": "", "MaximumRetryCount": 0}},
+}
+CONTAINERS_1_14: dict[str, Any] = {
+    "Id": "", "Names": [], "Image": "", "Command": "", "Created": 0, "Status": "", "Ports": [],
+}
+IMAGES_1_14: dict[str, Any] = {
+    "ParentId": "", "RepoTags": ["<none>:<none>"], "Id": "", "Created": 0, "Size": 0, "VirtualSize": 0,
+}
+IMAGE_1_14: dict[str, Any] = {
+    "Id": "", "Parent": "", "Comment": "", "Created": "", "Container": "", "ContainerConfig": CONFIG_1_14,
+    "DockerVersion": "", "Author": "", "Config": CONFIG_1_14, "Architecture": "", "Os": "", "Size": 0,
+}
+HISTORY_1_14: dict[str, Any] = {"Id": "", "Created": 0, "CreatedBy": "", "Tags": None, "Size": 0}
+VERSION_1_14: dict[str, Any] = {
+    "Version": "", "ApiVersion": "", "GitCommit": "", "GoVersion": "", "Os": "", "Arch": "",
+    "KernelVersion": "",
+}
+INFO_1_14: dict[str, Any] = {
+    "Containers": 0, "Images": 0, "Driver": "", "DriverStatus": [], "MemoryLimit": 0, "SwapLimit": 0,
+    "IPv4Forwarding": 0, "Debug": 0, "NFd": 0, "NGoroutines": 0, "ExecutionDriver": "native-0.2",
+    "NEventsListener": 0, "KernelVersion": "", "OperatingSystem": "", "IndexServerAddress": "",
+    "InitSha1": "", "InitPath": "",
+}
+
+
+# -- the table of routes: first those that are one job, then those that this daemon refuses, then the others
+
+CONTAINER_LIST = runs("containers", "all:bool limit:int size:bool filters:json since before")
+ENDPOINT_GATES = [
+    shape_until("1.48", drops("ImageManifestDescriptor", "NetworkSettings.Networks.*.GwPriority")),
+    shape_until("1.44", drops("NetworkSettings.Networks.*.DNSNames")),
+]
+CONTAINER_LIST_GATES = [
+    *ENDPOINT_GATES, shape_until("1.46", drops("HostConfig.Annotations")),
+    shape_until("1.23", drops("State", "Mounts")), shape_until("1.22", drops("NetworkSettings")),
+    shape_until("1.22", plain_ids), shape_until("1.21", drops("ImageID")),
+    shape_until("1.20", drops("HostConfig")), shape_until("1.18", drops("Labels")),
+    shape_until("1.15", listed_in_1_14),
+]
+ANY_PLATFORM = until("1.48", ignores("platform"))
+BUILD_PARAMETERS = (
+    "dockerfile t:list extrahosts:list remote q:bool nocache:bool cachefrom:json pull rm:bool forcerm:bool "
+    "memory:int memswap:int cpushares:int cpusetcpus cpusetmems cpuperiod:int cpuquota:int buildargs:json "
+    "shmsize:int squash:bool labels:json networkmode platform target outputs cgroupparent ulimits:json "
+    "securityopt:list isolation session buildid version")
+PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
+    ("POST", "/auth", runs("auth", body=True)),
+    ("GET", "/version", runs("version"),
+        shape_until("1.35", drops("Platform", "Components")), shape_until("1.25", drops("MinAPIVersion")),
+        shape_until("1.22", drops("BuildTime", "Experimental")), shape_until("1.18", exactly(VERSION_1_14))),
+    ("GET", "/info", runs("info"),
+        shape_until("1.50", drops("DiscoveredDevices")),
+        shape_until("1.50", adds(BridgeNfIptables=False, BridgeNfIp6tables=False)),
+        shape_until("1.49", drops("FirewallBackend")), shape_until("1.49", expected_commits),
+        shape_until("1.46", drops("Containerd")),
+        shape_until("1.44", drops("CDISpecDirs", "Runtimes.*.status")),
+        shape_until("1.42", adds(KernelMemory=False, KernelMemoryTCP=False)),
+        shape_until("1.41", drops("CgroupVersion", "DefaultAddressPools")),
+        shape_until("1.40", drops("PidsLimit")),
+        shape_until("1.39", unknown_system), shape_until("1.39", drops("Warnings")),
+        shape_until("1.25", option_names_only), shape_until("1.25", drops("Isolation")),
+        shape_until("1.24", adds(ExecutionDriver="native-0.2")),
+        shape_until("1.19", flags_as_numbers), shape_until("1.15", exactly(INFO_1_14))),
+    ("GET", "/events", follows("events", "since until filters:json"),
+        shape_until("1.46", no_image_create_event), shape_until("1.22", flat_event)),
+    ("GET", "/system/df", runs("system_df", "type:list"),
+        until("1.42", ignores("type")),
+        shape_until("1.44", virtual_size), shape_until("1.42", adds(BuilderSize=0))),
+    ("GET", "/containers/json", CONTAINER_LIST, *CONTAINER_LIST_GATES),
+    ("GET", "/containers/ps", CONTAINER_LIST, *CONTAINER_LIST_GATES),
+    ("GET", "/containers/{name}/json", runs("container_inspect", "size:bool"),
+        *ENDPOINT_GATES, shape_until("1.45", short_id_alias),
+        shape_until("1.22", plain_ids), shape_until("1.22", adds(ExecDriver="native-0.2")),
+        shape_until("1.21", driver_in_config), shape_until("1.20", volumes_as_maps),
+        shape_until("1.15", exactly(CONTAINER_1_14))),
+    ("GET", "/containers/{name}/top", runs("top", "ps_args")),
+    ("GET", "/containers/{name}/changes", runs("container_changes")),
+    ("GET", "/containers/{name}/stats", follows("stats", "stream:bool one-shot:bool", stream=True)),
+    ("GET", "/containers/{name}/export", downloads("export", "application/octet-stream")),
+    ("PUT", "/containers/{name}/archive", runs(
+        "archive_put", "path noOverwriteDirNonDir:bool copyUIDGID:bool", reply=False, stdin=True)),
+    ("POST", "/containers/{name}/stop", runs("stop", "t:int signal", 204), until("1.42", ignores("signal"))),
+    ("POST", "/containers/{name}/restart", runs("restart", "t:int signal", 204),
+        until("1.42", ignores("signal"))),
+    ("POST", "/containers/{name}/pause", runs("pause", status=204)),
+    ("POST", "/containers/{name}/unpause", runs("unpause", status=204)),
+    ("POST", "/containers/{name}/rename", runs("rename", "name", 204)),
+    ("POST", "/containers/{name}/update", runs("update", body=True), until("1.40", without("PidsLimit"))),
+    ("POST", "/containers/{name}/resize", resizes("resize")),
+    ("POST", "/containers/{name}/exec", runs("exec_create", "", 201, body=True),
+        until("1.42", without("ConsoleSize"))),
+    ("POST", "/containers/prune", runs("container_prune", "filters:json")),
+    ("DELETE", "/containers/{name}", runs("delete", "v:bool link:bool force:bool", 204)),
+    ("GET", "/exec/{id}/json", runs("exec_inspect")),
+    ("POST", "/exec/{id}/resize", resizes("exec_resize")),
+    ("GET", "/images/json", runs("images", "all:bool filters:json shared-size:bool manifests:bool"),
+        until("1.47", ignores("manifests")), until("1.42", ignores("shared-size")),
+        until("1.41", filter_is_reference),
+        shape_until("1.48", drops("Descriptor")), shape_until("1.47", drops("Manifests")),
+        shape_until("1.44", virtual_size), shape_until("1.43", untagged_names),
+        shape_until("1.25", drops("SharedSize", "Containers")), shape_until("1.22", plain_ids),
+        shape_until("1.18", drops("RepoDigests", "Labels")), shape_until("1.15", exactly(IMAGES_1_14))),
+    ("GET", "/images/{name}/json", runs("image_inspect", "manifests:bool platform:json"),
+        until("1.49", ignores("platform")), until("1.48", ignores("manifests")),
+        shape_until("1.50", as_container_config), shape_until("1.48", drops("Descriptor", "Manifests")),
+        shape_until("1.45", adds(Container="", ContainerConfig=CONFIG_1_49)),
+        shape_until("1.44", virtual_size), shape_until("1.44", adds(Created="0001-01-01T00:00:00Z")),
+        shape_until("1.22", plain_ids), shape_until("1.22", drops("RootFS", "Metadata")),
+        shape_until("1.21", drops("RepoTags", "RepoDigests", "GraphDriver")),
+        shape_until("1.15", exactly(IMAGE_1_14))),
+    ("GET", "/images/{name}/history", runs("history", "platform:json"), ANY_PLATFORM,
+        shape_until("1.22", plain_ids), shape_until("1.19", exactly(HISTORY_1_14))),
+    ("GET", "/images/{name}/get", downloads("image_export", TAR, "platform:json"), ANY_PLATFORM),
+    ("GET", "/images/get", downloads("image_export", TAR, "platform:json"), ANY_PLATFORM),
+    ("GET", "/images/search", runs("search", "term limit:int filters:json")),
+    ("GET", "/distribution/{name}/json", runs("distribution_inspect")),
+    ("POST", "/images/{name}/push", progresses("push", "tag platform:json", "x-registry-auth"),
+        until("1.46", ignores("platform"))),
+    ("POST", "/images/load", progresses("load", "quiet:bool platform:json", quiet=True), ANY_PLATFORM),
+    ("POST", "/images/prune", runs("image_prune", "filters:json")),
+    ("DELETE", "/images/{name}", runs("image_delete", "force:bool noprune:bool platforms:list"),
+        shape_until("1.22", plain_ids)),
+    ("POST", "/build", progresses("build", BUILD_PARAMETERS, "x-registry-config", rm=True),
+        until("1.40", ignores("outputs")), until("1.32", ignores("platform"))),
+    ("POST", "/build/prune", runs("build_prune", "all:bool filters:json keep-storage:int reserved-space:int "
+                                                 "max-used-space:int min-free-space:int")),
+    ("POST", "/build/cancel", runs("build_cancel", "id", reply=False)),
+    ("GET", "/networks", runs("networks", "filters:json detailed:bool"),
+        until("1.28", lambda request: request.query.update(detailed=["1"]))),
+    ("GET", "/networks/", runs("networks", "filters:json")),
+    ("GET", "/networks/{id}", runs("network_inspect", "verbose:bool scope")),
+    ("POST", "/networks/create", runs("network_create", "", 201, body=True),
+        until("1.48", without("EnableIPv4"))),
+    ("POST", "/networks/{id}/connect", runs("network_connect", body=True, reply=False),
+        until("1.48", without("EndpointConfig.GwPriority"))),
+    ("POST", "/networks/{id}/disconnect", runs("network_disconnect", body=True, reply=False)),
+    ("POST", "/networks/prune", runs("network_prune", "filters:json")),
+    ("DELETE", "/networks/{id}", runs("network_delete", status=204)),
+    ("GET", "/volumes", runs("volumes", "filters:json")),
+    ("GET", "/volumes/{name}", runs("volume_inspect")),
+    ("POST", "/volumes/create", runs("volume_create", "", 201, body=True)),
+    ("POST", "/volumes/prune", runs("volume_prune", "filters:json"), until("1.42", all_volumes)),
+    ("DELETE", "/volumes/{name}", runs("volume_delete", "force:bool", 204), until("1.25", ignores("force"))),
+    ("GET", "/plugins", lambda request: Response(200, [])),
+]
+for _method, _path, _handler, *_gates in PLAIN_ROUTES:
+    route(_method, _path, *_gates)(_handler)
+
+NO_MANAGER = ('This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to connect '
+              "this node to swarm and try again.")
+NO_EXPERIMENT = ("This experimental feature is disabled by default. Start the Docker daemon in experimental "
+                 "mode in order to enable it.")
+REFUSED_ROUTES: list[tuple[type[DockerError], str, str]] = [  # error, text, "METHOD path, ..."
+    (Unavailable, NO_MANAGER, """
+        GET /swarm, GET /swarm/unlockkey, POST /swarm/update, POST /swarm/unlock, GET /services,
+        POST /services/create, GET /services/{id}, DELETE /services/{id}, POST /services/{id}/update,
+        GET /services/{id}/logs, GET /nodes, GET /nodes/{id}, DELETE /nodes/{id}, POST /nodes/{id}/update,
+        GET /tasks, GET /tasks/{id}, GET /tasks/{id}/logs, GET /secrets, POST /secrets/create,
+        GET /secrets/{id}, DELETE /secrets/{id}, POST /secrets/{id}/update, GET /configs,
+        POST /configs/create, GET /configs/{id}, DELETE /configs/{id}, POST /configs/{id}/update"""),
+    (Unavailable, "This node is not part of a swarm", "POST /swarm/leave"),
+    (Unavailable, "volume update only valid for cluster volumes, but swarm is unavailable",
+     "PUT /volumes/{name}"),
+    (NotSupported, "swarm mode is not supported by this daemon", "POST /swarm/init, POST /swarm/join"),
+    (NotSupported, "plugins are not supported by this daemon",
+     "POST /plugins/pull, POST /plugins/create, GET /plugins/privileges"),
+    (NotFound, 'plugin "{0}" not found', """
+        GET /plugins/{name}/json, DELETE /plugins/{name}, POST /plugins/{name}/enable,
+        POST /plugins/{name}/disable, POST /plugins/{name}/push, POST /plugins/{name}/upgrade,
+        POST /plugins/{name}/set"""),
+    (NotSupported, NO_EXPERIMENT, """
+        GET /containers/{name}/checkpoints, POST /containers/{name}/checkpoints,
+        DELETE /containers/{name}/checkpoints/{checkpoint}"""),
+    (NotFound, "page not found: this daemon has no BuildKit; build with DOCKER_BUILDKIT=0",
+     "POST /session, POST /grpc"),
+    (NotSupported, "attach over WebSocket is not supported by this daemon",
+     "GET /containers/{name}/attach/ws"),
+]
+for _error, _text, _paths in REFUSED_ROUTES:
+    for _method, _path in (_item.split() for _item in _paths.split(",")):
+        route(_method, _path)(refuses(_error, _text))
+PING_HEADERS = (("Builder-Version", "1"), ("Cache-Control", "no-cache, no-store, must-revalidate"),
+                ("Pragma", "no-cache"), ("Swarm", "inactive"))
+
+
+@route("GET", "/_ping")
+@route("HEAD", "/_ping")
+def ping(request: Request) -> Response:
+    """What a client needs to know before its first call."""
+    return Response(200, b"OK" if request.method == "GET" else b"", PING_HEADERS, "text/plain; charset=utf-8")
+
+
+@route("POST", "/containers/create", until("1.42", limits_of_config),
+       until("1.25", without("HostConfig.AutoRemove")),
+       until("1.40", shareable_ipc), until("1.40", without("HostConfig.Mounts.BindOptions.NonRecursive")),
+       until("1.40", without("HostConfig.KernelMemoryTCP")), until("1.41", ignores("platform")),
+       until("1.42", lenient_mounts), until("1.42", without("HostConfig.ConsoleSize")),
+       until("1.42", without("HostConfig.Mounts.BindOptions.CreateMountpoint")),
+       until("1.43", without("HostConfig.Annotations")),
+       until("1.44", without("Healthcheck.StartInterval")), until("1.44", one_network),
+       until("1.44", refuses_member("HostConfig.Mounts.BindOptions.ReadOnlyForceRecursive",
+                                    "BindOptions.ReadOnlyForceRecursive needs API v1.44 or newer")),
+       until("1.44", flat_read_only),
+       until("1.45", refuses_member("HostConfig.Mounts.VolumeOptions.Subpath",
+                                    "VolumeOptions.Subpath needs API v1.45 or newer")),
+       until("1.48", refuses_member("HostConfig.Mounts.Type", 'Mount type "Image" needs API v1.48 or newer',
+                                    "image")),
+       until("1.48", without("NetworkingConfig.EndpointsConfig.*.GwPriority")),
+       shape_until("1.15", warnings_or_null))
+def container_create(request: Request) -> Response:
+    """Create a container from the body, which is the Config with HostConfig and NetworkingConfig in it."""
+    if request.json is None:
+        raise BadParameter("invalid JSON: got EOF while reading request body")
+    asked_host_config(request)
+    for name in ("Cmd", "Entrypoint"):  # either has always been one string too
+        if isinstance(request.object.get(name), str):
+            request.object[name] = [request.object[name]]
+    env = request.parameters("name platform defaultReadOnlyNonRecursive:bool")
+    return Response(201, request.job("create", env.pop("name", ""), body=request.object, **env).run())
+
+
+@route("POST", "/containers/{name}/start", until("1.24", takes_host_config))
+def container_start(request: Request, name: str) -> Response:
+    """Start a container; a body, even {}, is tolerated where it is too short to say anything."""
+    if request.host_config is None and not request.body.ended and not 0 <= request.body.length <= 7:
+        raise BadParameter("starting container with non-empty request body was deprecated since API v1.22 "
+                           "and removed in v1.24")
+    env = request.parameters("detachKeys checkpoint checkpoint-dir")
+    if request.host_config:
+        env["hostconfig"] = request.host_config
+    request.job("start", name, **env).run()
+    return Response(204)
+
+
+@route("POST", "/containers/{name}/kill", until("1.20", forgives_conflict))
+def container_kill(request: Request, name: str) -> Response:
+    """Send a signal."""
+    try:
+        request.job("kill", name, *request.parameters("signal").values()).run()
+    except Conflict:
+        if not request.forgiving:
+            raise
+    return Response(204)
+
+
+@route("POST", "/containers/{name}/wait", until("1.30", answers_at_the_end),
+       shape_until("1.34", no_error_no_answer), shape_until("1.30", drops("Error")))
+def container_wait(request: Request, name: str) -> None:
+    """The exit code, when there is one; the headers go out as soon as nothing can be missed."""
+    job = request.job("wait", name, **request.parameters("condition"))
+    stream = request.stream()
+    if request.early:
+        job.on_ready = lambda facts: stream.start()
+    reply = {name: value for name, value in (request.run(job) or {}).items() if value is not None}
+    Lines(request, stream).write(to_json(reply))
+
+
+@route("POST", "/containers/{name}/attach")
+def container_attach(request: Request, name: str) -> None:
+    """Attach: the connection becomes the container's streams."""
+    flags = "logs:bool stream:bool stdin:bool stdout:bool stderr:bool detachKeys"
+    request.hijack(request.job("attach", name, **request.parameters(flags)))
+
+
+@route("POST", "/exec/{id}/start", until("1.42", without("ConsoleSize")))
+def exec_start(request: Request, name: str) -> Optional[Response]:
+    """Start an exec instance, detached or with the connection as its streams."""
+    job = request.job("exec_start", name, body=request.object)
+    if request.object.get("Detach"):
+        job.run()
+        return Response(200)
+    request.hijack(job)
+    return None
+
+
+@route("GET", "/containers/{name}/logs")
+def container_logs(request: Request, name: str) -> None:
+    """What the container has written and, with `follow`, goes on to write."""
+    flags = "stdout:bool stderr:bool since until timestamps:bool tail follow:bool details:bool"
+    env = request.parameters(flags)
+    if not (env.get("stdout") or env.get("stderr")):
+        raise BadParameter("Bad parameters: you must choose at least one stream")
+    job = request.job("logs", name, **env)
+
+    def ready(facts: dict[str, Any]) -> None:
+        tty = bool(facts.get("tty"))
+        stream = request.stream(RAW_STREAM if tty or request.version < (1, 42) else MULTIPLEXED_STREAM)
+        job.stdout.add(stream if tty else Frames(stream, 1))
+        job.stderr.destinations[:] = [stream if tty else Frames(stream, 2)]  # no longer the daemon's log
+        stream.start()
+
+    job.on_ready = ready
+    request.run(job)
+
+
+def path_stat(facts: Any) -> dict[str, str]:
+    """The header that tells what a path in a container is."""
+    return {"X-Docker-Container-Path-Stat": base64.b64encode(to_json(facts).rstrip()).decode()}
+
+
+@route("HEAD", "/containers/{name}/archive")
+def archive_stat(request: Request, name: str) -> Response:
+    """What is at a path in a container."""
+    reply = request.job("archive_stat", name, **request.parameters("path")).run()
+    return Response(200, b"", tuple(path_stat(reply).items()))
+
+
+@route("GET", "/containers/{name}/archive")
+def archive_get(request: Request, name: str) -> None:
+    """A file or directory of a container as a tar stream; the job is ready(stat=...)."""
+    job = request.job("archive_get", name, **request.parameters("path"))
+    job.on_ready = lambda facts: job.stdout.add(request.stream(TAR, **path_stat(facts["stat"])))
+    request.run(job)
+
+
+@route("POST", "/commit", until("1.13", pause_is_off))
+def container_commit(request: Request) -> Response:
+    """Make an image of a container."""
+    env = {"pause": True, **request.parameters("container repo tag author comment changes:list pause:bool")}
+    return Response(201, request.job("commit", env.pop("container", ""), body=request.object, **env).run())
+
+
+@route("POST", "/images/create", until("1.32", ignores("platform")))
+def image_create(request: Request) -> None:
+    """Pull an image, or import one: from the body (fromSrc=-) or an URL."""
+    env = request.parameters("fromImage fromSrc repo tag message changes:list platform")
+    image, source, repository, tag = (env.pop(name, "") for name in ("fromImage", "fromSrc", "repo", "tag"))
+    if image:
+        env["authConfig"] = request.header_json("x-registry-auth")
+        request.progress(request.job("pull", image, tag, **env))
+    else:
+        request.progress(request.job("import", source, repository, tag, **env))
+
+
+@route("POST", "/images/{name}/tag")
+def image_tag(request: Request, name: str) -> Response:
+    """Give an image another name."""
+    given = request.parameters("repo tag")
+    request.job("tag", name, given.get("repo", ""), given.get("tag", "")).run()
+    return Response(201)
+
+
+# -- the server
+
+class Listener(NamedTuple):
+    """A socket that listens: where (as -H names it), whether TLS is spoken there, the path it made ("" for
+    none)."""
+
+    host: str
+    socket: socket.socket
+    tls: bool
+    path: str
+
+
+def group_id(group: str) -> int:
+    """The id of the group that owns Unix sockets, -1 for none; NotFound when it does not exist.
+
+    Nobody had to ask for the default, docker, so a host without it is no error."""
+    import grp
+    if not group:
+        return -1
+    try:
+        return int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+    except KeyError:
+        if group != "docker":
+            raise NotFound(f"Group {group} not found; name an existing one by --group, or '' for none")
+        log.warning("the group docker does not exist: only root can use the Unix socket")
+        return -1
+
+
+def remove_stale_socket(path: str) -> None:
+    """Make room for a Unix socket at `path`; Conflict where a daemon listens there, or what is there is no
+    socket."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise Conflict(f"can't listen on unix://{path}: there is a file that is no socket; remove it")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(2.0)
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+                return
+            except OSError:
+                pass  # it listens, and is busy
+        raise Conflict(f"can't listen on unix://{path}: another daemon serves it")
+
+
+def listen_unix(path: str, group: str) -> socket.socket:
+    """A listening Unix socket at `path`, mode 0660 and owned by `group`, replacing a stale one."""
+    gid = group_id(group)
+    remove_stale_socket(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        os.fchmod(listener.fileno(), 0o600)  # bind(2) gives the file this mode: it is never open to others
+        try:
+            listener.bind(path)
+        except OSError as error:
+            raise DockerError(f"can't listen on unix://{path}: {error}") from None
+        os.chown(path, -1, gid)
+        os.chmod(path, 0o660)
+        listener.listen(socket.SOMAXCONN)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def listen_tcp(address: str, tls: bool, verified: bool) -> socket.socket:
+    """A listening TCP socket at "HOST:PORT", with a loud warning where anybody in reach becomes root by
+    it."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        host, port = address, "2376" if tls else "2375"
+    host = host.strip("[]")
+    try:
+        found = socket.getaddrinfo(host or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, target = min(found, key=lambda item: item[0] != socket.AF_INET6 if not host else 0)
+        dual = not host and family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        listener = socket.create_server(target[:2], family=family, backlog=socket.SOMAXCONN,
+                                        dualstack_ipv6=dual)
+    except (OSError, OverflowError) as error:
+        raise DockerError(f"can't listen on tcp://{address}: {error}") from None
+    if not verified and not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
+        log.warning("/!\\ DON'T BIND ON ANOTHER IP ADDRESS THAN 127.0.0.1 IF YOU DON'T KNOW WHAT YOU'RE "
+                    "DOING /!\\")
+        log.warning("[tcp://%s] Binding to IP address without --tlsverify is insecure and gives root access "
+                    "on this machine to everyone who has access to your network.", address)
+    return listener
+
+
+def passed_sockets(number: str) -> list[socket.socket]:
+    """The listening sockets that the service manager passed, or the one with descriptor `number`
+    (sd_listen_fds(3))."""
+    count = int(os.environ.get("LISTEN_FDS") or 0)
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or count < 1:
+        raise DockerError("no sockets found via socket activation: make sure the service was started by "
+                          "systemd")
+    if number not in ("", "*") and not number.isdigit():
+        raise BadParameter(f"failed to parse systemd fd address: should be a number: {number}")
+    numbers = list(range(3, 3 + count)) if number in ("", "*") else [int(number)]
+    if not set(numbers) <= set(range(3, 3 + count)):
+        raise BadParameter(f"too few socket activated files passed in by systemd: {count}, from 3 on")
+    sockets = [socket.socket(fileno=fd) for fd in numbers]
+    for passed in sockets:
+        passed.set_inheritable(False)
+        passed.setblocking(True)
+        if not passed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            raise DockerError(f"failed to listen on systemd activated file: fd {passed.fileno()}")
+    return sockets
+
+
+def tls_context(env: Env) -> Any:
+    """The ssl.SSLContext of serveapi's Tls* variables; clients need a certificate of TlsCa with TlsVerify."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    certificate, key, authority = (str(env.get(name) or "") for name in ("TlsCert", "TlsKey", "TlsCa"))
+    try:
+        context.load_cert_chain(certificate, key, password=lambda: "")  # or OpenSSL asks on the terminal
+    except (OSError, ValueError) as error:
+        raise DockerError(
+            f"Couldn't load X509 key pair ({certificate}, {key}): {error}. Key encrypted?") from None
+    if env.get_bool("TlsVerify"):
+        context.verify_mode = ssl.CERT_REQUIRED
+        try:
+            context.load_verify_locations(authority)
+        except OSError as error:
+            raise DockerError(f"Couldn't read CA certificate {authority}: {error}") from None
+    return context
+
+
+class ApiServer:
+    """The jobs serveapi and acceptconnections, and what all connections share."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.watcher = DisconnectWatcher()
+        self.activated = threading.Event()
+        self.idle: collections.OrderedDict[Connection, None] = collections.OrderedDict()
+        self.connections = 0
+        self.listeners: list[Listener] = []
+        self.closed = False
+        self._lock = threading.Lock()
+        self._tls: Any = None
+        self._logging = False
+        self._common = b""
+        self._date = (0, b"")
+
+    # the jobs
+
+    @job("serveapi")
+    def serve_api(self, job: Job) -> None:
+        """Listen on every host in job.args at once, and serve for as long as the daemon lives.
+
+        env: Logging, EnableCors, CorsHeaders, Version, SocketGroup, Tls, TlsVerify, TlsCa, TlsCert,
+        TlsKey, BufferRequests (requests wait until acceptconnections).  What listens already is closed
+        when one fails."""
+        if not job.args or any("://" not in host for host in job.args):
+            raise BadParameter(f"usage: {job.name} PROTO://ADDR [PROTO://ADDR ...]")
+        self._configure(job.env)
+        try:
+            for host in dict.fromkeys(job.args):
+                self._listen(host, job.env)
+            if job.env.get_bool("Tls") or job.env.get_bool("TlsVerify"):
+                self._tls = tls_context(job.env)
+            self.engine.on_shutdown(self.remove_sockets)  # serveapi goes on until close()
+        except BaseException:
+            self.close()
+            for listener in self.listeners:
+                listener.socket.close()
+            raise
+        make_server = http_server_class()  # now that the sockets listen: the import takes a tenth of a second
+        threads = [threading.Thread(target=make_server(self, listener).serve, name=listener.host, daemon=True)
+                   for listener in self.listeners]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    @job("acceptconnections")
+    def accept_connections(self, job: Job) -> None:
+        """Tell the service manager that the daemon is ready, and let the waiting requests go."""
+        sd_notify("READY=1")
+        self.activated.set()
+
+    def _configure(self, env: Env) -> None:
+        self._logging = env.get_bool("Logging")
+        headers = [("Api-Version", API_VERSION), ("Docker-Experimental", "false"), ("Ostype", "linux"),
+                   ("Server", f"Docker/{env.get('Version') or VERSION} (linux)")]
+        if env.get_bool("EnableCors") or env.get("CorsHeaders"):
+            headers += [("Access-Control-Allow-Origin", env.get("CorsHeaders") or "*"),
+                        ("Access-Control-Allow-Headers",
+                         "Origin, X-Requested-With, Content-Type, Accept, X-Registry-Auth"),
+                        ("Access-Control-Allow-Methods", "HEAD, GET, POST, DELETE, PUT, OPTIONS")]
+        self._common = "".join(f"{name}: {value}\r\n" for name, value in headers).encode()
+        if not env.get_bool("BufferRequests"):
+            self.activated.set()
+
+    def _listen(self, host: str, env: Env) -> None:
+        """Open the socket or sockets that `host` names."""
+        protocol, _, address = host.partition("://")
+        tls, verified = env.get_bool("Tls") or env.get_bool("TlsVerify"), env.get_bool("TlsVerify")
+        log.info("Listening for HTTP on %s (%s)", protocol, address)
+        if protocol == "unix":
+            opened = [listen_unix(address, str(env.get("SocketGroup") or ""))]
+        elif protocol == "tcp":
+            opened = [listen_tcp(address, tls, verified)]
+        elif protocol == "fd":
+            opened = passed_sockets(address)
+        else:
+            raise BadParameter(f"Invalid protocol format: {host}; use unix://, tcp:// or fd://")
+        for sock in opened:
+            inet = sock.family != socket.AF_UNIX
+            self.listeners.append(Listener(host, sock, tls and inet, address if protocol == "unix" else ""))
+
+    def close(self) -> None:
+        """Listen no longer: serveapi ends.  The service manager's sockets stay as they are."""
+        self.closed = True
+        self.remove_sockets()
+        for listener in self.listeners:
+            with contextlib.suppress(OSError):
+                if not listener.host.startswith("fd:"):
+                    listener.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+
+    def remove_sockets(self) -> None:
+        """Remove the Unix sockets that were made, so that no new client comes."""
+        for listener in self.listeners:
+            with contextlib.suppress(OSError):
+                if listener.path:
+                    os.unlink(listener.path)
+
+    # connections
+
+    def serve_connection(self, sock: socket.socket, tls: bool) -> None:
+        """Serve one client in the calling thread to the connection's end."""
+        with self._lock:
+            self.connections += 1
+        try:
+            if sock.family != socket.AF_UNIX:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if self.connections > CONNECTIONS:
+                Connection(self, sock).refuse(ProtocolError(503, "too many connections"))
+                return
+            if tls:
+                sock = self._handshake(sock)
+            Connection(self, sock).serve()
+        except OSError as error:
+            log.debug("a connection failed: %s", error)
+        finally:
+            sock.close()
+            with self._lock:
+                self.connections -= 1
+
+    def _handshake(self, sock: socket.socket) -> socket.socket:
+        """The TLS socket over `sock`; OSError where the client does not agree within HANDSHAKE_SECONDS."""
+        sock.settimeout(HANDSHAKE_SECONDS)
+        secured = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        try:
+            secured.do_handshake()
+            secured.settimeout(None)
+            return secured
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                plain = Connection(self, socket.socket(fileno=secured.detach()))
+                if getattr(error, "reason", "") == "HTTP_REQUEST":
+                    plain.send(b"HTTP/1.0 400 Bad Request\r\n\r\n"
+                               b"Client sent an HTTP request to an HTTPS server.\n")
+                    plain.linger()
+                plain.sock.close()
+            raise
+
+    # requests
+
+    def answer(self, request: Request) -> None:
+        """Find the request's route, run its handler between its gates, and send what comes of it."""
+        if not self.activated.is_set():
+            self.activated.wait()
+        if self._logging:
+            log.debug("%s %s", request.method, request.head.target)
+        try:
+            response = self._handle(request)
+        except ClientGone:
+            raise
+        except ProtocolError as error:
+            if request.started and request.started.running:
+                raise ClientGone(str(error)) from None
+            raise
+        except Exception as error:
+            response = self._failure(request, error)
+        if response is not None:
+            self.respond(request, response)
+
+    def _handle(self, request: Request) -> Optional[Response]:
+        """The handler's answer in the client's shape; None where the handler has sent it."""
+        found = find_route(request.method, request.path)
+        if found is None:
+            if request.method == "OPTIONS":
+                return Response(200)
+            raise NotFound("page not found")
+        request.route, names = found
+        if request.version != NEWEST:
+            self._check_version(request)
+            for gate in request.route.requests:
+                if request.version < gate.version:
+                    gate.function(request)
+        response = request.route.handler(request, *names)
+        if response is None:
+            if request.started:
+                request.started.start()
+                request.started.finish()
+            return None
+        if request.version != NEWEST and response.body is not None and not isinstance(response.body, bytes):
+            response = response._replace(body=request.reshape(response.body))
+        return response
+
+    @staticmethod
+    def _check_version(request: Request) -> None:
+        named = ".".join(map(str, request.version))
+        if request.version > NEWEST:
+            raise BadParameter(f"client version {named} is too new. Maximum supported API version is "
+                               f"{API_VERSION}")
+        if request.version < OLDEST:
+            raise BadParameter(f"client version {named} is too old. Minimum supported API version is "
+                               f"{MIN_API_VERSION}, please upgrade your client to a newer version")
+
+    def _failure(self, request: Request, error: Exception) -> Optional[Response]:
+        """The answer that tells of `error`; None where it had to go into a stream under way."""
+        status = http_status(error)
+        if status == 500:
+            log.error("Handler for %s %s returned error: %s", request.method, request.path, error,
+                      exc_info=not isinstance(error, (DockerError, OSError)))
+        if request.connection.hijacked:
+            return None
+        if request.started and request.started.running:
+            request.started.fail(error)
+            return None
+        if status == 304:
+            return Response(304)
+        if request.named_version and request.version < (1, 24):  # errors were plain text
+            return Response(status, f"{error}\n".encode("utf-8", "replace"),
+                            (("X-Content-Type-Options", "nosniff"),), "text/plain; charset=utf-8")
+        return Response(status, {"message": str(error)})
+
+    def respond(self, request: Request, response: Response) -> None:
+        """Send a whole response in one piece."""
+        body, headers = response.body, response.headers
+        if body is not None:
+            if not isinstance(body, bytes):
+                body = to_json(body)
+            headers = (("Content-Type", response.content_type), *headers)
+        body = body or b""
+        if response.status not in (204, 304):
+            headers = (*headers, ("Content-Length", str(len(body))))
+        request.keep_alive = request.keep_alive and request.body.drainable
+        head = self.head(request, response.status, headers)
+        request.connection.send(head if request.method == "HEAD" else head + body)
+
+    def head(self, request: Request, status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+        """A response's status line and headers, those that every response has included."""
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+        if not request.keep_alive:
+            lines += "Connection: close\r\n"
+        elif request.head.minor == 0:
+            lines += "Connection: keep-alive\r\n"
+        return b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (status, REASONS[status].encode(), self._common,
+                                                self._date_line(), lines.encode("latin-1", "replace"))
+
+    def _date_line(self) -> bytes:
+        """The Date header, made once a second."""
+        now = int(time.time())
+        if self._date[0] != now:
+            self._date = now, time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", time.gmtime(now)).encode()
+        return self._date[1]
+
+
+def http_server_class() -> Any:
+    """The class of the accept loops: http.server's, with our connections in place of its request handler."""
+    import http.server
+
+    class Server(http.server.ThreadingHTTPServer):
+        """Accepts on one listener; each connection has a thread of its own."""
+
+        def __init__(self, api: ApiServer, listener: Listener) -> None:
+            super().__init__(("", 0), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
+            self.socket.close()
+            self.socket, self.api, self.tls = listener.socket, api, listener.tls
+
+        def serve(self) -> None:
+            """Accept until the API server is closed, then close the listener."""
+            while not self.api.closed:
+                self.handle_request()
+            self.server_close()
+
+        def get_request(self) -> tuple[socket.socket, Any]:
+            """Accept; when descriptors have run out, not in a busy loop."""
+            try:
+                return self.socket.accept()
+            except OSError as error:
+                if not self.api.closed:
+                    log.error("accept: %s", error)
+                    time.sleep(0.1)
+                raise
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            """Serve the connection in a thread of its own."""
+            try:
+                threading.Thread(target=self.api.serve_connection, args=(request, self.tls), daemon=True,
+                                 name="connection").start()
+            except RuntimeError as error:  # no thread to be had
+                log.error("a connection is refused: %s", error)
+                request.close()
+
+    return Server
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Builtins and main
+#
+# What `python3 dockerd.py -d` does, step by step as Docker 1.2.0's mainDaemon: options, engine, trap,
+# builtins, the daemon in a background thread, the log line, serveapi.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def init_networkdriver(job: Job) -> None:
+    """The job init_networkdriver of Docker 1.2.0: the bridge is not there yet."""
+    raise NotSupported(
+        "init_networkdriver: bridge networking is not supported by this version yet; use --net=none or host"
+    )
+
+
+def register_builtins(engine: Engine) -> ApiServer:
+    """Register the handlers that need no daemon: the network's, the API's; the rest comes with the daemon."""
+    engine.register("init_networkdriver", init_networkdriver)
+    for name in ("allocate_interface", "release_interface", "allocate_port", "link"):
+        engine.register(name, init_networkdriver)
+    server = ApiServer(engine)
+    engine.install(server)
+    engine.install(Registry())
+    return server
+
+
+def set_up_logging(config: Config) -> None:
+    """The daemon's own log: on stderr, in the format and level asked for."""
+    levels = {
+        "trace": logging.DEBUG,
+        "warn": logging.WARNING,
+        "fatal": logging.CRITICAL,
+        "panic": logging.CRITICAL,
+    }
+    level = "debug" if config.debug else config.log_level
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(config.log_format == "json"))
+    log.handlers[:] = [handler]
+    log.propagate = False
+    log.setLevel(levels.get(level, level.upper()))
+
+
+class LogFormatter(logging.Formatter):
+    """Lines as dockerd writes them: time="..." level=info msg="...", or JSON objects."""
+
+    LEVELS = {"WARNING": "warning", "CRITICAL": "fatal"}
+
+    def __init__(self, as_json: bool) -> None:
+        super().__init__()
+        self.as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line for `record`; a traceback follows on lines of its own."""
+        level = self.LEVELS.get(record.levelname, record.levelname.lower())
+        when = rfc3339nano(int(record.created * 10**9), padded=True)
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        if self.as_json:
+            return json.dumps({"level": level, "msg": text, "time": when})
+        return f"time=\"{when}\" level={level} msg={json.dumps(text, ensure_ascii=False)}"
+
+
+def hold_pidfile(path: str) -> None:
+    """Write our pid to `path`; DockerError when the process that it names is a daemon that runs."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            pid = file.read().strip()
+        if (
+            pid.isdigit()
+            and int(pid) != os.getpid()
+            and os.path.exists(f"/proc/{pid}")
+            and _is_daemon(int(pid))
+        ):
+            raise DockerError(
+                f"process with PID {pid} is still running: is another daemon using the pid file {path}?"
+            )
+    except FileNotFoundError:
+        pass
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), 0o755, exist_ok=True)
+        write_state(path, b"%d" % os.getpid(), mode=0o644, durable=False)
+    except OSError as error:
+        raise DockerError(
+            f"failed to start daemon, ensure docker is not running or delete {path}: {error.strerror}"
+        ) from None
+
+
+def _is_daemon(pid: int) -> bool:
+    """Whether the process is a Docker daemon: a pid may have been given to another program since."""
+    command = read_text(f"/proc/{pid}/cmdline").replace("\0", " ")
+    return "docker" in command
+
+
+def load_daemon(config: Config, engine: Engine) -> None:
+    """The background thread: load the daemon, install its jobs, then let the waiting requests through."""
+    try:
+        daemon = Daemon(config, engine)
+        daemon.install()
+        engine.shutdown_timeout = daemon.shutdown_timeout()
+        engine.job("acceptconnections").run()
+    except (DockerError, OSError) as error:
+        fatal(f"failed to start daemon: {error}")
+    except Exception:
+        log.exception("failed to start daemon")
+        os._exit(1)
+
+
+def fatal(text: str) -> None:
+    """End the process with 1 and one line of explanation, from any thread."""
+    log.critical("%s", text)
+    logging.shutdown()
+    os._exit(1)
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    """Run the daemon with the command line `argv` (without the program's name); the exit code."""
+    try:
+        config = parse_options(sys.argv[1:] if argv is None else argv)
+        if answer_at_once(config):
+            return 0
+    except LeftoverArgument as error:
+        sys.stderr.write(f"{error}\n\n{usage()}")
+        return 125
+    except UsageError as error:
+        sys.stderr.write(str(error) + "\n")
+        return 125
+    except DockerError as error:
+        sys.stderr.write(str(error) + "\n")
+        return 1
+    set_up_logging(config)
+    for warning in config.warnings:
+        log.warning("%s", warning)
+    return serve(config)
+
+
+def serve(config: Config) -> int:
+    """Start the daemon that `config` describes and serve until a signal ends it."""
+    global native
+    native = load_native()
+    os.umask(0o022)
+    threading.stack_size(512 << 10)
+    engine = Engine()
+    pidfile = config.pidfile
+    try:
+        check_host_system()
+        if pidfile:
+            hold_pidfile(pidfile)
+    except DockerError as error:
+        fatal(str(error))
+
+    def clean_up() -> None:
+        sd_notify("STOPPING=1")
+        engine.shutdown()
+        if pidfile:
+            with contextlib.suppress(OSError):
+                os.unlink(pidfile)
+
+    SignalTrap(clean_up).install()
+    register_builtins(engine)
+    threading.Thread(target=load_daemon, args=(config, engine), name="load", daemon=True).start()
+    log.info("compiled helper: %s", "in use" if native is not None else "none, its Python twins are in use")
+    log.info("docker daemon: %s %s; execdriver: %s; graphdriver: %s", VERSION, GIT_COMMIT, config.exec_driver,
+             config.storage_driver)
+    job = engine.job(
+        "serveapi",
+        *config.hosts,
+        Logging=True,
+        EnableCors=config.api_enable_cors,
+        Version=VERSION,
+        SocketGroup=config.group,
+        Tls=config.tls,
+        TlsVerify=config.tlsverify,
+        TlsCa=config.tlscacert,
+        TlsCert=config.tlscert,
+        TlsKey=config.tlskey,
+        BufferRequests=True,
+    )
+    try:
+        job.run()
+    except (DockerError, OSError) as error:
+        fatal(str(error))
+    threading.Event().wait()  # a signal has ended serveapi: its thread ends the process when all is in order
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

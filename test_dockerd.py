@@ -1,0 +1,7923 @@
+"""The tests of dockerd.py, in the order of its sections; run them with `make test`.
+
+Each test host is a daemon in network and mount namespaces of its own, with its own data root, exec root and
+cgroup parent: nothing of the machine is touched, and what a test makes is gone after it.  Tests talk to the
+daemon through real clients (every Docker CLI found, docker-py, raw HTTP) and ask the kernel what happened.
+A skipped test is a failed one.
+"""
+from __future__ import annotations
+
+import bz2
+import collections
+import concurrent.futures
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import glob
+import gzip
+import hashlib
+import http.client
+import http.server
+import io
+import json
+import logging
+import lzma
+import mmap
+import os
+import pty
+import random
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import struct
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import termios
+import threading
+import time
+import types
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple, Optional
+
+import docker as docker_py
+import pytest
+
+import dockerd
+from dockerd import (
+    BadParameter,
+    DockerError,
+    Engine,
+    IdMap,
+    TarEntry,
+    UnpackLimits,
+    apply_layer,
+    decompress,
+    read_state,
+    select_driver,
+    write_state,
+    write_tree,
+)
+
+# ------------------------------------------------------------------------------------------------------------
+# Test hosts
+#
+# Host is dockerd.py, Peer the real dockerd of Debian, run the same way to compare with.  Docker is one CLI
+# that talks to one of them.  A host's daemon lives in namespaces that a holder process keeps: a restarted one
+# comes back to the same machine.  leaks() is what a stopped host left behind; the fixtures assert that it is
+# nothing.
+# ------------------------------------------------------------------------------------------------------------
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+CACHE = os.path.join(HERE, ".cache")
+PEER = os.path.join(CACHE, "peer")
+PROGRAM = os.path.join(HERE, "dockerd.py")
+API = "/v1.51"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+HOLDER = "ip link set lo up && echo ready && exec cat"
+
+
+def wait_for(condition: Callable[[], Any], what: str = "", seconds: float = 20) -> Any:
+    """The first true answer of `condition`, asked again and again; AssertionError after `seconds`."""
+    end = time.monotonic() + seconds
+    while True:
+        answer = condition()
+        if answer:
+            return answer
+        assert time.monotonic() < end, f"waited {seconds} s for {what or condition}"
+        time.sleep(0.02)
+
+
+def read_text(path: str) -> str:
+    """The text of a file, as /proc and /sys have them; "" when it is gone."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except (OSError, ProcessLookupError):
+        return ""
+
+
+def processes() -> list[int]:
+    """The pids of all processes."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+class Answer(NamedTuple):
+    """An HTTP response, read to its end."""
+
+    status: int
+    headers: Any
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        """The body as JSON; None when there is none."""
+        return json.loads(self.body) if self.body else None
+
+    @property
+    def lines(self) -> list[Any]:
+        """The body as a stream of JSON lines."""
+        return [json.loads(line) for line in self.body.splitlines() if line.strip()]
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """An HTTP connection to a Unix socket; `timeout` in seconds."""
+
+    def __init__(self, path: str, timeout: float = 60) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self.path = path
+
+    def connect(self) -> None:
+        """Connect, as http.client asks for it."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+
+class Hijacked:
+    """A connection after an upgrade: raw bytes both ways, with what came behind the headers already."""
+
+    def __init__(self, sock: socket.socket, head: bytes, rest: bytes) -> None:
+        self.sock, self.head, self.buffer = sock, head, rest
+        self.status = int(head.split()[1]) if head else 0
+
+    def send(self, data: bytes) -> None:
+        """Send all of `data`."""
+        self.sock.sendall(data)
+
+    def close_write(self) -> None:
+        """Half-close: the container's stdin ends."""
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def read_until(self, wanted: bytes) -> bytes:
+        """All bytes up to and including `wanted`; AssertionError when the stream ends before it."""
+        while wanted not in self.buffer:
+            data = self.sock.recv(65536)
+            assert data, f"the stream ended without {wanted!r}: {self.buffer!r}"
+            self.buffer += data
+        end = self.buffer.index(wanted) + len(wanted)
+        data, self.buffer = self.buffer[:end], self.buffer[end:]
+        return data
+
+    def read_all(self) -> bytes:
+        """All bytes up to the end of the stream."""
+        while True:
+            data = self.sock.recv(65536)
+            if not data:
+                data, self.buffer = self.buffer, b""
+                return data
+            self.buffer += data
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.sock.close()
+
+
+def frames(stream: bytes) -> list[tuple[int, bytes]]:
+    """The (stream number, data) frames of a multiplexed stream."""
+    found = []
+    while stream:
+        size = int.from_bytes(stream[4:8], "big")
+        found.append((stream[0], stream[8 : 8 + size]))
+        stream = stream[8 + size :]
+    return found
+
+
+def demultiplex(stream: bytes) -> tuple[bytes, bytes]:
+    """What a multiplexed stream holds of stdout and of stderr."""
+    parts = frames(stream)
+    return b"".join(data for number, data in parts if number == 1), b"".join(
+        data for number, data in parts if number == 2
+    )
+
+
+class Host:
+    """A daemon in namespaces of its own, on files of its own; `options` are further flags of the daemon."""
+
+    running: list[Host] = []
+
+    def __init__(
+        self,
+        *options: str,
+        environment: Optional[dict[str, str]] = None,
+        python: str = sys.executable,
+        program: str = PROGRAM,
+        cgroup_parent: Optional[str] = None,
+    ) -> None:
+        self.directory = tempfile.mkdtemp(prefix="dockerd-host-")
+        self.options, self.python, self.program = list(options), python, program
+        self.environment = {"PATH": PATH, "HOME": self.directory, **(environment or {})}
+        name = os.path.basename(self.directory)
+        self.cgroup_parent = "/" + name if cgroup_parent is None else cgroup_parent
+        self.socket = self.path("docker.sock")
+        self.url = "unix://" + self.socket
+        self.data_root, self.exec_root = self.path("data"), self.path("exec")
+        self.pidfile = self.path("docker.pid")
+        self.log_path = self.path("log")
+        self.process: Optional[subprocess.Popen[bytes]] = None
+        self.holder = subprocess.Popen(
+            ["unshare", "-n", "-m", "--propagation", "private", "sh", "-c", HOLDER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self.holder.stdout and self.holder.stdout.read(6) == b"ready\n"
+
+    def path(self, *names: str) -> str:
+        """A path below the host's own directory."""
+        return os.path.join(self.directory, *names)
+
+    # The daemon's life
+
+    def command(self) -> list[str]:
+        """The daemon's command line."""
+        parent = ["--cgroup-parent", self.cgroup_parent] if self.cgroup_parent else []
+        return [
+            self.python,
+            self.program,
+            "-d",
+            "-H",
+            self.url,
+            "-g",
+            self.data_root,
+            "--exec-root",
+            self.exec_root,
+            "-p",
+            self.pidfile,
+            *parent,
+            *self.options,
+        ]
+
+    def enter(self, *command: str, **options: Any) -> subprocess.Popen[Any]:
+        """Start a command inside the host's namespaces."""
+        return subprocess.Popen(
+            ["nsenter", "-t", str(self.holder.pid), "-n", "-m", f"--wd={self.directory}", "--", *command],
+            env=self.environment,
+            **options,
+        )
+
+    def start(self, wait: bool = True) -> Host:
+        """Start the daemon, and wait until it answers unless told not to."""
+        with open(self.log_path, "ab") as log:
+            self.process = self.enter(*self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.running.append(self)
+        if wait:
+            self.wait_ready()
+        return self
+
+    def wait_ready(self) -> None:
+        """Wait until the daemon answers a ping; its log in the error when it does not."""
+        assert self.process
+
+        def answered() -> bool:
+            assert self.process and self.process.poll() is None, f"the daemon ended:\n{self.log()}"
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return self.http("GET", "/_ping").status == 200
+            return False
+
+        wait_for(answered, f"the daemon to answer:\n{self.log()}", 30)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """End the daemon by a signal, SIGTERM if none is named; returns its exit code."""
+        assert self.process
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        code = self.process.wait(60)
+        if self in self.running:
+            self.running.remove(self)
+        return code
+
+    def kill(self) -> None:
+        """End the daemon as a crash does."""
+        self.stop(signal.SIGKILL)
+
+    def log(self) -> str:
+        """All the daemon has logged so far."""
+        return read_text(self.log_path)
+
+    def close(self) -> None:
+        """Stop the daemon, end what is left by force, remove every file; asserts that nothing had leaked."""
+        code = self.stop() if self.process else 0
+        log, found = self.log(), self.leaks() if code == 0 else []
+        for pid in self.own_processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not self.own_processes(), "the left-over processes to end")
+        assert self.holder.stdin and self.holder.stdout
+        self.holder.stdin.close()
+        self.holder.wait()
+        self.holder.stdout.close()
+        for directory in self.cgroups():
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+        shutil.rmtree(self.directory)
+        assert code == 0, f"the daemon ended with {code}:\n{log}"
+        assert not found, f"left behind by the daemon: {found}\n{log}"
+
+    # What is left of it
+
+    def own_processes(self) -> list[int]:
+        """The host's processes but for daemon and holder: those that name its directory or mount it."""
+        own = {os.getpid(), self.holder.pid}
+        if self.process and self.process.poll() is None:
+            own.add(self.process.pid)
+        mark = self.directory
+        return [
+            pid
+            for pid in processes()
+            if pid not in own
+            and (
+                any(mark in read_text(f"/proc/{pid}/{name}") for name in ("cmdline", "environ", "mountinfo"))
+                or f"/{os.path.basename(mark)}/" in read_text(f"/proc/{pid}/cgroup")
+            )
+        ]
+
+    def cgroups(self) -> list[str]:
+        """The host's cgroup directories, deepest first."""
+        name = self.cgroup_parent.strip("/") or "docker"
+        return [
+            directory
+            for top in ("", *os.listdir("/sys/fs/cgroup"))
+            for directory, _, _ in os.walk(os.path.join("/sys/fs/cgroup", top, name), topdown=False)
+        ]
+
+    def leaks(self) -> list[str]:
+        """What is left behind of a host whose daemon has ended: processes, mounts, cgroups, files."""
+
+        def left() -> list[str]:
+            found = [f"process {pid}: {read_text(f'/proc/{pid}/cmdline')!r}" for pid in self.own_processes()]
+            found += [
+                f"mount {line}"
+                for line in read_text(f"/proc/{self.holder.pid}/mountinfo").splitlines()
+                if self.directory in line
+            ]
+            found += [f"cgroup {path}" for path in self.cgroups() if not path.endswith(self.cgroup_parent)]
+            found += [f"file {path}" for path in (self.socket, self.pidfile) if os.path.lexists(path)]
+            return found
+
+        with contextlib.suppress(AssertionError):  # the last teardown may run behind the daemon's exit
+            wait_for(lambda: not left(), seconds=3)
+        return left()
+
+    # Clients
+
+    def http(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: Optional[dict[str, str]] = None,
+        timeout: float = 60,
+    ) -> Answer:
+        """One request on a connection of its own; a body that is not bytes is sent as JSON."""
+        connection = UnixConnection(self.socket, timeout)
+        headers = dict(headers or {})
+        if body is not None and not isinstance(body, (bytes, bytearray)) and not hasattr(body, "read"):
+            body = json.dumps(body).encode()
+            headers.setdefault("Content-Type", "application/json")
+        try:
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            return Answer(response.status, response.headers, response.read())
+        finally:
+            connection.close()
+
+    def api(self, method: str, path: str, body: Any = None, status: Optional[int] = None) -> Any:
+        """One call of the newest API; returns its JSON, and asserts success or the status given."""
+        answer = self.http(method, API + path, body)
+        expected = answer.status == status if status else answer.status < 300
+        assert expected, (method, path, answer.status, answer.body)
+        return answer.json if answer.body[:1] in (b"{", b"[") else answer.body
+
+    def hijack(self, path: str, method: str = "POST", body: bytes = b"", upgrade: bool = True) -> Hijacked:
+        """Take over a connection as `docker attach` does; returns it behind the response's headers."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.settimeout(60)
+        sock.connect(self.socket)
+        lines = [
+            f"{method} {path} HTTP/1.1",
+            "Host: localhost",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+        ]
+        lines += ["Connection: Upgrade", "Upgrade: tcp"] if upgrade else []
+        sock.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            data = sock.recv(65536)
+            assert data, f"no response: {answer!r}"
+            answer += data
+        head, _, rest = answer.partition(b"\r\n\r\n")
+        return Hijacked(sock, head, rest)
+
+    def create(
+        self, *command: str, name: str = "", image: str = "busybox", version: str = API, **config: Any
+    ) -> str:
+        """Create a container without a network; returns its id. `config` is the body's further fields."""
+        body = {"Image": image, "Cmd": list(command), **config}
+        body["HostConfig"] = {"NetworkMode": "none", **config.get("HostConfig", {})}
+        answer = self.http("POST", f"{version}/containers/create" + (f"?name={name}" if name else ""), body)
+        assert answer.status == 201, answer.body
+        return str(answer.json["Id"])
+
+    def run(self, *command: str, **config: Any) -> tuple[int, bytes]:
+        """Run a container to its end; returns its exit code and what it wrote to stdout and stderr."""
+        identity = self.create(*command, **config)
+        self.api("POST", f"/containers/{identity}/start")
+        code = self.api("POST", f"/containers/{identity}/wait")["StatusCode"]
+        logs = self.api("GET", f"/containers/{identity}/logs?stdout=1&stderr=1")
+        self.api("DELETE", f"/containers/{identity}?force=1")
+        return code, logs if config.get("Tty") else b"".join(data for _, data in frames(logs))
+
+    def inspect(self, name: str) -> Any:
+        """The inspection of a container."""
+        return self.api("GET", f"/containers/{name}/json")
+
+    def import_image(self, name: str, tree: bytes, *changes: str) -> str:
+        """Import a root file system as an image; returns the image's id."""
+        repository, _, tag = name.partition(":")
+        query = "".join("&changes=" + change.replace(" ", "%20") for change in changes)
+        path = f"{API}/images/create?fromSrc=-&repo={repository}&tag={tag or 'latest'}{query}"
+        answer = self.http("POST", path, tree, {"Content-Type": "application/x-tar"})
+        assert answer.status == 200, answer.body
+        return str(answer.lines[-1]["status"])
+
+    def remove_all(self) -> None:
+        """Remove every container."""
+        for container in self.api("GET", "/containers/json?all=1"):
+            self.http("DELETE", f"{API}/containers/{container['Id']}?force=1&v=1")
+
+
+class Peer(Host):
+    """The real dockerd of the machine's Debian, from its packages unpacked beside the project."""
+
+    def __init__(self, *options: str) -> None:
+        libraries = [
+            root
+            for root, _, names in os.walk(PEER)
+            if any(name.startswith(("libseccomp.so", "libdevmapper.so")) for name in names)
+        ]
+        assert libraries, f"{PEER} is missing: make peer"
+        super().__init__(
+            *options,
+            environment={
+                "LD_LIBRARY_PATH": ":".join(libraries),
+                "PATH": f"{PEER}/usr/sbin:{PEER}/usr/bin:{PATH}",
+            },
+        )
+
+    def command(self) -> list[str]:
+        """The daemon's command line, without bridge and firewall."""
+        return [
+            f"{PEER}/usr/sbin/dockerd",
+            "-H",
+            self.url,
+            "--data-root",
+            self.data_root,
+            "--exec-root",
+            self.exec_root,
+            "-p",
+            self.pidfile,
+            "--cgroup-parent",
+            self.cgroup_parent,
+            "--iptables=false",
+            "--ip6tables=false",
+            "--ip-forward=false",
+            "--ip-masq=false",
+            "--bridge=none",
+            *self.options,
+        ]
+
+    def api(self, method: str, path: str, body: Any = None, status: Optional[int] = None) -> Any:
+        """One call of the API, unversioned: the peer's newest."""
+        answer = self.http(method, path, body)
+        expected = answer.status == status if status else answer.status < 300
+        assert expected, (method, path, answer.status, answer.body)
+        return answer.json if answer.body[:1] in (b"{", b"[") else answer.body
+
+    def leaks(self) -> list[str]:
+        """Nothing: what the peer leaves behind is not ours to judge, and goes with its namespaces."""
+        return []
+
+    def import_image(self, name: str, tree: bytes, *changes: str) -> str:
+        """Import a root file system by the CLI, as the peer's API is older."""
+        flags = [flag for change in changes for flag in ("-c", change)]
+        done = subprocess.run(
+            [f"{PEER}/usr/bin/docker", "-H", self.url, "import", *flags, "-", name],
+            input=tree,
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        return done.stdout.decode().strip()
+
+
+class Terminal:
+    """A program on a terminal of its own, as a person uses it."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], rows: int, columns: int) -> None:
+        self.master, slave = pty.openpty()
+        self.resize(rows, columns)
+        self.process = subprocess.Popen(
+            ["setsid", "-c", "-w", *command], env=environment, stdin=slave, stdout=slave, stderr=slave
+        )
+        os.close(slave)
+        self.seen = b""
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Give the terminal another size."""
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+
+    def send(self, data: bytes) -> None:
+        """Type `data`."""
+        os.write(self.master, data)
+
+    def expect(self, pattern: bytes, seconds: float = 20) -> bytes:
+        """Wait for the regular expression on the screen; returns all up to its end."""
+        end = time.monotonic() + seconds
+        while True:
+            found = re.search(pattern, self.seen)
+            if found:
+                text, self.seen = self.seen[: found.end()], self.seen[found.end() :]
+                return text
+            assert time.monotonic() < end, f"no {pattern!r} in {self.seen!r}"
+            assert self._read(), f"no {pattern!r} before the end: {self.seen!r}"
+
+    def _read(self) -> bool:
+        """Take what there is within half a second; False at the end."""
+        if not select.select([self.master], [], [], 0.5)[0]:
+            return True
+        try:
+            data = os.read(self.master, 65536)
+        except OSError:  # EIO: nobody has the terminal any more
+            return False
+        self.seen += data
+        return bool(data)
+
+    def wait(self) -> int:
+        """Read to the end; returns the exit code."""
+        while self._read():
+            pass
+        return self.process.wait(20)
+
+    def close(self) -> None:
+        """End the program if it still runs, and close the terminal."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+
+
+class Docker:
+    """One Docker CLI at `program`, talking to one host."""
+
+    def __init__(self, program: str, host: Host) -> None:
+        self.program, self.host = program, host
+        self.environment = {"PATH": PATH, "HOME": host.directory, "DOCKER_HOST": host.url, "TERM": "xterm"}
+
+    def run(
+        self, *arguments: str, status: Optional[int] = 0, input: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end; asserts its exit status, unless that is None."""
+        done = subprocess.run(
+            [self.program, *arguments],
+            env=self.environment,
+            input=input,
+            timeout=60,
+            capture_output=True,
+            text=True,
+        )
+        assert status is None or done.returncode == status, (arguments, done)
+        return done
+
+    def __call__(self, *arguments: str, **options: Any) -> str:
+        """What the command prints on stdout, without white space around it."""
+        return self.run(*arguments, **options).stdout.strip()
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start a command with pipes at its three streams."""
+        return subprocess.Popen(
+            [self.program, *arguments],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    @contextlib.contextmanager
+    def terminal(self, *arguments: str, rows: int = 24, columns: int = 80) -> Iterator[Terminal]:
+        """Run a command on a terminal."""
+        terminal = Terminal([self.program, *arguments], self.environment, rows, columns)
+        try:
+            yield terminal
+        finally:
+            terminal.close()
+
+
+def docker_clis() -> dict[str, str]:
+    """Every Docker CLI on the machine and among the unpacked packages: version to path."""
+    found: dict[str, str] = {}
+    for directory in [*os.environ.get("PATH", PATH).split(":"), *PATH.split(":"), f"{PEER}/usr/bin"]:
+        program = os.path.join(directory, "docker")
+        if os.access(program, os.X_OK):
+            text = subprocess.run([program, "--version"], stdout=subprocess.PIPE, text=True).stdout
+            match = re.search(r"version ([^,\s]+)", text)
+            if match:
+                found.setdefault(match.group(1), program)
+    return found
+
+
+# Root file systems
+
+BUSYBOX_PASSWD = """root:x:0:0:root:/root:/bin/sh
+daemon:x:1:1:daemon:/usr/sbin:/bin/false
+bob:x:1000:1000:bob:/home/bob:/bin/sh
+"""
+BUSYBOX_GROUP = """root:x:0:
+daemon:x:1:bob
+wheel:x:10:root,bob
+users:x:100:bob
+bob:x:1000:
+"""
+BUSYBOX_CHANGES = ('CMD ["sh"]', f"ENV PATH={PATH}")
+
+
+def tar_of(entries: dict[str, Any]) -> bytes:
+    """A tar archive: path to bytes (a file, 0644), (bytes, mode), None (a directory), a TarInfo as it is."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in entries.items():
+            if isinstance(content, tarfile.TarInfo):
+                tar.addfile(content)
+                continue
+            information, data = tarfile.TarInfo(name), b""
+            if content is None:
+                information.type, information.mode = tarfile.DIRTYPE, 0o755
+            else:
+                data, information.mode = content if isinstance(content, tuple) else (content, 0o644)
+                information.size = len(data)
+            tar.addfile(information, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def busybox_entries() -> dict[str, Any]:
+    """The entries of a busybox root file system: a static binary, its applets as links, users and groups."""
+    with open(f"{PEER}/bin/busybox", "rb") as file:
+        binary = file.read()
+    directories = "bin dev etc home home/bob proc root sbin sys tmp usr var"
+    entries: dict[str, Any] = dict.fromkeys(directories.split())
+    entries["tmp"] = tarfile.TarInfo("tmp")
+    entries["tmp"].type, entries["tmp"].mode = tarfile.DIRTYPE, 0o1777
+    entries["bin/busybox"] = (binary, 0o755)
+    applets = subprocess.run(
+        [f"{PEER}/bin/busybox", "--list"], stdout=subprocess.PIPE, check=True, text=True
+    ).stdout.split()
+    for applet in sorted(set(applets) - {"busybox"}):
+        link = entries["bin/" + applet] = tarfile.TarInfo("bin/" + applet)
+        link.type, link.linkname = tarfile.SYMTYPE, "busybox"
+    entries.update(
+        {
+            "etc/passwd": BUSYBOX_PASSWD.encode(),
+            "etc/group": BUSYBOX_GROUP.encode(),
+            "etc/plain": b"not a program\n",
+            "bin/script": (b"#!/bin/sh\necho script: $*\n", 0o755),
+        }
+    )
+    return entries
+
+
+# Hooks and fixtures
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """A skipped test has failed, and a failed one shows what the running daemons have logged lately."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if report.skipped:
+        report.outcome, report.longrepr = "failed", f"skipped: {report.longrepr}"
+    if report.failed:
+        report.sections += [(f"log of {host.directory}", host.log()[-6000:]) for host in Host.running]
+
+
+@pytest.fixture(scope="session")
+def busybox() -> bytes:
+    """A busybox root file system as a tar archive."""
+    return tar_of(busybox_entries())
+
+
+@pytest.fixture(scope="session")
+def debian() -> bytes:
+    """A Debian root file system made by debootstrap, as a tar archive."""
+    with open(os.path.join(CACHE, "debian.tar"), "rb") as file:
+        return file.read()
+
+
+@pytest.fixture
+def new_host() -> Iterator[Callable[..., Host]]:
+    """A function that starts another host, with the daemon's options; all are stopped and checked."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*options: str, start: bool = True, **settings: Any) -> Host:
+            host = Host(*options, **settings)
+            stack.callback(host.close)
+            return host.start() if start else host
+
+        yield make
+
+
+@pytest.fixture(scope="session")
+def shared_host(busybox: bytes) -> Iterator[Host]:
+    """The host that most tests share, with the image busybox."""
+    host = Host("-D")
+    try:
+        host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        yield host
+    finally:
+        host.close()
+
+
+@pytest.fixture
+def host(shared_host: Host) -> Iterator[Host]:
+    """The shared host; a test's containers are removed after it."""
+    yield shared_host
+    shared_host.remove_all()
+
+
+@pytest.fixture(scope="session")
+def peer(busybox: bytes) -> Iterator[Host]:
+    """The real dockerd, with the image busybox."""
+    host = Peer()
+    try:
+        host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        yield host
+    finally:
+        host.close()
+
+
+@pytest.fixture(params=sorted(docker_clis()))
+def docker(request: pytest.FixtureRequest, host: Host) -> Docker:
+    """Each Docker CLI found, on the shared host."""
+    return Docker(docker_clis()[request.param], host)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Engine
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine() -> Engine:
+    """An engine with nothing but its own handler."""
+    return Engine()
+
+
+def test_a_job_runs_its_handler_and_returns_the_reply(engine: Engine) -> None:
+    engine.register("double", lambda job: job.reply([job.args[0] * 2, job.env.get_int("n")]))
+    job = engine.job("double", "ab", n="7")
+    assert job.run() == ["abab", 7]
+    assert job.status == 0
+
+
+def test_commands_lists_what_is_registered(engine: Engine) -> None:
+    engine.register("zzz", lambda job: None)
+    job = engine.job("commands")
+    out = job.stdout.add(io.BytesIO())
+    assert job.run() == ["commands", "zzz"]
+    assert out.getvalue().startswith(b"commands\nzzz\n")
+
+
+def test_a_job_runs_once(engine: Engine) -> None:
+    job = engine.job("commands")
+    job.run()
+    with pytest.raises(dockerd.DockerError, match="^commands: job has already completed$"):
+        job.run()
+
+
+def test_an_unknown_job_is_status_127(engine: Engine) -> None:
+    job = engine.job("nope")
+    with pytest.raises(dockerd.DockerError, match="^nope: command not found$"):
+        job.run()
+    assert job.status == 127
+
+
+def test_the_catchall_takes_what_has_no_handler_but_no_empty_name(engine: Engine) -> None:
+    engine.register_catchall(lambda job: job.reply(job.name))
+    assert engine.job("anything").run() == "anything"
+    assert engine.job("commands").run() == ["commands"]
+    with pytest.raises(dockerd.DockerError, match="command not found"):
+        engine.job("").run()
+
+
+def test_a_handler_cannot_be_overwritten(engine: Engine) -> None:
+    with pytest.raises(dockerd.DockerError, match="Can't overwrite handler for command commands"):
+        engine.register("commands", lambda job: None)
+
+
+def test_global_handlers_are_copied_into_every_new_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dockerd.GLOBAL_HANDLERS, "everywhere", lambda job: job.reply(1))
+    first, second = Engine(), Engine()
+    assert first.job("everywhere").run() == second.job("everywhere").run() == 1
+    first.register("here", lambda job: None)
+    assert not second.has("here")
+    assert first.id != second.id
+
+
+def test_a_failed_job_raises_the_last_line_of_its_stderr(engine: Engine) -> None:
+    def handler(job: dockerd.Job) -> int:
+        job.error("first")
+        return job.error("last")
+
+    engine.register("fail", handler)
+    job = engine.job("fail")
+    with pytest.raises(dockerd.DockerError, match="^last$"):
+        job.run()
+    assert job.status == 1
+
+
+def test_an_error_of_the_handler_passes_through(engine: Engine) -> None:
+    def handler(job: dockerd.Job) -> None:
+        raise dockerd.NotFound("No such container: x")
+
+    engine.register("inspect", handler)
+    job = engine.job("inspect")
+    errors = job.stderr.add(io.BytesIO())
+    with pytest.raises(dockerd.NotFound, match="No such container: x"):
+        job.run()
+    assert (job.status, errors.getvalue()) == (1, b"No such container: x\n")
+
+
+def test_jobs_are_logged_with_their_status(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "dockerd")
+    engine.register("start", lambda job: None)
+    engine.job("start", "abc", "d").run()
+    with pytest.raises(dockerd.DockerError):
+        engine.job("nope").run()
+    texts = [record.getMessage().partition("] ")[2] for record in caplog.records]
+    assert texts[:2] == ["+job start(abc, d)", "-job start(abc, d) = OK (0)"]
+    assert texts[-1] == "-job nope() = ERR (127)"
+    caplog.clear()
+    engine.logging = False
+    engine.job("start").run()
+    assert not caplog.records
+
+
+def test_shutdown_refuses_new_jobs_and_runs_the_handlers_at_once(engine: Engine) -> None:
+    meeting = threading.Barrier(2, timeout=10)
+    met: list[int] = []
+    for _ in range(2):
+        engine.on_shutdown(lambda: met.append(meeting.wait()))
+    engine.shutdown()
+    assert sorted(met) == [0, 1]  # each waited for the other: they ran at the same time
+    with pytest.raises(dockerd.Unavailable, match="^engine is shutdown$"):
+        engine.job("commands").run()
+    engine.shutdown()
+    assert len(met) == 2
+
+
+def test_shutdown_cancels_streaming_jobs_and_waits_for_the_others(engine: Engine) -> None:
+    order: list[str] = []
+    started = threading.Semaphore(0)
+    release = threading.Event()
+
+    def stream(job: dockerd.Job) -> None:
+        job.ready()
+        started.release()
+        assert job.cancelled.wait(10)
+        order.append("stream")
+        release.set()
+
+    def work(job: dockerd.Job) -> None:
+        started.release()
+        assert release.wait(10)
+        order.append("work")
+
+    engine.register("events", stream)
+    engine.register("pull", work)
+    threads = [threading.Thread(target=engine.job(name).run) for name in ("events", "pull")]
+    for thread in threads:
+        thread.start()
+        started.acquire()
+    assert engine.running == 2
+    engine.on_shutdown(lambda: order.append("handler"))
+    engine.shutdown()
+    assert order == ["stream", "work", "handler"]
+    for thread in threads:
+        thread.join()
+
+
+def test_serveapi_is_not_counted(engine: Engine) -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def handler(job: dockerd.Job) -> None:
+        inside.set()
+        leave.wait(10)
+
+    engine.register("serveapi", handler)
+    thread = threading.Thread(target=engine.job("serveapi").run)
+    thread.start()
+    assert inside.wait(10)
+    assert engine.running == 0
+    engine.shutdown()  # does not wait for it
+    leave.set()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    "value, truth",
+    [
+        ("", False),
+        ("0", False),
+        ("no", False),
+        ("False", False),
+        (" none ", False),
+        ("1", True),
+        ("yes", True),
+        (True, True),
+        (None, False),
+        (0, False),
+    ],
+)
+def test_env_reads_booleans_as_docker_did(value: Any, truth: bool) -> None:
+    assert dockerd.Env(key=value).get_bool("key") is truth
+
+
+def test_env_reads_numbers_lists_and_json() -> None:
+    env = dockerd.Env(n="12", bad="x", items='["a", "b"]', one="a", object='{"k": 1}', real=["c"])
+    assert (env.get_int("n"), env.get_int("bad"), env.get_int("absent", 3)) == (12, -1, 3)
+    assert (env.get_list("items"), env.get_list("one"), env.get_list("absent"), env.get_list("real")) == (
+        ["a", "b"], ["a"], [], ["c"])
+    assert env.get_json("object") == {"k": 1}
+
+
+def test_install_registers_what_is_marked(engine: Engine) -> None:
+    class Part:
+        @dockerd.job("greet")
+        def greet(self, job: dockerd.Job) -> None:
+            """Say hello."""
+            job.reply("hello " + job.args[0])
+
+    engine.install(Part())
+    assert engine.job("greet", "you").run() == "hello you"
+
+
+TRAP = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+import dockerd
+calls = []
+def clean_up():
+    print("cleaning", flush=True)
+    if sys.argv[2] == "hang":
+        threading.Event().wait()
+dockerd.SignalTrap(clean_up).install()
+print("ready", flush=True)
+while True:
+    dockerd.signal.pause()
+"""
+
+
+class Trapped:
+    """A process with the trap installed, and what it prints."""
+
+    def __init__(self, manner: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", TRAP, os.path.dirname(os.path.abspath(dockerd.__file__)), manner],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment}, text=True)
+        self.expect("ready")
+
+    def expect(self, line: str) -> None:
+        """The next line that it prints."""
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == line + "\n"
+
+    def end(self) -> tuple[int, str]:
+        """(exit code, standard error) at its end."""
+        errors = self.process.communicate(timeout=30)[1]
+        return self.process.returncode, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_trap_cleans_up_and_exits_0(number: signal.Signals) -> None:
+    trapped = Trapped("quick")
+    trapped.process.send_signal(number)
+    trapped.expect("cleaning")
+    assert trapped.end()[0] == 0
+
+
+def test_the_third_repeat_forces_the_exit() -> None:
+    trapped = Trapped("hang")
+    trapped.process.send_signal(signal.SIGTERM)
+    trapped.expect("cleaning")
+    assert trapped.process.poll() is None
+    while (
+        trapped.process.poll() is None
+    ):  # signals that come together count once: send until it has had its three
+        trapped.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            trapped.process.wait(0.05)
+    assert trapped.end()[0] == 128 + signal.SIGTERM
+
+
+def test_sigquit_exits_without_cleanup() -> None:
+    trapped = Trapped("quick", DEBUG="")
+    trapped.process.send_signal(signal.SIGQUIT)
+    code, errors = trapped.end()
+    assert (code, "Thread" in errors) == (128 + signal.SIGQUIT, False)
+
+
+def test_sigquit_with_debug_dumps_all_stacks_and_exits_2() -> None:
+    trapped = Trapped("quick", DEBUG="1")
+    trapped.process.send_signal(signal.SIGQUIT)
+    code, errors = trapped.end()
+    assert code == 2
+    assert "most recent call first" in errors
+
+
+def test_sigusr1_dumps_all_stacks_and_goes_on() -> None:
+    trapped = Trapped("quick")
+    trapped.process.send_signal(signal.SIGUSR1)
+    assert trapped.process.stderr is not None
+    assert "most recent call first" in trapped.process.stderr.readline()
+    trapped.process.send_signal(signal.SIGTERM)
+    assert trapped.end()[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Clients
+#
+# The daemon as real clients see it: each command of every Docker CLI found, docker-py, and raw calls of the
+# oldest and the newest API.
+# ------------------------------------------------------------------------------------------------------------
+
+NONE = ("--net", "none")
+NEVER = "31449600"  # what `sleep` of a container that runs on is told: a year
+
+
+def test_every_cli_is_found() -> None:
+    """The unpacked packages bring one CLI at least, so that no test here runs over an empty list."""
+    assert docker_clis()
+
+
+def test_cli_import_images_history_rmi(docker: Docker, busybox: bytes, tmp_path: Any) -> None:
+    archive = tmp_path / "root.tar"
+    archive.write_bytes(busybox)
+    identity = docker(
+        "import", "-m", "by a test", "-c", 'CMD ["echo", "from the image"]', str(archive), "mine:one"
+    )
+    assert re.fullmatch("sha256:[0-9a-f]{64}", identity)
+    assert docker("images", "-q", "--no-trunc", "mine") == identity
+    assert docker("run", "--rm", *NONE, "-e", "PATH=/bin", "mine:one") == "from the image"
+    assert "by a test" in docker("history", "mine:one")
+    docker("tag", "mine:one", "mine:two")
+    assert {"mine:one", "mine:two"} <= set(docker("images", "--format", "{{.Repository}}:{{.Tag}}").split())
+    assert docker("rmi", "mine:two") == "Untagged: mine:two"
+    assert docker("rmi", "mine:one").splitlines()[-1].startswith("Deleted: sha256:")
+    assert "mine" not in docker("images")
+    assert "No such image: mine:one" in docker.run("rmi", "mine:one", status=1).stderr
+
+
+def test_cli_import_from_standard_input(docker: Docker, busybox: bytes) -> None:
+    done = subprocess.run(
+        [docker.program, "import", "-", "piped"],
+        env=docker.environment,
+        input=busybox,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert docker("images", "-q", "--no-trunc", "piped").encode() == done.stdout.strip()
+    docker("rmi", "piped")
+
+
+def test_cli_run_rm(docker: Docker) -> None:
+    done = docker.run("run", "--rm", *NONE, "busybox", "sh", "-c", "echo out; echo err >&2; exit 3", status=3)
+    assert (done.stdout, done.stderr) == ("out\n", "err\n")
+    assert docker("ps", "-aq") == ""
+
+
+def test_cli_run_reads_standard_input(docker: Docker) -> None:
+    assert (
+        docker.run("run", "--rm", "-i", *NONE, "busybox", "wc", "-c", input="x" * 300000).stdout == "300000\n"
+    )
+
+
+def test_cli_run_passes_much_output(docker: Docker) -> None:
+    script = "head -c 3000000 /dev/zero | tr '\\0' x; head -c 1000000 /dev/zero | tr '\\0' y >&2"
+    done = docker.run("run", "--rm", *NONE, "busybox", "sh", "-c", script)
+    assert (len(done.stdout), len(done.stderr)) == (3000000, 1000000)
+    assert set(done.stdout) == {"x"} and set(done.stderr) == {"y"}
+
+
+def test_cli_run_on_a_terminal(docker: Docker) -> None:
+    command = ("run", "-it", "--rm", *NONE, "busybox", "sh")
+    with docker.terminal(*command, rows=31, columns=97) as terminal:
+        terminal.expect(rb"/ # ")
+        terminal.send(b"tty; until stty size | grep -x '31 97'; do sleep .1; done\r")
+        terminal.expect(rb"/dev/pts/0\r\n")
+        terminal.expect(rb"31 97\r\n")
+        terminal.send(b"echo beg''un; sleep 1000\r")
+        terminal.expect(rb"begun\r\n")
+        terminal.send(b"\x03")
+        terminal.expect(rb"/ # ")
+        terminal.send(b"echo $TERM; exit 7\r")
+        terminal.expect(rb"\r\nxterm\r\n")
+        assert terminal.wait() == 7
+    assert docker("ps", "-aq") == ""
+
+
+def test_cli_terminal_is_resized(docker: Docker) -> None:
+    with docker.terminal("run", "-it", "--rm", *NONE, "busybox", "sh", rows=20, columns=60) as terminal:
+        terminal.expect(rb"/ # ")
+        terminal.send(b"until stty size | grep -x '20 60'; do sleep .1; done\r")
+        terminal.expect(rb"20 60\r\n")
+        terminal.send(b"until stty size | grep -x '40 90'; do sleep .1; done; exit\r")
+        terminal.resize(40, 90)
+        terminal.expect(rb"40 90\r\n")
+        assert terminal.wait() == 0
+
+
+def test_cli_detached_logs_stop(docker: Docker) -> None:
+    script = "trap 'echo bye; exit 5' TERM; echo out; echo err >&2; while :; do sleep .1; done"
+    identity = docker("run", "-d", "--name", "web", *NONE, "busybox", "sh", "-c", script)
+    assert re.fullmatch("[0-9a-f]{64}", identity)
+    assert (
+        docker("ps", "--no-trunc", "--format", "{{.ID}} {{.Names}} {{.Image}}") == f"{identity} web busybox"
+    )
+    wait_for(lambda: "err" in docker.run("logs", "web").stderr)
+    follow = docker.start("logs", "-f", identity[:10])
+    assert follow.stdout and follow.stdout.readline() == "out\n"
+    assert docker("stop", "web") == "web"
+    assert follow.communicate(timeout=20) == ("bye\n", "err\n")
+    assert docker.run("logs", "web").stdout == "out\nbye\n"
+    assert docker.run("logs", "--tail", "1", "web").stdout == "bye\n"
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z bye\n", docker.run("logs", "-t", "--tail", "1", "web").stdout
+    )
+    assert docker("ps", "-q") == ""
+    assert "Exited (5)" in docker("ps", "-a", "--format", "{{.Status}}")
+    assert docker("wait", "web") == "5"
+    assert docker("rm", "web") == "web"
+    assert "No such container: web" in docker.run("logs", "web", status=1).stderr
+
+
+def test_cli_stop_kills_after_its_timeout(docker: Docker) -> None:
+    docker("run", "-d", "--name", "deaf", *NONE, "busybox", "sh", "-c", f"trap '' TERM; exec sleep {NEVER}")
+    wait_for(lambda: int(caught_signals(docker.host, "deaf", "SigIgn"), 16) & 1 << signal.SIGTERM - 1)
+    docker("stop", "-t", "1", "deaf")
+    state = docker.host.inspect("deaf")["State"]
+    assert (state["ExitCode"], state["Status"], state["OOMKilled"]) == (137, "exited", False)
+
+
+def caught_signals(host: Host, name: str, field: str) -> str:
+    """A signal mask of a container's first process, in hexadecimal, as /proc tells."""
+    status = read_text(f"/proc/{host.inspect(name)['State']['Pid']}/status")
+    found = re.search(rf"^{field}:\s*(\w+)", status, re.M)
+    return found.group(1) if found else "0"
+
+
+def test_cli_kill(docker: Docker) -> None:
+    docker(
+        "run",
+        "-d",
+        "--name",
+        "box",
+        *NONE,
+        "busybox",
+        "sh",
+        "-c",
+        "trap 'exit 9' USR1; while :; do sleep .1; done",
+    )
+    wait_for(lambda: int(caught_signals(docker.host, "box", "SigCgt"), 16) & 1 << signal.SIGUSR1 - 1)
+    docker("kill", "-s", "USR1", "box")
+    assert docker("wait", "box") == "9"
+    assert "is not running" in docker.run("kill", "box", status=1).stderr
+    docker("run", "-d", "--name", "box2", *NONE, "busybox", "sleep", NEVER)
+    assert "Invalid signal: NOSUCH" in docker.run("kill", "-s", "NOSUCH", "box2", status=1).stderr
+    docker("kill", "box2")
+    assert docker("wait", "box2") == "137"
+
+
+def test_cli_attach(docker: Docker) -> None:
+    docker(
+        "run",
+        "-d",
+        "-i",
+        "--name",
+        "box",
+        *NONE,
+        "busybox",
+        "sh",
+        "-c",
+        "while read x; do echo got $x; echo e$x >&2; done",
+    )
+    attached = docker.start("attach", "box")
+    assert attached.stdin and attached.stdout
+    attached.stdin.write("one\n")
+    attached.stdin.flush()
+    assert attached.stdout.readline() == "got one\n"
+    second = docker.start("attach", "--no-stdin", "box")
+    wait_for(lambda: len(open_attachments(docker.host, "box")) == 2)
+    attached.stdin.write("two\n")
+    attached.stdin.flush()
+    assert attached.stdout.readline() == "got two\n"
+    docker("stop", "-t", "0", "box")
+    assert attached.wait(20) == 137
+    attached.communicate()
+    second.communicate()
+
+
+def open_attachments(host: Host, name: str) -> list[str]:
+    """The attach jobs that have begun on a container and not ended, by the daemon's log."""
+    identity = host.inspect(name)["Id"]
+    begun = re.findall(rf"\+job attach\((?:{name}|{identity})", host.log())
+    ended = re.findall(rf"-job attach\((?:{name}|{identity})", host.log())
+    return begun[len(ended) :]
+
+
+def test_cli_attach_and_detach_on_a_terminal(docker: Docker) -> None:
+    docker("run", "-dit", "--name", "box", *NONE, "busybox", "sh")
+    with docker.terminal("attach", "box") as terminal:
+        terminal.send(b"\r")
+        terminal.expect(rb"/ # ")
+        terminal.send(b"echo $((20+3))\r")
+        terminal.expect(rb"\r\n23\r\n")
+        terminal.send(b"\x10\x11")
+        terminal.expect(rb"read escape sequence")
+    assert docker.host.inspect("box")["State"]["Running"]
+    with docker.terminal("attach", "--detach-keys", "ctrl-x,z", "box") as terminal:
+        terminal.send(b"echo $((30+3))\r")
+        terminal.expect(rb"\r\n33\r\n")
+        terminal.send(b"\x18z")
+        terminal.expect(rb"read escape sequence")
+    assert docker.host.inspect("box")["State"]["Running"]
+
+
+def test_cli_create_start_attached(docker: Docker) -> None:
+    docker("create", "--name", "made", *NONE, "busybox", "sh", "-c", "echo started; exit 4")
+    assert docker.host.inspect("made")["State"]["Status"] == "created"
+    assert docker.run("start", "-a", "made", status=4).stdout == "started\n"
+    assert docker.run("start", "-a", "made", status=4).stdout == "started\n"
+    assert docker.run("logs", "made").stdout == "started\nstarted\n"
+
+
+def test_cli_ps_and_inspect(docker: Docker) -> None:
+    docker("run", "-d", "--name", "one", "-l", "kind=test", *NONE, "busybox", "sleep", NEVER)
+    docker("run", "--name", "two", *NONE, "busybox", "true")
+    names = ("--format", "{{.Names}}")
+    assert docker("ps", *names) == "one"
+    assert docker("ps", "-a", *names).split() == ["two", "one"]
+    assert docker("ps", "-a", "-n", "1", *names) == "two"
+    assert docker("ps", "-a", "-f", "label=kind=test", *names) == "one"
+    assert docker("ps", "-a", "-f", "status=exited", *names) == "two"
+    assert docker("ps", "-a", "-f", "name=tw", *names) == "two"
+    assert re.fullmatch(
+        r'\w{12}\s+busybox\s+"true"\s+.*ago\s+Exited \(0\) .* ago\s+two',
+        docker("ps", "-a", "-f", "name=two").splitlines()[1],
+    )
+    assert (
+        docker(
+            "inspect", "-f", "{{.State.Status}} {{.Config.Labels.kind}} {{.HostConfig.NetworkMode}}", "one"
+        )
+        == "running test none"
+    )
+    assert docker("inspect", "-s", "-f", "{{.SizeRootFs}}", "one") != "<nil>"
+    assert json.loads(docker("inspect", "busybox"))[0]["RepoTags"] == ["busybox:latest"]
+    assert docker.run("inspect", "nobody", status=1).stdout == "[]\n"
+
+
+def test_cli_wait_for_many(docker: Docker) -> None:
+    docker("run", "-d", "-i", "--name", "waiting", *NONE, "busybox", "sh", "-c", "read x; exit $x")
+    waiting = docker.start("wait", "waiting")
+    attached = docker.start("attach", "waiting")
+    out, _ = attached.communicate("6\n", timeout=20)
+    assert waiting.communicate(timeout=20)[0] == "6\n"
+
+
+def test_cli_rm(docker: Docker) -> None:
+    docker("run", "-d", "--name", "gone", *NONE, "busybox", "sleep", NEVER)
+    pid = docker.host.inspect("gone")["State"]["Pid"]
+    assert "container is running" in docker.run("rm", "gone", status=1).stderr
+    assert (
+        "image is being used by running container"
+        in docker.run("rmi", "-f", docker.host.inspect("gone")["Image"], status=1).stderr
+    )
+    assert docker("rm", "-f", "gone") == "gone"
+    assert not os.path.exists(f"/proc/{pid}")
+    assert docker("ps", "-aq") == ""
+
+
+def test_cli_names(docker: Docker) -> None:
+    docker("create", "--name", "taken", *NONE, "busybox")
+    refused = docker.run("create", "--name", "taken", *NONE, "busybox", status=1).stderr
+    assert 'The container name "/taken" is already in use by container' in refused
+    assert (
+        "Invalid container name (+)" in docker.run("create", "--name", "+", *NONE, "busybox", status=1).stderr
+    )
+    docker("create", *NONE, "busybox")
+    assert re.fullmatch(r"[a-z]+_[a-z]+\d?", docker("ps", "-la", "--format", "{{.Names}}"))
+
+
+def test_cli_info(docker: Docker) -> None:
+    docker("run", "-d", *NONE, "busybox", "sleep", NEVER)
+    done = docker.run("info")
+    for line in (
+        " Server Version: ",
+        " Storage Driver: overlay2",
+        "  Running: 1",
+        "  Paused: 0",
+        " Images: 1",
+        " Logging Driver: json-file",
+        "  seccomp",
+        " Kernel Version: ",
+        " Docker Root Dir: ",
+    ):
+        assert "\n" + line in done.stdout, (line, done.stdout)
+    assert (
+        docker("info", "-f", "{{.DockerRootDir}} {{.MemTotal}}")
+        == f"{docker.host.data_root} {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')}"
+    )
+
+
+def test_cli_version(docker: Docker) -> None:
+    text = docker(
+        "version", "-f", "{{.Server.Version}} {{.Server.APIVersion}} {{.Server.Os}}/{{.Server.Arch}}"
+    )
+    assert re.fullmatch(r"\S+ 1\.51 linux/\w+", text)
+
+
+@pytest.mark.parametrize(
+    ("code", "command", "text"),
+    [
+        (125, ["--nosuchflag", "busybox"], "unknown flag"),
+        (125, ["-m", "1m", "busybox", "true"], "Minimum memory limit allowed is 6MB"),
+        (125, ["-u", "nosuch", "busybox", "true"], "unable to find user nosuch"),
+        (126, ["busybox", "/etc"], "permission denied"),
+        (126, ["busybox", "/etc/plain"], "permission denied"),
+        (127, ["busybox", "nosuch"], 'exec: "nosuch": executable file not found in $PATH'),
+        (127, ["busybox", "/no/such"], 'exec: "/no/such": stat /no/such: no such file or directory'),
+        (127, ["busybox", ""], "executable file not found"),
+        (5, ["busybox", "sh", "-c", "exit 5"], ""),
+    ],
+)
+def test_cli_exit_codes(docker: Docker, code: int, command: list[str], text: str) -> None:
+    assert text in docker.run("run", "--rm", *NONE, *command, status=code).stderr
+    assert docker("ps", "-aq") == ""
+
+
+def test_cli_debian(docker: Docker, host: Host, debian: bytes) -> None:
+    if not host.http("GET", f"{API}/images/debian/json").status == 200:
+        host.import_image("debian", debian, 'CMD ["bash"]')
+    run = ("run", "--rm", *NONE, "debian")
+    assert docker(*run, "apt-get", "--version").startswith("apt ")
+    listed = docker(*run, "dpkg", "-l")
+    assert re.search(r"^ii  apt ", listed, re.M) and re.search(r"^ii  libc6", listed, re.M)
+    assert docker(*run, "sh", "-c", "dpkg --verify; echo checked").endswith("checked")
+    assert docker(*run, "stat", "-c", "%A %U", "/usr/bin/passwd") == "-rwsr-xr-x root"
+    with docker.terminal("run", "-it", "--rm", *NONE, "debian") as terminal:
+        terminal.expect(rb"root@\w{12}:/# ")
+        terminal.send(b"echo $((6*7)); exit\r")
+        terminal.expect(rb"[\r\n]42\r\n")
+        assert terminal.wait() == 0
+
+
+def test_cli_network_modes(docker: Docker) -> None:
+    """none has a loopback alone; host has the daemon's own network, hosts file and name."""
+    assert docker("run", "--rm", *NONE, "busybox", "ls", "/sys/class/net") == "lo"
+    own = os.readlink(f"/proc/{docker.host.holder.pid}/ns/net")
+    assert docker("run", "--rm", "--net", "host", "busybox", "readlink", "/proc/self/ns/net") == own
+    assert docker("run", "--rm", "--net", "host", "busybox", "hostname") == os.uname().nodename
+    assert docker("run", "--rm", "busybox", "ls", "/sys/class/net") == "lo"
+
+
+def test_cli_limits_reach_the_cgroups(docker: Docker) -> None:
+    flags = (
+        "-m",
+        "64m",
+        "--memory-swap",
+        "128m",
+        "--cpu-shares",
+        "512",
+        "--cpu-period",
+        "50000",
+        "--cpu-quota",
+        "25000",
+        "--cpuset-cpus",
+        "0",
+        "--pids-limit",
+        "33",
+        "--oom-score-adj",
+        "77",
+        "--ulimit",
+        "nofile=64:128",
+    )
+    docker("run", "-d", "--name", "limited", *NONE, *flags, "busybox", "sleep", NEVER)
+    identity, pid = (docker.host.inspect("limited")[key] for key in ("Id", "State"))
+    assert read_text(f"/proc/{pid['Pid']}/oom_score_adj") == "77\n"
+    assert re.search(r"Max open files\s+64\s+128", read_text(f"/proc/{pid['Pid']}/limits"))
+    wanted = {
+        ("memory.limit_in_bytes", "memory.max"): {str(64 << 20)},
+        ("memory.memsw.limit_in_bytes", "memory.swap.max"): {str(128 << 20), str(64 << 20), ""},
+        ("cpu.shares", "cpu.weight"): {"512", "20", "59"},
+        ("cpuset.cpus", "cpuset.cpus"): {"0"},
+        ("cpu.cfs_quota_us", "cpu.max"): {"25000", "25000 50000"},
+        ("pids.max", "pids.max"): {"33"},
+    }
+    for names, values in wanted.items():
+        found = {
+            read_text(os.path.join(directory, name)).strip()
+            for directory in docker.host.cgroups()
+            if directory.endswith(identity)
+            for name in names
+            if os.path.exists(os.path.join(directory, name))
+        }
+        assert found and found <= values, (names, found)
+
+
+def test_cli_out_of_memory(docker: Docker) -> None:
+    script = "x=xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx; while :; do x=$x$x; done"
+    docker.run(
+        "run",
+        "--name",
+        "greedy",
+        "-m",
+        "20m",
+        "--memory-swap",
+        "20m",
+        *NONE,
+        "busybox",
+        "sh",
+        "-c",
+        script,
+        status=137,
+    )
+    assert docker.host.inspect("greedy")["State"]["OOMKilled"] is True
+
+
+def test_cli_users_and_directories(docker: Docker) -> None:
+    run = ("run", "--rm", *NONE)
+    assert (
+        docker(*run, "-u", "bob", "busybox", "id")
+        == "uid=1000(bob) gid=1000(bob) groups=1(daemon),10(wheel),100(users),1000(bob)"
+    )
+    assert (
+        docker(*run, "-u", "12:34", "--group-add", "wheel", "busybox", "id")
+        == "uid=12 gid=34 groups=10(wheel),34"
+    )
+    assert docker(*run, "-w", "/new/place", "busybox", "pwd") == "/new/place"
+    assert docker(*run, "-u", "bob", "-e", "A=1", "-h", "box", "busybox", "env").splitlines() == [
+        f"PATH={PATH}",
+        "HOSTNAME=box",
+        "A=1",
+        "HOME=/home/bob",
+    ]
+    assert (
+        docker(
+            *run,
+            "--cap-drop",
+            "ALL",
+            "--cap-add",
+            "NET_RAW",
+            "busybox",
+            "grep",
+            "CapEff",
+            "/proc/self/status",
+        )
+        == "CapEff:\t0000000000002000"
+    )
+    assert "Read-only" in docker.run(*run, "--read-only", "busybox", "touch", "/x", status=1).stderr
+    assert (
+        docker(*run, "--security-opt", "no-new-privileges", "busybox", "grep", "NoNew", "/proc/self/status")
+        == "NoNewPrivs:\t1"
+    )
+    assert docker(*run, "--entrypoint", "/bin/script", "busybox", "a", "b") == "script: a b"
+
+
+def test_cli_privileged(docker: Docker) -> None:
+    """As much as the daemon itself has: all its capabilities, no filter, nothing masked."""
+    script = "grep -E 'CapEff|Seccomp:' /proc/self/status; test -w /proc/sys/kernel/hostname && echo writable"
+    found = docker("run", "--rm", "--privileged", *NONE, "busybox", "sh", "-c", script).split()
+    own = re.search(r"CapBnd:\s*(\w+)", read_text("/proc/self/status"))
+    assert own and found == ["CapEff:", own.group(1), "Seccomp:", "0", "writable"]
+
+
+def test_docker_py(host: Host) -> None:
+    """The Python SDK: containers, images, streams, attach, wait, and its exceptions."""
+    client = docker_py.DockerClient(base_url=host.url, version="auto", timeout=30)
+    with contextlib.closing(client):
+        assert client.ping() and client.version()["ApiVersion"] == API[2:]
+        assert client.info()["Driver"] == "overlay2"
+        none: dict[str, Any] = {"network_mode": "none"}
+        assert client.containers.run("busybox", "echo hello", remove=True, **none) == b"hello\n"
+        with pytest.raises(docker_py.errors.ContainerError) as failed:
+            client.containers.run(
+                "busybox", ["sh", "-c", "echo bad >&2; exit 3"], remove=True, stderr=True, **none
+            )
+        assert failed.value.exit_status == 3 and failed.value.stderr == b"bad\n"
+        with pytest.raises(docker_py.errors.ImageNotFound):
+            client.containers.create("nosuch", **none)
+        container = client.containers.run(
+            "busybox",
+            ["sh", "-c", "echo up; exec sleep 1000"],
+            detach=True,
+            name="py",
+            labels={"a": "b"},
+            **none,
+        )
+        assert next(container.logs(stream=True, follow=True)) == b"up\n"
+        assert [found.name for found in client.containers.list(filters={"label": "a=b"})] == ["py"]
+        container.stop(timeout=0)
+        assert container.wait()["StatusCode"] == 137
+        container.reload()
+        assert container.status == "exited" and container.attrs["State"]["ExitCode"] == 137
+        container.remove()
+        with pytest.raises(docker_py.errors.NotFound):
+            client.containers.get("py")
+        image = client.images.get("busybox")
+        assert image.tag("other", "tag") and "other:tag" in client.images.get("busybox").tags
+        client.images.remove("other:tag")
+        assert [entry["Size"] for entry in image.history()]
+
+
+def test_docker_py_attach_socket(host: Host) -> None:
+    client = docker_py.APIClient(base_url=host.url, version="auto", timeout=30)
+    with contextlib.closing(client):
+        config = client.create_host_config(network_mode="none")
+        container = client.create_container("busybox", ["cat"], stdin_open=True, host_config=config)
+        stream = client.attach_socket(container, params={"stdin": 1, "stdout": 1, "stream": 1})
+        client.start(container)
+        stream._sock.sendall(b"through\n")
+        assert stream._sock.recv(8, 0x100) == b"\x01\0\0\0\0\0\0\x08"  # MSG_WAITALL
+        assert stream._sock.recv(8, 0x100) == b"through\n"
+        stream._response.close()
+        stream.close()
+
+
+# What Docker 1.2.0 answered, by its own documentation of API v1.14: the keys that its clients read.
+V14_CONTAINER = {
+    "Id": str,
+    "Names": list,
+    "Image": str,
+    "Command": str,
+    "Created": int,
+    "Status": str,
+    "Ports": list,
+}
+V14_INSPECT = {
+    "Id": str,
+    "Created": str,
+    "Path": str,
+    "Args": list,
+    "Config": dict,
+    "State": dict,
+    "Image": str,
+    "NetworkSettings": dict,
+    "ResolvConfPath": str,
+    "HostnamePath": str,
+    "HostsPath": str,
+    "Name": str,
+    "Driver": str,
+    "ExecDriver": str,
+    "MountLabel": str,
+    "ProcessLabel": str,
+    "Volumes": dict,
+    "VolumesRW": dict,
+    "HostConfig": dict,
+}
+V14_STATE = {
+    "Running": bool,
+    "Paused": bool,
+    "Pid": int,
+    "ExitCode": int,
+    "StartedAt": str,
+    "FinishedAt": str,
+}
+V14_IMAGE = {"RepoTags": list, "Id": str, "Created": int, "Size": int, "VirtualSize": int, "ParentId": str}
+V14_INFO = {
+    "Containers": int,
+    "Images": int,
+    "Driver": str,
+    "DriverStatus": list,
+    "ExecutionDriver": str,
+    "KernelVersion": str,
+    "Debug": int,
+    "NFd": int,
+    "NGoroutines": int,
+    "NEventsListener": int,
+    "InitPath": str,
+    "IndexServerAddress": str,
+    "MemoryLimit": int,
+    "SwapLimit": int,
+    "IPv4Forwarding": int,
+    "OperatingSystem": str,
+}
+V14_VERSION = {
+    "Version": str,
+    "ApiVersion": str,
+    "GitCommit": str,
+    "GoVersion": str,
+    "Os": str,
+    "Arch": str,
+    "KernelVersion": str,
+}
+
+
+def assert_shape(value: dict[str, Any], shape: dict[str, Any]) -> None:
+    """Each key of `shape` is in `value` with a value of its very type."""
+    found = {key: type(value[key]) if key in value else None for key in shape}
+    assert found == shape, value
+
+
+def test_raw_oldest_api(host: Host) -> None:
+    """Docker 1.2.0's way of life on v1.14: create, start with a host configuration, wait, logs, inspect."""
+    old = "/v1.14"
+    body = {
+        "Image": "busybox",
+        "Cmd": ["sh", "-c", "echo old; exit 2"],
+        "Hostname": "old",
+        "Tty": False,
+        "AttachStdout": True,
+        "Memory": 0,
+        "NetworkDisabled": True,
+    }
+    created = host.http("POST", f"{old}/containers/create?name=old", body)
+    assert created.status == 201 and set(created.json) == {"Id", "Warnings"}
+    identity = created.json["Id"]
+    started = host.http(
+        "POST",
+        f"{old}/containers/{identity}/start",
+        {"Binds": None, "NetworkMode": "none", "RestartPolicy": {"Name": "", "MaximumRetryCount": 0}},
+    )
+    assert started.status == 204
+    assert host.http("POST", f"{old}/containers/{identity}/wait").json == {"StatusCode": 2}
+    logs = host.http("GET", f"{old}/containers/{identity}/logs?stdout=1&stderr=1")
+    assert frames(logs.body) == [(1, b"old\n")]
+    listed = host.http("GET", f"{old}/containers/json?all=1").json[0]
+    assert_shape(listed, V14_CONTAINER)
+    assert (listed["Names"], listed["Command"]) == (["/old"], "sh -c 'echo old; exit 2'")
+    inspected = host.http("GET", f"{old}/containers/{identity}/json").json
+    assert_shape(inspected, V14_INSPECT)
+    assert_shape(inspected["State"], V14_STATE)
+    assert inspected["Config"]["Hostname"] == "old" and inspected["Config"]["NetworkDisabled"] is True
+    assert_shape(host.http("GET", f"{old}/images/json").json[0], V14_IMAGE)
+    assert_shape(host.http("GET", f"{old}/info").json, V14_INFO)
+    assert_shape(host.http("GET", f"{old}/version").json, V14_VERSION)
+    missing = host.http("GET", f"{old}/containers/nobody/json")
+    assert (missing.status, missing.body.strip()) == (404, b"No such container: nobody")
+    assert missing.headers["Content-Type"].startswith("text/plain")
+    assert host.http("DELETE", f"{old}/containers/{identity}").status == 204
+
+
+def test_raw_newest_api(host: Host) -> None:
+    """The shapes of today on v1.51, as the published specification has them."""
+    identity = host.create("sh", "-c", "echo new; exit 2", name="new")
+    assert host.http("POST", f"{API}/containers/{identity}/start").status == 204
+    assert host.api("POST", f"/containers/{identity}/wait")["StatusCode"] == 2
+    logs = host.http("GET", f"{API}/containers/{identity}/logs?stdout=1")
+    assert logs.headers["Content-Type"] == "application/vnd.docker.multiplexed-stream"
+    assert frames(logs.body) == [(1, b"new\n")]
+    listed = host.api("GET", "/containers/json?all=1")[0]
+    assert_shape(
+        listed,
+        {
+            "Id": str,
+            "Names": list,
+            "Image": str,
+            "ImageID": str,
+            "Command": str,
+            "Created": int,
+            "Ports": list,
+            "Labels": dict,
+            "State": str,
+            "Status": str,
+            "HostConfig": dict,
+            "NetworkSettings": dict,
+            "Mounts": list,
+        },
+    )
+    assert listed["State"] == "exited" and listed["Status"].startswith("Exited (2)")
+    inspected = host.inspect(identity)
+    assert_shape(
+        inspected,
+        {
+            "Id": str,
+            "Created": str,
+            "Path": str,
+            "Args": list,
+            "State": dict,
+            "Image": str,
+            "Name": str,
+            "RestartCount": int,
+            "Driver": str,
+            "Platform": str,
+            "HostConfig": dict,
+            "GraphDriver": dict,
+            "Mounts": list,
+            "Config": dict,
+            "NetworkSettings": dict,
+        },
+    )
+    assert not {"ID", "Volumes", "VolumesRW", "ExecDriver"} & set(inspected)
+    image = host.api("GET", "/images/json")[0]
+    assert "VirtualSize" not in image and image["ParentId"] == ""
+    missing = host.http("GET", f"{API}/containers/nobody/json")
+    assert (missing.status, missing.json) == (404, {"message": "No such container: nobody"})
+    assert host.http("GET", f"{API}/info").json["Containers"] == 1
+
+
+def test_raw_stop_kill_start_again(host: Host) -> None:
+    """The status codes that clients rely on to know what was so already."""
+    identity = host.create("sleep", NEVER)
+    call = f"{API}/containers/{identity}"
+    assert host.http("POST", f"{call}/stop").status == 304
+    assert host.http("POST", f"{call}/kill").status == 409
+    assert host.http("POST", f"{call}/start").status == 204
+    assert host.http("POST", f"{call}/start").status == 304
+    assert host.http("DELETE", call).status == 409
+    assert host.http("POST", f"{call}/stop?t=0").status == 204
+    assert host.http("POST", f"{call}/stop?t=0").status == 304
+    assert host.http("DELETE", call).status == 204
+    assert host.http("DELETE", call).status == 404
+
+
+def test_raw_wait_answers_its_headers_at_once(host: Host) -> None:
+    identity = host.create("sleep", NEVER)
+    waiting = host.hijack(f"{API}/containers/{identity}/wait?condition=next-exit", upgrade=False)
+    assert waiting.status == 200
+    host.api("POST", f"/containers/{identity}/start")
+    host.api("POST", f"/containers/{identity}/kill")
+    assert b'"StatusCode":137' in waiting.read_until(b"}").replace(b" ", b"")
+    waiting.close()
+
+
+def test_raw_wait_for_removal(host: Host) -> None:
+    identity = host.create("sh", "-c", "exit 3", HostConfig={"AutoRemove": True})
+    waiting = host.hijack(f"{API}/containers/{identity}/wait?condition=removed", upgrade=False)
+    host.api("POST", f"/containers/{identity}/start")
+    assert b'"StatusCode":3' in waiting.read_until(b"}").replace(b" ", b"")
+    waiting.close()
+    assert host.http("GET", f"{API}/containers/{identity}/json").status == 404
+
+
+def test_raw_attach_keeps_what_came_with_the_request(host: Host) -> None:
+    """Bytes sent together with the request's head reach the container; a half-close ends its stdin."""
+    identity = host.create("cat", OpenStdin=True, StdinOnce=True, AttachStdin=True)
+    stream = host.hijack(f"{API}/containers/{identity}/attach?stdin=1&stdout=1&stderr=1&stream=1")
+    assert stream.status == 101 and b"\r\nUpgrade: tcp" in stream.head
+    host.api("POST", f"/containers/{identity}/start")
+    stream.send(b"early\n")
+    assert frames(stream.read_until(b"early\n")) == [(1, b"early\n")]
+    stream.close_write()
+    assert stream.read_all() == b""
+    stream.close()
+    assert host.api("POST", f"/containers/{identity}/wait")["StatusCode"] == 0
+
+
+def test_raw_attach_without_upgrade(host: Host) -> None:
+    identity = host.create("sh", "-c", "echo out; echo err >&2")
+    stream = host.hijack(f"{API}/containers/{identity}/attach?stdout=1&stderr=1&stream=1", upgrade=False)
+    assert stream.status == 200 and b"application/vnd.docker.raw-stream" in stream.head
+    host.api("POST", f"/containers/{identity}/start")
+    assert demultiplex(stream.read_all()) == (b"out\n", b"err\n")
+    stream.close()
+    again = host.hijack(f"{API}/containers/{identity}/attach?stdout=1&stderr=1&logs=1")
+    assert demultiplex(again.read_all()) == (b"out\n", b"err\n")
+    again.close()
+
+
+def test_attached_logs_miss_nothing(host: Host) -> None:
+    """attach with logs and stream while the container writes: each line once, in order."""
+    script = "i=0; while [ $i -lt 3000 ]; do echo $i; i=$((i+1)); done; read x"
+    identity = host.create("sh", "-c", script, OpenStdin=True)
+    host.api("POST", f"/containers/{identity}/start")
+    streams = [host.hijack(f"{API}/containers/{identity}/attach?stdout=1&logs=1&stream=1") for _ in range(3)]
+    for stream in streams:
+        text, _ = demultiplex(stream.read_until(b"2999\n"))
+        assert text.split() == [b"%d" % number for number in range(3000)]
+        stream.close()
+
+
+def test_a_restart_finds_its_containers(new_host: Callable[..., Host], busybox: bytes) -> None:
+    """A clean restart stops what ran and knows everything afterwards: images, names, exit codes, logs."""
+    host = new_host()
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    running = host.create("sh", "-c", "echo once; exec sleep 1000", name="running")
+    host.api("POST", f"/containers/{running}/start")
+    ended = host.create("sh", "-c", "exit 7", name="ended")
+    host.api("POST", f"/containers/{ended}/start")
+    host.api("POST", f"/containers/{ended}/wait")
+    fresh = host.create("true", name="fresh")
+    wait_for(lambda: frames(host.api("GET", "/containers/running/logs?stdout=1")))
+    pid = host.inspect("running")["State"]["Pid"]
+    assert host.stop() == 0
+    assert not os.path.exists(f"/proc/{pid}")
+    assert host.leaks() == []
+    host.start()
+    states = {name: host.inspect(name)["State"] for name in ("running", "ended", "fresh")}
+    assert [host.inspect(name)["Id"] for name in states] == [running, ended, fresh]
+    assert {name: (state["Status"], state["Pid"]) for name, state in states.items()} == {
+        "running": ("exited", 0),
+        "ended": ("exited", 0),
+        "fresh": ("created", 0),
+    }
+    assert states["running"]["ExitCode"] in (137, 143) and states["ended"]["ExitCode"] == 7
+    assert frames(host.api("GET", "/containers/running/logs?stdout=1")) == [(1, b"once\n")]
+    host.api("POST", "/containers/running/start")
+    assert host.inspect("running")["State"]["Running"]
+
+
+def test_a_crash_leaves_nothing_that_stays(new_host: Callable[..., Host], busybox: bytes) -> None:
+    """After kill -9 of the daemon, the next one ends what ran, and clears up behind it."""
+    host = new_host()
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    for number in range(3):
+        identity = host.create("sleep", "1000", name=f"crash{number}")
+        host.api("POST", f"/containers/{identity}/start")
+    removed = host.create("sleep", "1000", name="removed", HostConfig={"AutoRemove": True})
+    host.api("POST", f"/containers/{removed}/start")
+    pids = [host.inspect(f"crash{number}")["State"]["Pid"] for number in range(3)]
+    host.kill()
+    host.start()
+    for number, pid in enumerate(pids):
+        state = host.inspect(f"crash{number}")["State"]
+        assert (state["Status"], state["Running"], state["Pid"]) == ("exited", False, 0)
+        assert not os.path.exists(f"/proc/{pid}")
+    wait_for(lambda: host.http("GET", f"{API}/containers/removed/json").status == 404)
+    assert host.run("echo", "alive") == (0, b"alive\n")
+
+
+def test_many_at_once(host: Host) -> None:
+    """Twenty containers started by twenty clients at the same time: each has its own output and exit code."""
+
+    def life(number: int) -> tuple[int, bytes]:
+        return host.run("sh", "-c", f"echo {number}; exit {number}")
+
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(life, range(20))) == [(number, b"%d\n" % number) for number in range(20)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Inside a container
+#
+# What a container sees is what it sees under the real dockerd: the same script runs under both, and each line
+# that differs must stand in DIFFERENCES, with the reason why nobody can use it.
+# ------------------------------------------------------------------------------------------------------------
+
+INSIDE = r"""
+section() { echo "## $*"; }
+section id; id
+section env; env | grep -v ^SHLVL
+section hostname; hostname; cat /etc/hostname
+section hosts; cat /etc/hosts
+section resolv.conf; cat /etc/resolv.conf
+section mounts; cat /proc/self/mountinfo
+section dev; ls -l /dev /dev/pts /dev/shm /dev/mqueue
+section status; cat /proc/self/status
+section cgroup; cat /proc/self/cgroup
+section ulimit; ulimit -a; cat /proc/self/limits
+section fd; ls -l /proc/self/fd; ls -l /proc/1/fd
+section attributes; cat /proc/self/attr/current; cat /proc/self/sessionid /proc/self/loginuid; echo; umask
+section scheduling; cat /proc/self/oom_score_adj /proc/self/timerslack_ns /proc/1/coredump_filter; nice
+section stat1; cut -d' ' -f2,4-9 /proc/1/stat; cat /proc/1/comm
+section signals; grep -E '^Sig(Blk|Ign|Cgt)' /proc/1/status
+section namespaces; for n in cgroup ipc mnt net pid pid_for_children time time_for_children user uts
+  do echo $n $(readlink /proc/self/ns/$n); done
+section root; pwd; ls -la / /etc
+section masked; ls -ld /proc/kcore /proc/keys /proc/timer_list /proc/sysrq-trigger /proc/scsi /proc/acpi \
+  /sys/firmware; wc -c /proc/keys /proc/timer_list; ls /proc/acpi /sys/firmware | wc -l
+section cgroups; ls -ld /sys/fs/cgroup /sys/fs/cgroup/*
+section sysctls; for x in net/ipv4/ip_unprivileged_port_start net/ipv4/ping_group_range net/ipv4/ip_forward \
+  kernel/hostname kernel/domainname; do echo $x $(cat /proc/sys/$x); done
+section network; ip addr; ip route; cat /proc/net/dev
+section modes; stat -c '%n %a %u:%g %F %t,%T' / /dev /dev/* /dev/pts/* /proc /sys /tmp /etc/hosts \
+  /etc/hostname /etc/resolv.conf /etc/mtab /.dockerenv; df -P /dev /dev/shm | awk '{print $1, $2, $6}'
+section attempts; mount -t tmpfs x /tmp; mknod /tmp/n b 8 0 && head -c1 /tmp/n
+  echo x > /proc/sys/kernel/hostname; echo x > /proc/sysrq-trigger; date -s 00:00 >/dev/null
+  unshare -m true; unshare -U true; hostname foo; touch /sys/x
+  mkdir /sys/fs/cgroup/memory/x; head -c1 /dev/mem; chroot / true && echo chroot; nice -n -5 true; swapoff -a
+  mknod /dev/x c 1 3 && echo mknod; chown 1:1 /tmp && echo chown
+  ping -c1 -W1 127.0.0.1 >/dev/null && echo ping
+  echo 0 > /proc/self/oom_score_adj && echo oom; dmesg | wc -l; insmod /x; losetup -f; renice -n -1 $$
+section end
+"""
+
+# What stands for values that are other ones in each container.
+NORMALISED = [
+    (r"\b[0-9a-f]{64}\b", "ID"),
+    (r"\b[0-9a-f]{12}\b", "SHORT"),
+    (r"/tmp/dockerd-host-\w+", "DIRECTORY"),
+    (r"dockerd-host-\w+", "HOST"),
+    (r"(lowerdir|upperdir|workdir)=[^, \n]*", r"\1=LAYERS"),
+    (r"pipe:\[\d+\]", "pipe"),
+    (r"[A-Z][a-z][a-z] +\d+ +\d\d:\d\d", "DATE"),
+    (r"^\d+ \d+ 0:\d+ ", "MOUNT 0:N "),
+    (r"^\d+ \d+ (\d+:\d+) ", r"MOUNT \1 "),
+    (r"^(Vm\w+|Rss\w+|voluntary_ctxt_switches|nonvoluntary_ctxt_switches|SigQ|HugetlbPages):.*", r"\1"),
+    (r"^(PPid|NSsid|NSpgid):\s+\d{3,}$", r"\1 of the host"),
+    (r"^(Tgid|Pid|NStgid|NSpid|Ngid|NSpgid):\s+\d+$", r"\1"),
+    (r"^(dr-xr-xr-x +)\d+( .* (proc|sys))$", r"\1N\2"),
+    (r"^((?:dr|l|-|c)\S+ +)\d+( +root +root +)\d+( DATE \.{0,2}$)", r"\1N\2N\3"),
+]
+
+# (section, what only we have, what only the peer has, why nobody can use it): regular expressions of one
+# line, "" for none.
+DIFFERENCES = [
+    (
+        "mounts",
+        r"MOUNT 0:N / / r[ow],relatime - overlay overlay rw(,\w+dir=LAYERS){3},uuid=on",
+        r"MOUNT 0:N / / r[ow],relatime master:\d+ - overlay overlay rw(,\w+dir=LAYERS){3}",
+        "private, as nothing of it was ever mounted on the host; the kernel's choice of a file system id",
+    ),
+    (
+        "mounts",
+        r"MOUNT 0:N /null /proc/interrupts rw,nosuid - tmpfs tmpfs rw,size=65536k,mode=755",
+        "",
+        "masked since Docker 28: it tells about the host",
+    ),
+    (
+        "cgroups",
+        r"drwxr-xr-x   11 root     root           220 DATE /sys/fs/cgroup",
+        r"dr-xr-xr-x   11 root     root           220 DATE /sys/fs/cgroup",
+        "a mode without the owner's w does not bind root, who owns the directory under both",
+    ),
+    (
+        "mounts",
+        r"MOUNT 0:N / /sys/fs/cgroup ro,nosuid,nodev,noexec,relatime - tmpfs tmpfs rw,mode=755",
+        r"MOUNT 0:N / /sys/fs/cgroup rw,nosuid,nodev,noexec,relatime - tmpfs tmpfs rw,mode=755",
+        "nobody has anything to write beside the hierarchies",
+    ),
+]
+
+# Options of `docker run` under which the inside is compared.
+SITUATIONS = {
+    "plain": ["--net", "none", "-h", "box"],
+    "terminal": ["-t", "--net", "none", "-h", "box"],
+    "host-network": ["--net", "host"],
+    "user": ["--net", "none", "-h", "box", "-u", "bob", "--group-add", "44", "-w", "/home/bob", "-e", "X=1"],
+    "limits": [
+        "--net",
+        "none",
+        "-h",
+        "box.example.com",
+        "--cap-drop",
+        "all",
+        "--cap-add",
+        "net_raw",
+        "--read-only",
+        "-m",
+        "100m",
+        "--cpus",
+        ".5",
+        "--pids-limit",
+        "50",
+        "--ulimit",
+        "nofile=100:200",
+        "--shm-size",
+        "10m",
+        "--oom-score-adj",
+        "100",
+        "--security-opt",
+        "no-new-privileges",
+    ],
+    "namespaces": ["--net", "none", "--pid", "host", "--ipc", "host", "--uts", "host"],
+    "standard-input": ["-i", "--net", "none", "-h", "box", "--entrypoint", "/bin/sh"],
+}
+
+
+def see_inside(docker: Docker, options: list[str]) -> dict[str, list[str]]:
+    """The script's sections, what differs by nature replaced; each namespace is "own" or "shared"."""
+    command = ["-c", INSIDE] if "--entrypoint" in options else ["sh", "-c", INSIDE]
+    done = docker.run("run", "--rm", *options, "busybox", *command)
+    text = re.sub(r"\r\n", "\n", done.stdout + done.stderr)
+    for kind in ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts"):
+        shared = os.readlink(f"/proc/{docker.host.holder.pid}/ns/{kind}")
+        text = text.replace(shared, "shared")
+    text = re.sub(r"\w+:\[\d{10}\]", "own", text)
+    for pattern, replacement in NORMALISED:
+        text = re.sub(pattern, replacement, text, flags=re.M)
+    sections: dict[str, list[str]] = {}
+    for part in text.split("## ")[1:]:
+        name, *lines = part.splitlines()
+        sections[name] = sorted(lines)
+    return sections
+
+
+def only_in(lines: list[str], others: list[str]) -> list[str]:
+    """The lines that stand more often in `lines` than in `others`."""
+    left = list(others)
+    found = []
+    for line in lines:
+        if line in left:
+            left.remove(line)
+        else:
+            found.append(line)
+    return found
+
+
+def explanations(section: str, side: int, line: str) -> list[str]:
+    """Why a line that only one side has is accepted: side 1 is ours, 2 the peer's."""
+    return [
+        accepted[3]
+        for accepted in DIFFERENCES
+        if accepted[0] == section and accepted[side] and re.fullmatch(accepted[side], line)
+    ]
+
+
+@pytest.mark.parametrize("situation", sorted(SITUATIONS))
+def test_inside_is_as_under_the_real_dockerd(host: Host, peer: Host, situation: str) -> None:
+    cli = sorted(docker_clis().items())[0][1]
+    ours, theirs = (see_inside(Docker(cli, each), SITUATIONS[situation]) for each in (host, peer))
+    assert list(ours) == list(theirs) and "end" in ours
+    unexplained, used = [], set()
+    for section in ours:
+        for side, lines in (
+            (1, only_in(ours[section], theirs[section])),
+            (2, only_in(theirs[section], ours[section])),
+        ):
+            for line in lines:
+                reasons = explanations(section, side, line)
+                used.update(reasons)
+                if not reasons:
+                    unexplained.append(f"{section}: {' +-'[side]} {line}")
+    assert not unexplained, "\n".join(unexplained)
+    if situation == "plain":
+        assert used == {reason for _, _, _, reason in DIFFERENCES}, "a difference that is none any more"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Attacks
+#
+# Known ways out of a container, each tried for real: first against a daemon whose defence is switched off (by
+# the failpoint hook), where it must succeed, then against the daemon as it is.
+# ------------------------------------------------------------------------------------------------------------
+
+OFF_AND_ON = pytest.mark.parametrize("defended", [False, True], ids=["defence-off", "defence-on"])
+
+
+def switched(defence: str, defended: bool) -> dict[str, str]:
+    """The daemon's environment with a defence on, or off."""
+    return {} if defended else {"DOCKERD_FAILPOINTS": f"{defence}=off"}
+
+
+def interpreter_copy(directory: str) -> str:
+    """A Python whose executable is a file of its own, so that an attack overwrites nothing of the machine."""
+    subprocess.run([sys.executable, "-m", "venv", "--copies", "--without-pip", directory], check=True)
+    python = os.path.join(directory, "bin", "python3")
+    assert not os.path.islink(python)
+    return python
+
+
+def python_entries(python: str) -> dict[str, Any]:
+    """The files that the interpreter needs inside an image: libraries, enough of the standard library."""
+    listed = subprocess.run(["ldd", python], stdout=subprocess.PIPE, text=True, check=True).stdout
+    paths = re.findall(r"(/\S+) \(0x", listed)
+    library = sysconfig.get_paths()["stdlib"]
+    paths += [
+        os.path.join(folder, name)
+        for folder in (
+            library,
+            *(os.path.join(library, part) for part in ("encodings", "collections", "importlib")),
+        )
+        for name in os.listdir(folder)
+        if name.endswith(".py")
+    ]
+    entries: dict[str, Any] = {}
+    for path in paths:
+        with open(path, "rb") as file:
+            entries[path.lstrip("/")] = (file.read(), 0o755)
+    return entries
+
+
+# Executed as the container's program, this makes the kernel run what the init runs: the host's interpreter.
+# It changes the file's mode through /proc/self/exe, and keeps the file open; then, as another program, it
+# overwrites it as soon as nobody executes it any more.
+EXE_ATTACK = rb"""#!/proc/self/exe -S
+import os
+exe = os.open("/proc/self/exe", os.O_RDONLY)
+def tell(what):
+    with open("/result", "a") as file:
+        file.write(what + "\n")
+try:
+    os.chmod("/proc/self/exe", 0o4755)
+    tell("mode changed")
+except OSError as error:
+    tell("chmod: " + error.strerror)
+os.set_inheritable(exe, True)
+os.execv("/bin/sh", ["sh", "-c", "exec 2>>/result; n=0; while [ $n -lt 600 ]; do n=$((n+1)); "
+    "echo evil > /proc/self/fd/%d && break; tail -n 1 /result | grep -q 'Text file busy' || break; "
+    "sleep .05; done; "
+    "echo done >> /result; exec sleep 1000" % exe])
+"""
+
+
+@OFF_AND_ON
+def test_overwriting_the_runtime_cve_2019_5736(
+    new_host: Callable[..., Host], defended: bool, tmp_path: Any
+) -> None:
+    """A container that runs /proc/self/exe gets the host's interpreter, and tries to overwrite it."""
+    python = interpreter_copy(str(tmp_path / "python"))
+    with open(python, "rb") as file:
+        original, mode = file.read(), os.fstat(file.fileno()).st_mode
+    host = new_host("-D", python=python, environment=switched("exe-seal", defended))
+    host.import_image(
+        "evil",
+        tar_of({**busybox_entries(), **python_entries(python), "attack": (EXE_ATTACK, 0o755)}),
+        f"ENV PATH={PATH} PYTHONHOME={sys.base_prefix}",
+        'CMD ["/attack"]',
+    )
+    identity = host.create(image="evil", Cmd=None)
+    host.api("POST", f"/containers/{identity}/start")
+    result = f"/proc/{host.inspect(identity)['State']['Pid']}/root/result"
+    wait_for(lambda: "\n" in read_text(result), "the container to get hold of the interpreter")
+    host.kill()  # with the shim: from now on nobody executes the file
+    for pid in host.own_processes():
+        if os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink(f"/proc/{host.holder.pid}/ns/mnt"):
+            os.kill(pid, 9)
+    wait_for(lambda: "done\n" in read_text(result), f"the attack to end: {read_text(result)}", 40)
+    told = read_text(result)
+    with open(python, "rb") as file:
+        now, now_mode = file.read(), os.fstat(file.fileno()).st_mode
+    if defended:
+        assert (now, now_mode) == (original, mode), told
+        assert "Read-only file system" in told
+    else:
+        assert now == b"evil\n" and now_mode & 0o4000, told
+        with open(python, "wb") as file:
+            file.write(original)
+        os.chmod(python, mode)
+    host.start()  # which finds the container that its predecessor left, and clears up
+
+
+@OFF_AND_ON
+def test_working_directory_behind_a_descriptor_cve_2024_21626(
+    new_host: Callable[..., Host], busybox: bytes, defended: bool
+) -> None:
+    """WORKDIR /proc/self/fd/N must not lead to a directory of the host that the runtime has open."""
+    host = new_host(environment=switched("fd-close", defended))
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    secret = host.path("secret")
+    with open(secret, "w") as file:
+        file.write("the host's secret")
+    outputs = []
+    for number in range(3, 24):
+        identity = host.create(
+            "sh", "-c", f"cat ./{secret} ../../../..{secret}", WorkingDir=f"/proc/self/fd/{number}"
+        )
+        if host.http("POST", f"{API}/containers/{identity}/start").status == 204:
+            host.api("POST", f"/containers/{identity}/wait")
+            outputs.append(host.api("GET", f"/containers/{identity}/logs?stdout=1&stderr=1") or b"")
+        host.api("DELETE", f"/containers/{identity}")
+    assert any(b"the host's secret" in output for output in outputs) != defended, outputs
+
+
+# Run in a mount namespace of its own: the state in which the init finds a root whose /dev/null an accomplice
+# has just replaced, and what a container could then do with the masked path.
+MASK_ATTACK = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import dockerd
+dockerd.mount("tmpfs", sys.argv[2], "tmpfs")
+os.chroot(sys.argv[2])
+os.chdir("/")
+os.mkdir("/dev")
+for path, text in (("/core_pattern", "core"), ("/masked", "hidden")):
+    with open(path, "w") as file:
+        file.write(text)
+os.symlink("/core_pattern", "/dev/null")
+try:
+    dockerd.Init({"readonly_paths": [], "masked_paths": ["/masked"]}, {})._protect_paths()
+    with open("/masked", "w") as file:
+        file.write("|/evil")
+except dockerd.InitError as error:
+    print("refused:", error)
+with open("/core_pattern") as file:
+    print(file.read())
+"""
+
+
+@OFF_AND_ON
+def test_masked_path_behind_a_link_cve_2025_31133(defended: bool, tmp_path: Any) -> None:
+    """With /dev/null replaced by a link, masking a path must not make the link's target writable there."""
+    done = subprocess.run(
+        ["unshare", "-m", "--propagation", "private", sys.executable, "-c", MASK_ATTACK, HERE, str(tmp_path)],
+        env={**os.environ, **switched("mask-check", defended)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    if defended:
+        assert done.stdout.startswith("refused: ") and done.stdout.endswith("core\n")
+    else:
+        assert done.stdout == "|/evil\n"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The house
+#
+# What is around the file: one copied file is enough, the compiled helper does what its twins do, and `make install`
+# puts everything in place.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def system_python() -> str:
+    """The machine's own Python where that is new enough, else the one that runs the tests."""
+    for python in ("/usr/bin/python3", sys.executable):
+        check = [python, "-c", "import sys; sys.exit(sys.version_info < (3, 9))"]
+        if os.path.exists(python) and subprocess.run(check).returncode == 0:
+            return python
+    raise AssertionError("no Python")
+
+
+def test_one_copied_file_is_enough(new_host: Callable[..., Host], busybox: bytes, tmp_path: Any) -> None:
+    """The file alone, in a directory of any name, run by the machine's own Python without any package."""
+    directory = tmp_path / "a place of its own"
+    directory.mkdir()
+    program = shutil.copy(os.path.join(HERE, "dockerd.py"), directory / "engine.py")
+    host = new_host(python=system_python(), program=str(program), cgroup_parent="")
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    assert host.run("echo", "alone") == (0, b"alone\n")
+
+
+@pytest.fixture(params=["python", "compiled"])
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dockerd with the functions in Python, and with those of the compiled helper."""
+    monkeypatch.delenv("DOCKERD_NATIVE", raising=False)
+    library = dockerd.load_native() if request.param == "compiled" else None
+    assert library or request.param == "python", "the helper is not built: make native"
+    monkeypatch.setattr(dockerd, "native", library)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("abstract", [False, True])
+def test_sd_notify(abstract: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"@dockerd-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind("\0" + name[1:] if abstract else name)
+        listener.settimeout(10)
+        monkeypatch.setenv("NOTIFY_SOCKET", name)
+        assert dockerd.sd_notify("READY=1\nSTATUS=well") is True
+        assert listener.recv(100) == b"READY=1\nSTATUS=well"
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    assert dockerd.sd_notify("READY=1") is False
+    monkeypatch.delenv("NOTIFY_SOCKET")
+    assert dockerd.sd_notify("READY=1") is False
+
+
+@pytest.mark.usefixtures("native")
+def test_netlink_batch() -> None:
+    """A batch is sent, and its first failure comes with the kernel's errno."""
+    message = dockerd.netlink_message(dockerd.RTM_NEWLINK, struct.pack("=BxHiII", 0, 0, 0x7FFFFFF, 0, 0))
+    with pytest.raises(OSError) as failed:
+        dockerd.netlink_batch([message, message])
+    assert failed.value.errno == errno.ENODEV
+
+
+def test_the_helper_is_logged_and_never_needed(new_host: Callable[..., Host], busybox: bytes) -> None:
+    """With and without the compiled helper the daemon works, and its log says which it uses."""
+    logs = []
+    for setting in ("0", "1"):
+        host = new_host(environment={"DOCKERD_NATIVE": setting})
+        host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        assert host.run("echo", setting)[1] == setting.encode() + b"\n"
+        logs += [
+            line.split("msg=")[1] for line in host.log().splitlines() if "helper" in line or "native" in line
+        ]
+    assert len(set(logs)) >= 2, logs
+
+
+def test_make_install(tmp_path: Any) -> None:
+    """Everything is put in place, and nothing of it names the build's directory."""
+    subprocess.run(
+        ["make", "-s", "-C", HERE, "install", f"DESTDIR={tmp_path}", f"PYTHON={sys.executable}"], check=True
+    )
+    found = sorted(
+        os.path.relpath(path, tmp_path)
+        for path in glob.glob(f"{tmp_path}/**", recursive=True)
+        if os.path.isfile(path)
+    )
+    local = "usr/local"
+    assert found == [
+        f"{local}/lib/systemd/system/docker.service",
+        f"{local}/lib/systemd/system/docker.socket",
+        f"{local}/sbin/dockerd.py",
+        f"{local}/share/bash-completion/completions/dockerd.py",
+        f"{local}/share/doc/dockerd.py/daemon.json",
+        f"{local}/share/doc/dockerd.py/openrc",
+        f"{local}/share/doc/dockerd.py/sysvinit",
+        f"{local}/share/fish/vendor_completions.d/dockerd.py.fish",
+        f"{local}/share/man/man8/dockerd.py.8",
+        f"{local}/share/zsh/site-functions/_dockerd.py",
+    ]
+    for path in found:
+        with open(tmp_path / path) as file:
+            text = file.read()
+        assert str(tmp_path) not in text and HERE not in text
+    with open(tmp_path / local / "lib/systemd/system/docker.service") as file:
+        assert "/usr/local/sbin/dockerd.py" in file.read()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# API server
+#
+# FakeApi is an API server on a Unix socket whose jobs are functions of the test; Raw is a client that sends
+# and reads bytes, so that the tests see the protocol and not what a library makes of it.
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Raw:
+    """A client on a connected socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.sock.settimeout(20)
+        self.buffer = b""
+
+    def send(self, text: str, body: bytes = b"") -> None:
+        """Send `text`, its line ends made CRLF, and `body`."""
+        self.sock.sendall(text.replace("\r\n", "\n").replace("\n", "\r\n").encode() + body)
+
+    def fill(self) -> bool:
+        """Read once more; False at the end."""
+        data = self.sock.recv(65536)
+        self.buffer += data
+        return bool(data)
+
+    def until(self, mark: bytes) -> bytes:
+        """What comes up to and with `mark`."""
+        while mark not in self.buffer:
+            assert self.fill(), f"the connection ended before {mark!r}: {self.buffer!r}"
+        data, _, self.buffer = self.buffer.partition(mark)
+        return data + mark
+
+    def exactly(self, size: int) -> bytes:
+        """The next `size` bytes."""
+        while len(self.buffer) < size:
+            assert self.fill(), f"the connection ended early: {self.buffer!r}"
+        data, self.buffer = self.buffer[:size], self.buffer[size:]
+        return data
+
+    def rest(self) -> bytes:
+        """All that comes until the other side ends."""
+        while self.fill():
+            pass
+        data, self.buffer = self.buffer, b""
+        return data
+
+    def head(self) -> tuple[int, dict[str, str]]:
+        """A response's status and headers (lower case)."""
+        lines = self.until(b"\r\n\r\n").decode().split("\r\n")
+        return int(lines[0].split(" ")[1]), {
+            name.lower(): value for name, _, value in (line.partition(": ") for line in lines[1:] if line)
+        }
+
+    def chunk(self) -> bytes:
+        """The next chunk of a chunked body, b"" the last."""
+        size = int(self.until(b"\r\n"), 16)
+        data = self.exactly(size)
+        assert self.exactly(2) == b"\r\n"
+        return data
+
+    def response(self, method: str = "GET") -> tuple[int, dict[str, str], bytes]:
+        """A whole response."""
+        status, headers = self.head()
+        if status in (204, 304) or method == "HEAD":
+            return status, headers, b""
+        if headers.get("transfer-encoding") == "chunked":
+            return status, headers, b"".join(iter(self.chunk, b""))
+        if "content-length" in headers:
+            return status, headers, self.exactly(int(headers["content-length"]))
+        return status, headers, self.rest()
+
+    def ask(self, line: str, body: Any = None, *headers: str) -> tuple[int, dict[str, str], bytes]:
+        """Send the request `line` ("GET /path"), with `body` as JSON or bytes, and return the response."""
+        fields = ["Host: docker", *headers]
+        data = b""
+        if body is not None:
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
+            fields += [f"Content-Length: {len(data)}"]
+            if not any(field.startswith("Content-Type") for field in fields):
+                fields += ["Content-Type: application/json"]
+        self.send(f"{line} HTTP/1.1\n" + "".join(field + "\n" for field in fields) + "\n", data)
+        return self.response(line.split(" ")[0])
+
+    def json(self, line: str, body: Any = None, *headers: str) -> tuple[int, Any]:
+        """ask(), the body decoded."""
+        status, _, data = self.ask(line, body, *headers)
+        return status, json.loads(data) if data else None
+
+
+class FakeApi:
+    """An API server whose jobs are `handlers`: functions of the job; their result is the reply."""
+
+    def __init__(self, host: str, **env: Any) -> None:
+        self.engine = dockerd.Engine()
+        self.server = dockerd.ApiServer(self.engine)
+        self.engine.install(self.server)
+        self.host, self.seen = host, []  # type: tuple[str, list[Any]]
+        self.thread = threading.Thread(
+            target=self._serve, args=({"Logging": True, "SocketGroup": "", **env},), daemon=True
+        )
+        self.failure: Optional[BaseException] = None
+        self.thread.start()
+        end = time.monotonic() + 10
+        while not self.server.listeners and not self.failure and time.monotonic() < end:
+            time.sleep(0.01)
+
+    def _serve(self, env: dict[str, Any]) -> None:
+        try:
+            self.engine.job("serveapi", self.host, **env).run()
+        except BaseException as error:
+            self.failure = error
+
+    def job(self, name: str, handler: Callable[[Any], Any] = lambda job: None) -> None:
+        """Register `handler` for the job `name`; the jobs run are kept in `seen`."""
+
+        def run(job: Any) -> None:
+            self.seen.append(job)
+            result = handler(job)
+            if result is not None:
+                job.reply(result)
+
+        self.engine.register(name, run)
+
+    def connect(self) -> Raw:
+        """A client of its first listener."""
+        listener = self.server.listeners[0].socket
+        sock = socket.socket(listener.family)
+        sock.connect(listener.getsockname())
+        return Raw(sock)
+
+
+@pytest.fixture
+def fake_api(tmp_path: Any) -> Iterator[FakeApi]:
+    """A server on a Unix socket."""
+    api = FakeApi(f"unix://{tmp_path}/docker.sock")
+    yield api
+    api.server.close()
+    api.thread.join(5)
+
+
+@pytest.fixture
+def raw(fake_api: FakeApi) -> Iterator[Raw]:
+    """A client of fake_api."""
+    client = fake_api.connect()
+    yield client
+    client.sock.close()
+
+
+# The parser
+
+
+def test_head_is_parsed() -> None:
+    head = dockerd.parse_head(b"POST /a?b=c HTTP/1.1\r\nHost: x\r\nAccept:  a \r\nACCEPT: b\r\nEmpty:\r\n")
+    assert head.method == "POST" and head.target == "/a?b=c" and head.minor == 1
+    assert head.headers == {"host": "x", "accept": "a, b", "empty": ""}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GET /\r\n",
+        b"GET / HTTP/1.1\n",
+        b"GET  / HTTP/1.1\r\n",
+        b"GET / HTTP/1.1\r\nA : b\r\n",
+        b"G(T / HTTP/1.1\r\n",
+        b"GET / HTTP/1.1\r\n a: b\r\n",
+        b"GET / HTTP/1.1\r\na: b\r\n folded\r\n",
+        b"GET / HTTP/1.1\r\na: b\nc: d\r\n",
+        b"GET / HTTP/1.1\r\na: \0\r\n",
+        b"GET / HTTP/1.1\r\nno colon\r\n",
+        b"GET / HTTP/1.1\r\n: x\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nhost: b\r\n",
+    ],
+)
+def test_head_that_two_parsers_could_read_in_two_ways_is_refused(data: bytes) -> None:
+    with pytest.raises(dockerd.ProtocolError) as error:
+        dockerd.parse_head(data)
+    assert error.value.status == 400
+
+
+@pytest.mark.parametrize(
+    "fields, length",
+    [
+        ("", 0),
+        ("Content-Length: 12\n", 12),
+        ("Transfer-Encoding: chunked\n", -1),
+        ("Transfer-Encoding: Chunked\n", -1),
+    ],
+)
+def test_body_length(fields: str, length: int) -> None:
+    data = ("POST / HTTP/1.1\n" + fields).replace("\n", "\r\n").encode()
+    assert dockerd.body_length(dockerd.parse_head(data)) == length
+
+
+@pytest.mark.parametrize(
+    "fields, status",
+    [
+        ("Content-Length: 3\nTransfer-Encoding: chunked\n", 400),
+        ("Transfer-Encoding: gzip\n", 501),
+        ("Transfer-Encoding: gzip, chunked\n", 501),
+        ("Content-Length: -1\n", 400),
+        ("Content-Length: +1\n", 400),
+        ("Content-Length: 1_0\n", 400),
+        ("Content-Length: 0x1\n", 400),
+        ("Content-Length: 1, 1\n", 400),
+        ("Content-Length: " + "9" * 30 + "\n", 400),
+        ("Content-Length:\n", 400),
+        ("Transfer-Encoding: chunked\nTransfer-Encoding: chunked\n", 400),
+    ],
+)
+def test_smuggled_bodies_are_refused_and_the_connection_ends(raw: Raw, fields: str, status: int) -> None:
+    raw.send("POST /version HTTP/1.1\nHost: x\n" + fields + "\nGET /_ping HTTP/1.1\nHost: x\n\n")
+    data = raw.rest()
+    assert data.startswith(b"HTTP/1.1 %d " % status) and data.count(b"HTTP/1.1 ") == 1
+
+
+def test_chunked_encoding_of_http_1_0_is_refused(raw: Raw) -> None:
+    raw.send("POST /version HTTP/1.0\nTransfer-Encoding: chunked\n\n0\n\n")
+    assert raw.rest().startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize(
+    "data, status",
+    [
+        (b"GET / HTTP/1.1\n\n", 400),
+        (b"\x16\x03\x01\x02\x00", 400),
+        (b"GET / HTTP/2.0\r\n\r\n", 505),
+        (b"GET / HTTP/1.1\r\nA: " + b"x" * 70000, 431),
+        (b"GET /" + b"x" * 70000, 431),
+        (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 300 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\nExpect: x\r\n\r\n", 417),
+        (b"GET /a%00b HTTP/1.1\r\n\r\n", 400),
+    ],
+)
+def test_bad_heads_are_answered_at_once(raw: Raw, data: bytes, status: int) -> None:
+    raw.sock.sendall(data)
+    assert raw.rest().startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_pipelined_requests_are_answered_in_turn(fake_api: FakeApi, raw: Raw) -> None:
+    fake_api.job("auth", lambda job: job.env["body"])
+    post = 'POST /auth HTTP/1.1\nContent-Type: application/json\nContent-Length: 7\n\n{"a":%d}'
+    raw.send("\n" + post % 1 + "GET /_ping HTTP/1.1\n\n" + post % 2)
+    assert [raw.response()[2] for _ in range(3)] == [b'{"a":1}\n', b"OK", b'{"a":2}\n']
+
+
+def test_unread_body_is_dropped_before_the_next_request(raw: Raw) -> None:
+    assert raw.ask("POST /nothing", b"x" * 1000)[0] == 404
+    assert raw.ask("GET /_ping")[2] == b"OK"
+
+
+def test_a_large_unread_body_ends_the_connection_after_the_answer(raw: Raw) -> None:
+    status, headers, _ = raw.ask("POST /nothing", b"x" * 3000000)
+    assert status == 404 and headers["connection"] == "close"
+
+
+def test_http_1_0(raw: Raw, fake_api: FakeApi) -> None:
+    raw.send("GET /_ping HTTP/1.0\nConnection: keep-alive\n\n")
+    status, headers, body = raw.response()
+    assert (status, headers["connection"], body) == (200, "keep-alive", b"OK")
+    fake_api.job("stats", lambda job: job.stdout.write(b'{"a": 1}\n{"a": 2}\n') and None)
+    raw.send("GET /containers/x/stats HTTP/1.0\n\n")
+    status, headers, body = raw.response()
+    assert "transfer-encoding" not in headers and body == b'{"a":1}\n{"a":2}\n'
+
+
+def test_connection_close_is_obeyed(raw: Raw) -> None:
+    raw.send("GET /_ping HTTP/1.1\nConnection: close\n\n")
+    assert raw.response()[1]["connection"] == "close" and raw.rest() == b""
+
+
+def test_chunked_body_with_extensions_and_trailer(fake_api: FakeApi, raw: Raw) -> None:
+    fake_api.job("auth", lambda job: job.env["body"])
+    raw.send(
+        "POST /auth HTTP/1.1\nContent-Type: application/json; charset=utf-8\nTransfer-Encoding: chunked\n\n"
+        '3;x="y"\n{"a\n004\n":1}\n0\nTrailer: x\n\nGET /_ping HTTP/1.1\n\n'
+    )
+    assert raw.response()[2] == b'{"a":1}\n' and raw.response()[2] == b"OK"
+
+
+@pytest.mark.parametrize(
+    "chunks", ["x\n", "-1\n", "1 1\na\n", "1\nab\n0\n\n", "\n", "0x1\na\n", "1" * 16 + "\n"]
+)
+def test_bad_chunks_are_refused(fake_api: FakeApi, raw: Raw, chunks: str) -> None:
+    fake_api.job("auth", lambda job: job.env["body"])
+    raw.send("POST /auth HTTP/1.1\nContent-Type: application/json\nTransfer-Encoding: chunked\n\n" + chunks)
+    assert raw.rest().startswith(b"HTTP/1.1 400 ")
+
+
+def test_expect_100_continue(fake_api: FakeApi, raw: Raw) -> None:
+    fake_api.job("auth", lambda job: job.env["body"])
+    raw.send(
+        "POST /auth HTTP/1.1\nContent-Type: application/json\nContent-Length: 2\nExpect: 100-continue\n\n"
+    )
+    assert raw.until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    raw.sock.sendall(b"{}")
+    assert raw.response()[0] == 200
+    raw.send("POST /nothing HTTP/1.1\nContent-Length: 9\nExpect: 100-continue\n\n")
+    status, headers, _ = raw.response()
+    assert status == 404 and headers["connection"] == "close"  # the body may come or not
+
+
+# Limits
+
+
+def test_slow_and_silent_clients_time_out(fake_api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dockerd, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(dockerd, "JSON_SECONDS", 0.3)
+    fake_api.job("auth", lambda job: job.env["body"])
+    silent, slow, slow_body, idle = (fake_api.connect() for _ in range(4))
+    assert idle.ask("GET /_ping")[0] == 200
+    slow_body.send("POST /auth HTTP/1.1\nContent-Type: application/json\nContent-Length: 20\n\n{")
+    with contextlib.suppress(OSError):
+        for byte in b"GET /_ping HTTP/1.1\r\n\r\n":
+            slow.sock.sendall(bytes([byte]))
+            time.sleep(0.03)
+    assert silent.rest() == b""
+    assert slow.rest().startswith(b"HTTP/1.1 408 ") and slow_body.rest().startswith(b"HTTP/1.1 408 ")
+    assert idle.ask("GET /_ping")[0] == 200
+
+
+def test_the_longest_idle_connection_makes_room(fake_api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dockerd, "IDLE_CONNECTIONS", 2)
+    clients = [fake_api.connect() for _ in range(3)]
+    for client in clients:
+        assert client.ask("GET /_ping")[0] == 200
+        time.sleep(0.05)
+    assert clients[0].rest() == b""
+    assert clients[1].ask("GET /_ping")[0] == clients[2].ask("GET /_ping")[0] == 200
+
+
+def test_too_many_connections_are_refused(fake_api: FakeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = fake_api.connect()
+    assert first.ask("GET /_ping")[0] == 200
+    monkeypatch.setattr(dockerd, "CONNECTIONS", 1)
+    assert fake_api.connect().rest().startswith(b"HTTP/1.1 503 ")
+    assert first.ask("GET /_ping")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (b"[" * 65 + b"]" * 65, "nested deeper"),
+        (b"[" * 100000, "nested deeper"),
+        (b'{"a":' * 65 + b"1" + b"}" * 65, "nested"),
+        (b"[]]", "nested"),
+        (b'{"a"', "unbalanced"),
+        (b"{a}", "invalid JSON"),
+        (b"NaN", "invalid JSON"),
+        (b"\xff", "invalid JSON"),
+        (b'{"a": 1} {}', "invalid JSON"),
+        (b'"\\' * 50000, "invalid JSON"),
+        (b'"' * 99999, "invalid JSON"),
+    ],
+)
+def test_json_that_is_refused(text: bytes, reason: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(dockerd.BadParameter, match=reason):
+        dockerd.parse_json(text)
+    assert time.monotonic() - start < 1
+
+
+def test_json_that_is_accepted() -> None:
+    assert dockerd.parse_json(b"[" * 64 + b"]" * 64)
+    assert dockerd.parse_json(b'"' + b"[{" * 999 + b'"') == "[{" * 999
+    assert dockerd.parse_json(rb'["\"[", "\\", "]"]') == ['"[', "\\", "]"]
+    assert dockerd.parse_json(rb'"a\ud800b\ud83d\ude00"') == "a\ufffdb\U0001f600"
+
+
+def test_json_body_rules(fake_api: FakeApi, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_api.job("auth", lambda job: job.env["body"])
+    assert raw.json("POST /auth", b"{}", "Content-Type: text/plain") == (
+        400,
+        {"message": "unsupported Content-Type header (text/plain): must be 'application/json'"},
+    )
+    raw.send("POST /auth HTTP/1.1\nContent-Length: 2\n\n{}")
+    assert b"malformed Content-Type header" in raw.response()[2]
+    assert raw.json("POST /auth", b"[]")[0] == 400
+    assert raw.json("POST /auth") == (200, {})
+    monkeypatch.setattr(dockerd, "JSON_BYTES", 100)
+    raw.send(
+        "POST /auth HTTP/1.1\nContent-Type: application/json\nTransfer-Encoding: chunked\n\n"
+        "70\n" + "x" * 0x70 + "\n0\n\n"
+    )
+    assert raw.rest().startswith(b"HTTP/1.1 413 ")
+
+
+# Routes and versions
+
+
+def test_every_route_is_found_by_its_path() -> None:
+    for row in dockerd.ROUTES:
+        path = (
+            row.path.replace("{name}", "reg.io:5000/a/b:c")
+            .replace("{id}", "abc")
+            .replace("{checkpoint}", "c")
+        )
+        found = dockerd.find_route(row.method, path)
+        assert found and found[0].path == row.path, (row.method, path)
+        assert all("/json" not in name for name in found[1])
+    slashed = dockerd.find_route("GET", "/containers//x/json")
+    assert slashed and slashed[1] == ("/x",)
+    for method, path in (
+        ("GET", "/containers/json/"),
+        ("PUT", "/info"),
+        ("GET", "/"),
+        ("GET", "/containers//json"),
+    ):
+        assert dockerd.find_route(method, path) is None, path
+
+
+@pytest.mark.parametrize(
+    "line, status, message",
+    [
+        ("GET /v1.99/version", 400, "client version 1.99 is too new. Maximum supported API version is 1.51"),
+        ("GET /nothing", 404, "page not found"),
+        ("PUT /version", 404, "page not found"),
+        ("GET /info", 501, "info: this feature is not supported by this daemon"),
+        ("POST /swarm/leave", 503, "This node is not part of a swarm"),
+        ("GET /plugins/x/y/json", 404, 'plugin "x/y" not found'),
+        ("GET /v1.40/containers/x/logs", 400, "Bad parameters: you must choose at least one stream"),
+        ("POST /containers/x/resize?h=1&w=x", 400, 'invalid resize width "x": invalid syntax'),
+        ("GET /containers/json?limit=x", 400, "invalid value 'x' of parameter limit"),
+    ],
+)
+def test_errors(raw: Raw, line: str, status: int, message: Optional[str]) -> None:
+    answer = raw.json(line)
+    assert answer[0] == status and message in (None, answer[1]["message"])
+
+
+def test_old_version_is_refused_in_plain_text(raw: Raw) -> None:
+    status, headers, body = raw.ask("GET /v1.11/version")
+    assert status == 400 and headers["content-type"] == "text/plain; charset=utf-8"
+    assert body == (
+        b"client version 1.11 is too old. Minimum supported API version is 1.12, please upgrade your "
+        b"client to a newer version\n"
+    )
+    assert raw.ask("GET /v1.23/nothing")[2] == b"page not found\n"
+    assert raw.ask("GET /v1.24/nothing")[2] == b'{"message":"page not found"}\n'
+
+
+def test_ping_and_the_headers_of_every_response(raw: Raw) -> None:
+    for method, body in (("GET", b"OK"), ("HEAD", b"")):
+        for path in ("/_ping", "/v1.24/_ping", "http://docker/_ping"):
+            status, headers, data = raw.ask(f"{method} {path}")
+            assert (status, data) == (200, body)
+            assert headers["content-length"] == str(len(body))
+            assert headers["api-version"] == "1.51" and headers["ostype"] == "linux"
+            assert headers["docker-experimental"] == "false" and headers["builder-version"] == "1"
+            assert headers["server"] == f"Docker/{dockerd.VERSION} (linux)" and headers["swarm"] == "inactive"
+            assert headers["cache-control"] == "no-cache, no-store, must-revalidate"
+            assert headers["pragma"] == "no-cache" and headers["content-type"] == "text/plain; charset=utf-8"
+
+
+def test_every_error_class_has_its_status(fake_api: FakeApi, raw: Raw) -> None:
+    def fail(job: Any) -> None:
+        raise next(kind for kind in dockerd.HTTP_STATUS if kind.__name__ == job.args[0])("it went\u2028wrong")
+
+    fake_api.job("container_inspect", fail)
+    for kind, status in dockerd.HTTP_STATUS.items():
+        answer = raw.json(f"GET /containers/{kind.__name__}/json")
+        assert answer == (status, None if status == 304 else {"message": "it went\u2028wrong"})
+
+
+def test_an_unforeseen_exception_is_a_500_and_the_connection_goes_on(fake_api: FakeApi, raw: Raw) -> None:
+    fake_api.job("info", lambda job: 1 / 0)
+    assert raw.json("GET /info") == (500, {"message": "division by zero"})
+    assert raw.ask("GET /_ping")[0] == 200
+
+
+def test_parameters_are_converted(fake_api: FakeApi, raw: Raw) -> None:
+    fake_api.job("containers", lambda job: [dict(job.env)])
+    fake_api.job("stop", lambda job: None)
+    query = "all=1&limit=5&size=False&filters=%7B%22status%22%3A%7B%22a+b%22%3Atrue%7D%7D&since=&x=y"
+    assert raw.json("GET /containers/json?" + query) == (
+        200,
+        [{"all": True, "limit": 5, "size": False, "filters": {"status": {"a b": True}}}],
+    )
+    assert raw.json("GET /containers/json?limit=x")[0] == 400
+    assert raw.json("GET /containers/json?filters=%7B")[0] == 400
+    assert raw.ask("POST /v1.41/containers/a%2Fb/stop?t=3&signal=INT")[0] == 204
+    assert fake_api.seen[-1].args == ["a/b"] and dict(fake_api.seen[-1].env) == {"t": 3}
+    assert (
+        raw.ask("POST /containers/x/stop?signal=INT")[0] == 204 and fake_api.seen[-1].env["signal"] == "INT"
+    )
+
+
+def test_cors_headers_are_sent_when_asked_for(tmp_path: Any) -> None:
+    for env, origin in (({"EnableCors": True}, "*"), ({"CorsHeaders": "http://a"}, "http://a"), ({}, None)):
+        api = FakeApi(f"unix://{tmp_path}/docker.sock", **env)
+        status, headers, _ = api.connect().ask("OPTIONS /any/thing")
+        assert status == 200 and headers.get("access-control-allow-origin") == origin
+        api.server.close()
+
+
+# Version gates
+
+NEW_CONTAINER: dict[str, Any] = {
+    "Id": "c" * 64,
+    "Created": "2024-01-01T00:00:00Z",
+    "Path": "sh",
+    "Args": ["-c"],
+    "Image": "sha256:" + "a" * 64,
+    "State": {
+        "Status": "exited",
+        "Running": False,
+        "Paused": False,
+        "Restarting": False,
+        "OOMKilled": False,
+        "Dead": False,
+        "Pid": 0,
+        "ExitCode": 3,
+        "Error": "",
+        "StartedAt": "a",
+        "FinishedAt": "b",
+    },
+    "ResolvConfPath": "/r",
+    "HostnamePath": "/h",
+    "HostsPath": "/o",
+    "LogPath": "/l",
+    "Name": "/n",
+    "RestartCount": 0,
+    "Driver": "overlay2",
+    "Platform": "linux",
+    "MountLabel": "",
+    "ProcessLabel": "",
+    "AppArmorProfile": "",
+    "ExecIDs": None,
+    "GraphDriver": {"Name": "overlay2", "Data": {}},
+    "HostConfig": {
+        "Binds": ["/a:/b"],
+        "Memory": 5,
+        "CpusetCpus": "0",
+        "NetworkMode": "none",
+        "Dns": [],
+        "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
+        "ShmSize": 1,
+    },
+    "Mounts": [{"Type": "bind", "Source": "/a", "Destination": "/b", "RW": False}],
+    "Config": {
+        "Hostname": "x",
+        "Tty": True,
+        "Env": ["A=b"],
+        "Labels": {},
+        "Image": "busybox",
+        "ExposedPorts": None,
+    },
+    "NetworkSettings": {
+        "Bridge": "",
+        "SandboxID": "s",
+        "Ports": {},
+        "IPAddress": "",
+        "Networks": {"net": {"Aliases": ["a"], "DNSNames": ["d"]}},
+    },
+}
+
+
+def test_container_inspect_of_1_14_is_docker_1_2_0_s(fake_api: FakeApi, raw: Raw) -> None:
+    fake_api.job("container_inspect", lambda job: NEW_CONTAINER)
+    status, old = raw.json("GET /v1.14/containers/x/json")
+    assert status == 200 and list(old) == [
+        "Id",
+        "Created",
+        "Path",
+        "Args",
+        "Config",
+        "State",
+        "Image",
+        "NetworkSettings",
+        "ResolvConfPath",
+        "HostnamePath",
+        "HostsPath",
+        "Name",
+        "Driver",
+        "ExecDriver",
+        "MountLabel",
+        "ProcessLabel",
+        "Volumes",
+        "VolumesRW",
+        "HostConfig",
+    ]
+    assert old["State"] == {
+        "Running": False,
+        "Paused": False,
+        "Restarting": False,
+        "Pid": 0,
+        "ExitCode": 3,
+        "StartedAt": "a",
+        "FinishedAt": "b",
+    }
+    assert old["Image"] == "a" * 64 and old["Volumes"] == {"/b": "/a"} and old["VolumesRW"] == {"/b": False}
+    assert (
+        old["Config"]["Memory"] == 5 and old["Config"]["Cpuset"] == "0" and old["Config"]["PortSpecs"] is None
+    )
+    assert old["HostConfig"]["LxcConf"] == [] and "ShmSize" not in old["HostConfig"]
+    assert set(old["NetworkSettings"]) == {
+        "IPAddress",
+        "IPPrefixLen",
+        "Gateway",
+        "Bridge",
+        "PortMapping",
+        "Ports",
+    }
+
+
+def test_container_inspect_between(fake_api: FakeApi, raw: Raw) -> None:
+    fake_api.job("container_inspect", lambda job: NEW_CONTAINER)
+    shapes = {
+        version: raw.json(f"GET /v{version}/containers/x/json")[1]
+        for version in ("1.19", "1.20", "1.21", "1.22", "1.43", "1.44", "1.45", "1.51")
+    }
+    assert shapes["1.51"] == NEW_CONTAINER == raw.json("GET /containers/x/json")[1]
+    assert "Mounts" not in shapes["1.19"] and "Mounts" in shapes["1.20"]
+    assert (
+        "Networks" not in shapes["1.20"]["NetworkSettings"]
+        and "Networks" in shapes["1.21"]["NetworkSettings"]
+    )
+    assert shapes["1.21"]["ExecDriver"] == "native-0.2" and "ExecDriver" not in shapes["1.22"]
+    aliases = {
+        version: shape["NetworkSettings"]["Networks"]["net"]
+        for version, shape in shapes.items()
+        if version >= "1.21"
+    }
+    assert aliases["1.44"]["Aliases"] == ["a", "c" * 12] and aliases["1.45"]["Aliases"] == ["a"]
+    assert "DNSNames" not in aliases["1.43"] and "DNSNames" in aliases["1.44"]
+
+
+def test_list_shapes(fake_api: FakeApi, raw: Raw) -> None:
+    listed = {
+        "Id": "c",
+        "Names": ["/n"],
+        "Image": "sha256:" + "a" * 64,
+        "ImageID": "sha256:" + "a" * 64,
+        "Command": "sh",
+        "Created": 1,
+        "Ports": [],
+        "Labels": {},
+        "State": "created",
+        "Status": "Created",
+        "SizeRw": 3,
+        "HostConfig": {"NetworkMode": "none", "Annotations": {}},
+        "NetworkSettings": {},
+        "Mounts": [],
+    }
+    fake_api.job("containers", lambda job: [listed])
+    keys = {
+        version: set(raw.json(f"GET /v{version}/containers/json")[1][0])
+        for version in ("1.14", "1.17", "1.18", "1.19", "1.20", "1.21", "1.22", "1.23", "1.51")
+    }
+    assert keys["1.14"] == {"Id", "Names", "Image", "Command", "Created", "Status", "Ports", "SizeRw"}
+    assert keys["1.18"] - keys["1.17"] == {"Labels"} and keys["1.20"] - keys["1.19"] == {"HostConfig"}
+    assert keys["1.21"] - keys["1.20"] == {"ImageID"} and keys["1.22"] - keys["1.21"] == {"NetworkSettings"}
+    assert keys["1.23"] - keys["1.22"] == {"State", "Mounts"} and keys["1.51"] == set(listed)
+    old = raw.json("GET /v1.14/containers/json")[1][0]
+    assert old["Status"] == "" and old["Image"] == "a" * 64
+    assert "Annotations" not in raw.json("GET /v1.45/containers/json")[1][0]["HostConfig"]
+
+
+def test_image_shapes(fake_api: FakeApi, raw: Raw) -> None:
+    identity = "sha256:" + "a" * 64
+    fake_api.job(
+        "images",
+        lambda job: [
+            {
+                "Id": identity,
+                "ParentId": "",
+                "RepoTags": [],
+                "RepoDigests": [],
+                "Created": 1,
+                "Size": 7,
+                "SharedSize": -1,
+                "Labels": None,
+                "Containers": -1,
+                "env": dict(job.env),
+            }
+        ],
+    )
+    old = raw.json("GET /v1.14/images/json?filter=bu*&shared-size=1")[1][0]
+    assert old == {
+        "ParentId": "",
+        "RepoTags": ["<none>:<none>"],
+        "Id": "a" * 64,
+        "Created": 1,
+        "Size": 7,
+        "VirtualSize": 7,
+    }
+    assert fake_api.seen[-1].env == {"filters": {"reference": ["bu*"]}}
+    v43, v44 = (raw.json(f"GET /v{version}/images/json")[1][0] for version in ("1.43", "1.44"))
+    assert v43["VirtualSize"] == 7 and v43["RepoTags"] == [] and "VirtualSize" not in v44
+    fake_api.job(
+        "image_inspect",
+        lambda job: {
+            "Id": identity,
+            "Parent": "",
+            "RepoTags": [],
+            "RepoDigests": [],
+            "Size": 1,
+            "Config": {"Cmd": ["sh"]},
+            "RootFS": {},
+            "Metadata": {},
+            "GraphDriver": {},
+            "Created": "c",
+            "Os": "linux",
+            "Architecture": "amd64",
+        },
+    )
+    old = raw.json("GET /v1.14/images/a/b/json")[1]
+    assert (
+        set(old)
+        == {
+            "Id",
+            "Parent",
+            "Comment",
+            "Created",
+            "Container",
+            "ContainerConfig",
+            "DockerVersion",
+            "Author",
+            "Config",
+            "Architecture",
+            "Os",
+            "Size",
+        }
+        and old["Id"] == "a" * 64
+    )
+    assert fake_api.seen[-1].args == ["a/b"]
+    v49, v50 = (raw.json(f"GET /v{version}/images/x/json")[1] for version in ("1.49", "1.50"))
+    assert v49["Config"]["Hostname"] == "" and v50["Config"] == {"Cmd": ["sh"]}
+
+
+def test_info_and_version_shapes(fake_api: FakeApi, raw: Raw) -> None:
+    fake_api.job(
+        "info",
+        lambda job: {
+            "ID": "x",
+            "Containers": 2,
+            "Images": 1,
+            "Driver": "overlay2",
+            "DriverStatus": [["a", "b"]],
+            "MemoryLimit": True,
+            "Debug": False,
+            "KernelVersion": "",
+            "SecurityOptions": ["name=seccomp,profile=builtin"],
+            "Warnings": [],
+            "Runtimes": {"runc": {"path": "x", "status": {}}},
+            "FirewallBackend": {},
+            "RuncCommit": {"ID": "1"},
+        },
+    )
+    v14, v18, v24, v43, v51 = (
+        raw.json(f"GET /v{version}/info")[1] for version in ("1.14", "1.18", "1.24", "1.43", "1.51")
+    )
+    assert (
+        set(v14) == set(dockerd.INFO_1_14)
+        and v14["MemoryLimit"] == 1
+        and v14["ExecutionDriver"] == "native-0.2"
+    )
+    assert v18["Debug"] == 0 and v18["Debug"] is not False and v18["ID"] == "x"
+    assert (
+        v24["SecurityOptions"] == ["seccomp"]
+        and v24["KernelVersion"] == "<unknown>"
+        and "Warnings" not in v24
+    )
+    assert v43["Runtimes"] == {"runc": {"path": "x"}} and v43["RuncCommit"] == {"ID": "1", "Expected": "1"}
+    assert v51["Runtimes"]["runc"]["status"] == {} and "Expected" not in v51["RuncCommit"]
+    fake_api.job(
+        "version",
+        lambda job: {
+            "Platform": {},
+            "Components": [],
+            "Version": "v",
+            "ApiVersion": "1.51",
+            "MinAPIVersion": "1.12",
+            "GitCommit": "g",
+            "Os": "linux",
+            "BuildTime": "t",
+        },
+    )
+    assert set(raw.json("GET /v1.14/version")[1]) == set(dockerd.VERSION_1_14)
+    assert (
+        "Components" not in raw.json("GET /v1.34/version")[1]
+        and "MinAPIVersion" in raw.json("GET /v1.25/version")[1]
+    )
+
+
+def test_create_is_brought_to_the_newest_shape(fake_api: FakeApi, raw: Raw) -> None:
+    fake_api.job("create", lambda job: {"Id": "x", "Warnings": []})
+    sent: dict[str, Any] = {
+        "Image": "busybox",
+        "Cmd": "ls",
+        "Memory": 5000000,
+        "Cpuset": "0",
+        "CpuShares": 1,
+        "Healthcheck": {"StartInterval": 1},
+        "HostConfig": {
+            "AutoRemove": True,
+            "Annotations": {"a": "b"},
+            "ConsoleSize": [1, 2],
+            "Mounts": [{"Type": "bind", "BindOptions": {"NonRecursive": True}, "TmpfsOptions": {}}],
+        },
+    }
+    assert raw.json("POST /v1.14/containers/create?name=n&platform=linux", sent) == (
+        201,
+        {"Id": "x", "Warnings": None},
+    )
+    job = fake_api.seen[-1]
+    body, host = job.env["body"], job.env["body"]["HostConfig"]
+    assert job.args == ["n"] and "platform" not in job.env and job.env["defaultReadOnlyNonRecursive"]
+    assert body["Cmd"] == ["ls"] and "Memory" not in body and body["Healthcheck"] == {}
+    assert host["Memory"] == 5000000 and host["CpusetCpus"] == "0" and host["CpuShares"] == 1
+    assert "AutoRemove" not in host and "Annotations" not in host and host["IpcMode"] == "shareable"
+    assert host["Mounts"] == [{"Type": "bind", "BindOptions": {}}]
+    assert raw.json("POST /containers/create?name=n&platform=linux", sent) == (
+        201,
+        {"Id": "x", "Warnings": []},
+    )
+    job = fake_api.seen[-1]
+    assert job.env["body"] == {**sent, "Cmd": ["ls"]} and job.env["platform"] == "linux"
+
+
+@pytest.mark.parametrize(
+    "version, part, message",
+    [
+        (
+            "1.43",
+            {"NetworkingConfig": {"EndpointsConfig": {"a": {}, "b": {}}}},
+            "Container cannot be created with multiple network endpoints: a, b",
+        ),
+        (
+            "1.44",
+            {"HostConfig": {"Mounts": [{"Type": "volume", "VolumeOptions": {"Subpath": "x"}}]}},
+            "VolumeOptions.Subpath needs API v1.45 or newer",
+        ),
+        (
+            "1.47",
+            {"HostConfig": {"Mounts": [{"Type": "image"}]}},
+            'Mount type "Image" needs API v1.48 or newer',
+        ),
+    ],
+)
+def test_create_refuses_what_an_old_client_would_get_wrong(
+    fake_api: FakeApi, raw: Raw, version: str, part: dict[str, Any], message: str
+) -> None:
+    fake_api.job("create", lambda job: {"Id": "x", "Warnings": []})
+    assert raw.json(f"POST /v{version}/containers/create", part) == (400, {"message": message})
+    assert raw.json("POST /containers/create", part)[0] == 201
+
+
+def test_create_needs_a_body(raw: Raw) -> None:
+    assert raw.json("POST /containers/create") == (
+        400,
+        {"message": "invalid JSON: got EOF while reading request body"},
+    )
+
+
+def test_start_takes_a_host_config_before_1_24(fake_api: FakeApi, raw: Raw) -> None:
+    fake_api.job("start")
+    assert raw.ask("POST /v1.23/containers/x/start", {"Binds": ["/a:/b"]})[0] == 204
+    assert fake_api.seen[-1].env == {"hostconfig": {"Binds": ["/a:/b"]}}
+    assert raw.ask("POST /v1.24/containers/x/start", {"Binds": ["/a:/b"]})[0] == 400
+    assert raw.ask("POST /v1.24/containers/x/start", b"{}")[0] == 204 and not fake_api.seen[-1].env
+    assert raw.ask("POST /containers/x/start?detachKeys=a")[0] == 204
+
+
+def test_kill_of_a_stopped_container_was_no_error_before_1_20(fake_api: FakeApi, raw: Raw) -> None:
+    def stopped(job: Any) -> None:
+        raise dockerd.Conflict("container is not running")
+
+    fake_api.job("kill", stopped)
+    assert raw.ask("POST /v1.19/containers/x/kill?signal=9")[0] == 204 and fake_api.seen[-1].args == [
+        "x",
+        "9",
+    ]
+    assert raw.ask("POST /v1.20/containers/x/kill")[0] == 409
+
+
+# Streams
+
+
+def test_wait_sends_its_headers_at_once(fake_api: FakeApi, raw: Raw) -> None:
+    gone = threading.Event()
+
+    def wait(job: Any) -> Any:
+        job.ready()
+        assert gone.wait(10)
+        return {"StatusCode": 7, "Error": None}
+
+    fake_api.job("wait", wait)
+    raw.send("POST /v1.30/containers/x/wait?condition=next-exit HTTP/1.1\n\n")
+    status, headers = raw.head()
+    assert status == 200 and headers["content-type"] == "application/json"
+    assert fake_api.seen[-1].env == {"condition": "next-exit"}
+    gone.set()
+    assert json.loads(b"".join(iter(raw.chunk, b""))) == {"StatusCode": 7}
+    assert raw.json("POST /v1.29/containers/x/wait?condition=removed") == (200, {"StatusCode": 7})
+    assert fake_api.seen[-1].env == {}
+
+
+def test_wait_for_a_missing_container_is_an_error(fake_api: FakeApi, raw: Raw) -> None:
+    def missing(job: Any) -> None:
+        raise dockerd.NotFound("No such container: x")
+
+    fake_api.job("wait", missing)
+    assert raw.json("POST /containers/x/wait") == (404, {"message": "No such container: x"})
+
+
+@pytest.mark.parametrize(
+    "version, tty, kind",
+    [("1.41", False, "raw"), ("1.42", False, "multiplexed"), ("1.42", True, "raw"), ("1.14", False, "raw")],
+)
+def test_logs(fake_api: FakeApi, raw: Raw, version: str, tty: bool, kind: str) -> None:
+    def logs(job: Any) -> None:
+        job.ready(tty=tty)
+        job.stdout.write(b"out")
+        job.stderr.write(b"error")
+
+    fake_api.job("logs", logs)
+    status, headers, body = raw.ask(f"GET /v{version}/containers/x/logs?stdout=1&stderr=1&tail=5")
+    assert status == 200 and headers["content-type"] == f"application/vnd.docker.{kind}-stream"
+    assert body == (b"outerror" if tty else b"\1\0\0\0\0\0\0\3out\2\0\0\0\0\0\0\5error")
+    assert fake_api.seen[-1].env["tail"] == "5"
+
+
+@pytest.mark.parametrize(
+    "line, name",
+    [
+        ("POST /containers/x/wait", "wait"),
+        ("GET /events", "events"),
+        ("GET /containers/x/logs?stdout=1&follow=1", "logs"),
+        ("POST /images/create?fromImage=x", "pull"),
+    ],
+)
+def test_a_job_is_cancelled_when_its_client_hangs_up(fake_api: FakeApi, line: str, name: str) -> None:
+    cancelled = threading.Event()
+
+    def last(job: Any) -> Any:
+        job.ready(tty=True)
+        with contextlib.suppress(ConnectionError):
+            job.stdout.write(b'{"status":"x"}\n')
+        if job.cancelled.wait(10):
+            cancelled.set()
+        return {"StatusCode": 0} if name == "wait" else None
+
+    fake_api.job(name, last)
+    client = fake_api.connect()
+    client.send(f"{line} HTTP/1.1\n\n")
+    assert client.head()[0] == 200
+    client.sock.close()
+    assert cancelled.wait(5)
+
+
+def test_events_have_the_client_s_shape(fake_api: FakeApi, raw: Raw) -> None:
+    def events(job: Any) -> None:
+        job.ready()
+        for kind, action in (("container", "start"), ("network", "create"), ("image", "create")):
+            event = {
+                "status": action,
+                "id": "x",
+                "from": "i",
+                "Type": kind,
+                "Action": action,
+                "Actor": {},
+                "time": 1,
+                "timeNano": 2,
+            }
+            job.stdout.write(json.dumps(event).encode() + b"\n")
+
+    fake_api.job("events", events)
+    newest, v45, v14 = (
+        [json.loads(line) for line in raw.ask(f"GET /v{version}/events?until=5")[2].splitlines()]
+        for version in ("1.51", "1.45", "1.14")
+    )
+    assert [event["Type"] for event in newest] == ["container", "network", "image"]
+    assert [event["Type"] for event in v45] == ["container", "network"]
+    assert v14 == [{"status": "start", "id": "x", "from": "i", "time": 1, "timeNano": 2}]
+
+
+def test_import_streams_progress_and_an_error_line(fake_api: FakeApi, raw: Raw) -> None:
+    def load(job: Any) -> None:
+        data = b"".join(iter(lambda: job.stdin.read(10000), b""))
+        if data == b"bad":
+            raise dockerd.BadParameter("not a tar")
+        job.progress(status="Importing", size=len(data))
+        if data == b"late":
+            raise dockerd.DockerError("disk full")
+
+    fake_api.job("import", load)
+    body = os.urandom(300000)
+    raw.send(
+        "POST /v1.41/images/create?fromSrc=-&repo=a&tag=b&changes=CMD+x&changes=ENV+y&platform=linux"
+        " HTTP/1.1\n"
+        "Transfer-Encoding: chunked\nContent-Type: application/tar\n\n"
+    )
+    for start in range(0, len(body), 65536):
+        part = body[start : start + 65536]
+        raw.sock.sendall(b"%x\r\n%b\r\n" % (len(part), part))
+    raw.sock.sendall(b"0\r\n\r\n")
+    status, headers, data = raw.response()
+    assert status == 200 and headers["content-type"] == "application/json"
+    assert data == b'{"status":"Importing","size":300000}\r\n'
+    job = fake_api.seen[-1]
+    assert job.args == ["-", "a", "b"] and job.env == {"changes": ["CMD x", "ENV y"], "platform": "linux"}
+    assert raw.json("POST /images/create?fromSrc=-", b"bad") == (400, {"message": "not a tar"})
+    data = raw.ask("POST /images/create?fromSrc=-", b"late")[2]
+    assert data.endswith(b'\r\n{"errorDetail":{"message":"disk full"},"error":"disk full"}\r\n')
+    assert raw.ask("GET /_ping")[0] == 200
+
+
+def test_a_body_that_ends_early_fails_the_job(fake_api: FakeApi, raw: Raw) -> None:
+    ended = threading.Event()
+
+    def load(job: Any) -> None:
+        try:
+            job.stdin.read()
+        except ConnectionError:
+            ended.set()
+            raise
+
+    fake_api.job("import", load)
+    raw.send("POST /images/create?fromSrc=- HTTP/1.1\nContent-Length: 1000\n\nabc")
+    raw.sock.shutdown(socket.SHUT_WR)
+    assert ended.wait(5) and raw.rest() == b""
+
+
+def test_an_error_in_a_download_cuts_it_off(fake_api: FakeApi, raw: Raw) -> None:
+    def export(job: Any) -> None:
+        job.stdout.write(b"part")
+        raise dockerd.DockerError("lost")
+
+    fake_api.job("export", export)
+    raw.send("GET /containers/x/export HTTP/1.1\n\n")
+    assert raw.head()[1]["content-type"] == "application/octet-stream"
+    assert raw.rest() == b"4\r\npart\r\n"  # no last chunk
+
+
+# Hijacked connections
+
+
+def echo_until_end(job: Any) -> None:
+    """A job attach that answers in capitals."""
+    job.ready(tty=job.env.get("tty", False))
+    stream = job.hijacked
+    assert stream.fileno() >= 0
+    while True:
+        data = stream.read_some()
+        if data is None:
+            assert not stream.pending()
+            time.sleep(0.005)
+        elif data:
+            data = data.upper()
+            while data:
+                data = data[stream.write_some(data) :]
+        else:
+            break
+    while not stream.write_some(b"bye"):
+        time.sleep(0.005)
+    stream.close_write()
+
+
+@pytest.mark.parametrize(
+    "version, upgrade, status, kind",
+    [
+        ("1.51", True, b"101 UPGRADED", b"multiplexed"),
+        ("1.41", True, b"101 UPGRADED", b"raw"),
+        ("1.51", False, b"200 OK", b"raw"),
+        ("1.14", False, b"200 OK", b"raw"),
+    ],
+)
+def test_attach_hijacks(
+    fake_api: FakeApi, raw: Raw, version: str, upgrade: bool, status: bytes, kind: bytes
+) -> None:
+    fake_api.job("attach", echo_until_end)
+    fields = "Connection: Upgrade\nUpgrade: tcp\n" if upgrade else ""
+    raw.send(f"POST /v{version}/containers/x/attach?stdin=1&stream=1 HTTP/1.1\n{fields}\nearly ")
+    head = raw.until(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 " + status + b"\r\n")
+    assert b"Content-Type: application/vnd.docker." + kind + b"-stream\r\n" in head
+    assert (b"Connection: Upgrade\r\nUpgrade: tcp\r\n" in head) == upgrade
+    assert raw.exactly(6) == b"EARLY "
+    raw.sock.sendall(b"late")
+    assert raw.exactly(4) == b"LATE"
+    raw.sock.shutdown(socket.SHUT_WR)
+    assert raw.rest() == b"bye"
+    assert fake_api.seen[-1].env == {"stdin": True, "stream": True}
+
+
+def test_attach_that_fails_is_an_error_response(fake_api: FakeApi, raw: Raw) -> None:
+    def missing(job: Any) -> None:
+        raise dockerd.NotFound("No such container: x")
+
+    fake_api.job("attach", missing)
+    assert raw.json("POST /containers/x/attach", None, "Connection: Upgrade", "Upgrade: tcp") == (
+        404,
+        {"message": "No such container: x"},
+    )
+
+
+def test_output_is_not_lost_when_the_client_goes_on_writing(fake_api: FakeApi, raw: Raw) -> None:
+    def deaf(job: Any) -> None:
+        job.ready(tty=True)
+        time.sleep(0.1)  # unread input in the socket at its close would make the kernel reset it
+        assert job.hijacked.write_some(b"last words") == 10
+
+    fake_api.job("attach", deaf)
+    raw.send("POST /containers/x/attach HTTP/1.1\n\n" + "unread " * 1000)
+    assert raw.rest().endswith(b"last words")
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A CA, and a certificate with key that it signed for 127.0.0.1."""
+    folder = tmp_path_factory.mktemp("tls")
+    new = ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    for command in (
+        [
+            *new,
+            "-x509",
+            "-keyout",
+            "ca.key",
+            "-out",
+            "ca.pem",
+            "-subj",
+            "/CN=ca",
+            "-days",
+            "2",
+            "-addext",
+            "keyUsage=critical,keyCertSign",
+        ],
+        [*new, "-keyout", "key.pem", "-out", "request.pem", "-subj", "/CN=localhost"],
+        [
+            "openssl",
+            "x509",
+            "-req",
+            "-in",
+            "request.pem",
+            "-CA",
+            "ca.pem",
+            "-CAkey",
+            "ca.key",
+            "-CAcreateserial",
+            "-out",
+            "cert.pem",
+            "-days",
+            "2",
+            "-extfile",
+            "names",
+        ],
+    ):
+        (folder / "names").write_text(
+            "subjectAltName=IP:127.0.0.1\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
+        )
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def tls_api(certificates: Any) -> Iterator[FakeApi]:
+    """A server on a TCP port with TLS that wants client certificates."""
+    api = FakeApi(
+        "tcp://127.0.0.1:0",
+        TlsVerify=True,
+        TlsCa=f"{certificates}/ca.pem",
+        TlsCert=f"{certificates}/cert.pem",
+        TlsKey=f"{certificates}/key.pem",
+    )
+    assert api.failure is None
+    yield api
+    api.server.close()
+
+
+def over_tls(api: FakeApi, certificates: Any, authenticated: bool = True) -> Raw:
+    """A TLS client of `api`."""
+    context = ssl.create_default_context(cafile=f"{certificates}/ca.pem")
+    if authenticated:
+        context.load_cert_chain(f"{certificates}/cert.pem", f"{certificates}/key.pem")
+    return Raw(context.wrap_socket(api.connect().sock, server_hostname="127.0.0.1"))
+
+
+def test_tls_serves_clients_with_a_certificate_only(tls_api: FakeApi, certificates: Any) -> None:
+    assert over_tls(tls_api, certificates).ask("GET /_ping")[2] == b"OK"
+    with pytest.raises(OSError):
+        over_tls(tls_api, certificates, authenticated=False).ask("GET /_ping")
+    plain = tls_api.connect()
+    plain.sock.sendall(b"GET /_ping HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert plain.rest().endswith(b"Client sent an HTTP request to an HTTPS server.\n")
+
+
+def test_a_silent_tls_client_hinders_nobody(
+    tls_api: FakeApi, certificates: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dockerd, "HANDSHAKE_SECONDS", 0.3)
+    silent = tls_api.connect()
+    assert over_tls(tls_api, certificates).ask("GET /_ping")[2] == b"OK"
+    assert silent.rest() == b""
+
+
+def test_attach_over_tls(tls_api: FakeApi, certificates: Any) -> None:
+    def echo(job: Any) -> None:
+        job.ready(tty=True)
+        stream, left = job.hijacked, 200000
+        while left:
+            data = stream.read_some(1000)
+            if data is None:
+                time.sleep(0.002)
+                continue
+            left -= len(data)
+            while data:
+                data = data[stream.write_some(data) :]
+        stream.close_write()
+
+    tls_api.job("attach", echo)
+    client = over_tls(tls_api, certificates)
+    client.send("POST /containers/x/attach HTTP/1.1\nConnection: Upgrade\nUpgrade: tcp\n\n")
+    assert client.until(b"\r\n\r\n").startswith(b"HTTP/1.1 101 UPGRADED\r\n")
+    for _ in range(10):
+        sent = os.urandom(20000)
+        client.sock.sendall(sent)
+        assert client.exactly(len(sent)) == sent
+    assert client.rest() == b""
+
+
+@pytest.mark.parametrize(
+    "env, message",
+    [
+        ({"TlsCert": "/nothing", "TlsKey": "/nothing"}, "Couldn't load X509 key pair"),
+        ({"TlsCa": "/nothing"}, "Couldn't read CA certificate /nothing"),
+    ],
+)
+def test_tls_files_that_cannot_be_read(certificates: Any, env: dict[str, str], message: str) -> None:
+    files = {
+        "TlsCa": f"{certificates}/ca.pem",
+        "TlsCert": f"{certificates}/cert.pem",
+        "TlsKey": f"{certificates}/key.pem",
+    }
+    api = FakeApi("tcp://127.0.0.1:0", TlsVerify=True, **{**files, **env})
+    api.thread.join(5)
+    assert message in str(api.failure) and api.server.closed
+
+
+# Listeners
+
+
+def test_requests_wait_until_connections_are_accepted(tmp_path: Any) -> None:
+    api = FakeApi(f"unix://{tmp_path}/docker.sock", BufferRequests=True)
+    client = api.connect()
+    client.send("GET /version HTTP/1.1\n\n")
+    time.sleep(0.3)
+    client.sock.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        client.sock.recv(1)
+    client.sock.settimeout(10)
+    api.job("version", lambda job: {"Version": "x"})
+    api.engine.job("acceptconnections").run()
+    assert client.response()[0] == 200
+    api.server.close()
+
+
+def test_acceptconnections_tells_the_service_manager(
+    tmp_path: Any, fake_api: FakeApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"{tmp_path}/notify")
+        manager.settimeout(5)
+        monkeypatch.setenv("NOTIFY_SOCKET", f"{tmp_path}/notify")
+        fake_api.engine.job("acceptconnections").run()
+        assert manager.recv(100).startswith(b"READY=1")
+
+
+def test_unix_socket_is_never_open_to_others(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = []
+    chown = os.chown
+
+    def spying_chown(path: Any, *owner: int) -> None:
+        modes.append(stat.S_IMODE(os.stat(path).st_mode))
+        chown(path, *owner)
+
+    monkeypatch.setattr(os, "chown", spying_chown)
+    umask = os.umask(0)
+    try:
+        listener = dockerd.listen_unix(f"{tmp_path}/s", str(os.getgid()))
+    finally:
+        os.umask(umask)
+    status = os.stat(f"{tmp_path}/s")
+    assert modes == [0o600] and stat.S_IMODE(status.st_mode) == 0o660 and status.st_gid == os.getgid()
+    listener.close()
+
+
+def test_stale_socket_is_replaced_and_a_live_one_refused(tmp_path: Any) -> None:
+    path = f"{tmp_path}/s"
+    dockerd.listen_unix(path, "").close()
+    live = dockerd.listen_unix(path, "")
+    with pytest.raises(dockerd.Conflict, match=f"unix://{path}: another daemon serves it"):
+        dockerd.listen_unix(path, "")
+    live.close()
+    os.unlink(path)
+    (tmp_path / "s").write_text("precious")
+    with pytest.raises(dockerd.Conflict, match="no socket"):
+        dockerd.listen_unix(path, "")
+    assert (tmp_path / "s").read_text() == "precious"
+
+
+def test_group_of_the_socket(caplog: pytest.LogCaptureFixture) -> None:
+    assert dockerd.group_id("root") == 0 and dockerd.group_id("7") == 7 and dockerd.group_id("") == -1
+    with pytest.raises(dockerd.NotFound, match="Group no-such-group not found"):
+        dockerd.group_id("no-such-group")
+
+
+@pytest.mark.parametrize(
+    "address, verified, loud",
+    [
+        ("127.0.0.1:0", False, False),
+        ("0.0.0.0:0", False, True),
+        ("0.0.0.0:0", True, False),
+        ("[::1]:0", False, False),
+    ],
+)
+def test_tcp_without_tls_is_warned_of(
+    address: str,
+    verified: bool,
+    loud: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dockerd.log, "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        try:
+            dockerd.listen_tcp(address, verified, verified).close()
+        except dockerd.DockerError as error:
+            assert ":" in address and "Cannot assign" in str(error)  # a host without IPv6
+            return
+    assert ("DON'T BIND ON ANOTHER IP ADDRESS" in caplog.text) == loud
+    assert (
+        "gives root access on this machine to everyone who has access to your network" in caplog.text
+    ) == loud
+
+
+def test_tcp_address_in_use_is_named() -> None:
+    with dockerd.listen_tcp("127.0.0.1:0", False, False) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(dockerd.DockerError, match=f"can't listen on tcp://{address}: .*in use"):
+            dockerd.listen_tcp(address, False, False)
+
+
+@pytest.mark.parametrize(
+    "number, printed",
+    [("", "4 True"), ("3", "1 True"), ("*", "4 True"), ("9", "too few"), ("x", "should be a number")],
+)
+def test_sockets_of_the_service_manager(tmp_path: Any, number: str, printed: str) -> None:
+    sockets = [dockerd.listen_unix(f"{tmp_path}/{name}", "") for name in "ab"]
+    program = (
+        f"import dockerd\ntry:\n  found = dockerd.passed_sockets({number!r})\n"
+        "  print(len(found), all(not s.get_inheritable() for s in found))\n"
+        "except dockerd.DockerError as error:\n  print(error)"
+    )
+    first, second = (listener.fileno() for listener in sockets)
+    shell = (
+        f"exec {sys.executable} - <<'END'\nimport os\n"
+        + (
+            f"for at, fd in enumerate(({first}, {second}, {first}, {second})): os.dup2(fd, 100 + at)\n"
+            "for at in range(4): os.dup2(100 + at, 3 + at)\n"
+            "os.environ.update(LISTEN_FDS='4', LISTEN_PID=str(os.getpid()))\n"
+        )
+        + program
+        + "\nEND\n"
+    )
+    done = subprocess.run(
+        ["sh", "-c", shell],
+        pass_fds=(first, second),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**os.environ, "PYTHONPATH": os.path.dirname(dockerd.__file__)},
+    )
+    assert printed in done.stdout, done.stderr
+    for listener in sockets:
+        listener.close()
+
+
+def test_no_sockets_were_passed() -> None:
+    with pytest.raises(dockerd.DockerError, match="no sockets found via socket activation"):
+        dockerd.passed_sockets("")
+
+
+@pytest.mark.parametrize(
+    "host, message",
+    [
+        ("/var/run/docker.sock", "usage: serveapi PROTO://ADDR [PROTO://ADDR ...]"),
+        ("npipe://x", "Invalid protocol format: npipe://x; use unix://, tcp:// or fd://"),
+        ("unix:///nothing/docker.sock", "can't listen on unix:///nothing/docker.sock: "),
+    ],
+)
+def test_hosts_that_cannot_be_served(host: str, message: str) -> None:
+    api = FakeApi(host)
+    api.thread.join(5)
+    assert message in str(api.failure)
+
+
+def test_listeners_are_closed_when_one_fails_and_at_shutdown(tmp_path: Any) -> None:
+    engine = dockerd.Engine()
+    server = dockerd.ApiServer(engine)
+    engine.install(server)
+    with pytest.raises(dockerd.DockerError):
+        engine.job("serveapi", f"unix://{tmp_path}/s", "unix:///nothing/s").run()
+    assert not os.listdir(tmp_path)
+    api = FakeApi(f"unix://{tmp_path}/s")
+    assert os.listdir(tmp_path) == ["s"]
+    api.engine.shutdown()
+    assert not os.listdir(tmp_path)
+
+
+def test_frames() -> None:
+    assert dockerd.stream_frame(2, b"abc") == struct.pack(">BBBBI", 2, 0, 0, 0, 3) + b"abc"
+
+
+def test_every_listed_plain_route_is_registered() -> None:
+    methods = {(row.method, row.path) for row in dockerd.ROUTES}
+    assert len(methods) == len(dockerd.ROUTES) and len(methods) > 110
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Archives
+# ------------------------------------------------------------------------------------------------------------
+
+
+def make_tar(*members: tuple[Any, ...], format: int = tarfile.PAX_FORMAT) -> bytes:
+    """A tar of (name, content or type, attributes) members: bytes are a file's content, a text is a type."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=format) as tar:
+        for name, what, *more in members:
+            info = tarfile.TarInfo(name)
+            content = what if isinstance(what, bytes) else b""
+            info.type = what.encode() if isinstance(what, str) else tarfile.REGTYPE
+            info.size = len(content)
+            for key, value in (more[0] if more else {}).items():
+                setattr(info, key, value)
+            tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def unpack(data: bytes, directory: Path, whiteouts: str = "overlay", idmap: Optional[IdMap] = None,
+           **options: Any) -> dockerd.LayerStats:
+    directory.mkdir(exist_ok=True)
+    return apply_layer(io.BytesIO(data), str(directory), whiteouts, idmap or IdMap(), **options)
+
+
+def pack(directory: Path | str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    write_tree(str(directory), out.write, **options)
+    return out.getvalue()
+
+
+def snapshot(root: Path | str) -> dict[str, Any]:
+    """All that a tar can keep of a tree, but for directories' times where they are no part of it."""
+    found: dict[str, Any] = {}
+    inodes: dict[int, str] = {}
+    for directory, folders, files in os.walk(str(root)):
+        for name in sorted(folders + files):
+            path = os.path.join(directory, name)
+            facts = os.lstat(path)
+            relative = os.path.relpath(path, str(root))
+            content: Any = None
+            if stat.S_ISREG(facts.st_mode):
+                content = Path(path).read_bytes()
+            elif stat.S_ISLNK(facts.st_mode):
+                content = os.readlink(path)
+            xattrs = {key: os.getxattr(path, key, follow_symlinks=False)
+                      for key in os.listxattr(path, follow_symlinks=False)}
+            found[relative] = (
+                oct(facts.st_mode),
+                facts.st_uid,
+                facts.st_gid,
+                facts.st_mtime_ns,
+                facts.st_rdev,
+                content,
+                xattrs,
+                inodes.setdefault(facts.st_ino, relative),
+            )
+        folders.sort()
+    return found
+
+
+CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")  # cap_net_raw=ep
+
+
+def make_tree(root: Path) -> None:
+    """A tree with one of each kind."""
+    root.mkdir()
+    (root / "bin").mkdir()
+    (root / "bin/su").write_bytes(b"program")
+    os.chown(root / "bin/su", 7, 8)
+    os.chmod(root / "bin/su", 0o6755)
+    os.link(root / "bin/su", root / "bin/zz-su")
+    (root / "bin/ping").write_bytes(b"x" * 1000)
+    os.setxattr(root / "bin/ping", "security.capability", CAPABILITY)
+    os.symlink("../bin/su", root / "bin/link")
+    os.chown(root / "bin/link", 1, 2, follow_symlinks=False)
+    os.mkfifo(root / "fifo", 0o640)
+    os.mknod(root / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    os.mknod(root / "loop", stat.S_IFBLK | 0o660, os.makedev(7, 258))
+    (root / "tmp").mkdir()
+    os.chmod(root / "tmp", 0o1777)
+    deep = root / ("d" * 90) / ("e" * 90) / ("f" * 90)
+    deep.mkdir(parents=True)
+    (deep / ("long" * 30)).write_bytes(b"long")
+    os.symlink("t" * 150, root / "far")
+    (root / "näme \n x").write_bytes(b"unicode")
+    Path(os.fsdecode(os.fsencode(str(root)) + b"/latin\xe9")).write_bytes(b"bytes")
+    (root / "empty").write_bytes(b"")
+    (root / "big").write_bytes(random.Random(1).randbytes(3 << 20))
+    with open(root / "sparse", "wb") as sparse:
+        sparse.truncate(8 << 20)
+        sparse.seek(1 << 20)
+        sparse.write(b"in the middle")
+    for path in [*root.rglob("*")]:
+        os.utime(path, ns=(10**18, 10**18 + len(path.name) * 1_000_000_001), follow_symlinks=False)
+
+
+GNU_TAR = ["tar", "-C", "SOURCE", "--numeric-owner", "--sort=name", "-cf", "-"]
+
+
+@pytest.mark.parametrize("options", [
+    ["--format=pax", "--xattrs", "--xattrs-include=*"],
+    ["--format=pax", "--xattrs", "--xattrs-include=*", "--sparse", "--sparse-version=0.0"],
+    ["--format=pax", "--xattrs", "--xattrs-include=*", "--sparse", "--sparse-version=0.1"],
+    ["--format=pax", "--xattrs", "--xattrs-include=*", "--sparse", "--sparse-version=1.0"],
+], ids=["pax", "sparse-0.0", "sparse-0.1", "sparse-1.0"])
+def test_every_attribute_survives_gnu_tar_in_pax_format(tmp_path: Path, options: list[str]) -> None:
+    make_tree(tmp_path / "source")
+    command = [str(tmp_path / "source") if word == "SOURCE" else word for word in GNU_TAR] + options + ["."]
+    data = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    stats = unpack(data, tmp_path / "target")
+    assert snapshot(tmp_path / "target") == snapshot(tmp_path / "source")
+    assert stats.entries == 20
+    if "--sparse" in options:
+        assert os.stat(tmp_path / "target/sparse").st_blocks * 512 < 1 << 20
+
+
+@pytest.mark.parametrize(
+    "options", [["--format=gnu"], ["--format=gnu", "--sparse"], ["--format=oldgnu", "--sparse"]]
+)
+def test_gnu_format_with_whole_seconds_and_no_xattrs(tmp_path: Path, options: list[str]) -> None:
+    make_tree(tmp_path / "source")
+    os.removexattr(tmp_path / "source/bin/ping", "security.capability")
+    with open(tmp_path / "source/holes", "wb") as file:  # more extents than a header and one more block hold
+        for at in range(60):
+            file.seek(at * 131072)
+            file.write(b"%d" % at)
+    for path in [*(tmp_path / "source").rglob("*")]:
+        os.utime(path, (1e9, 1e9), follow_symlinks=False)
+    command = [str(tmp_path / "source") if word == "SOURCE" else word for word in GNU_TAR] + options + ["."]
+    unpack(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout, tmp_path / "target")
+    assert snapshot(tmp_path / "target") == snapshot(tmp_path / "source")
+
+
+def test_small_reads_and_a_trailer_are_read_to_the_end(tmp_path: Path) -> None:
+    class Trickle(io.BytesIO):
+        def read(self, size: Optional[int] = -1) -> bytes:
+            return super().read(min(size or 1, 700))
+
+    stream = Trickle(make_tar(("a", b"x" * 5000), ("b/c", b"y")) + bytes(100_000) + b"rubbish")
+    tmp_path.joinpath("t").mkdir()
+    apply_layer(stream, str(tmp_path / "t"), "overlay", IdMap())
+    assert stream.tell() == len(stream.getvalue())
+    assert (tmp_path / "t/a").read_bytes() == b"x" * 5000 and (tmp_path / "t/b/c").read_bytes() == b"y"
+
+
+def test_the_observer_sees_every_byte_in_order(tmp_path: Path) -> None:
+    data = make_tar(("a", b"x" * 5000), ("d", "5"), ("n" * 200, b"y" * 513)) + b"tail"
+    seen: list[tuple[Optional[bytes], bytes]] = []
+    unpack(data, tmp_path / "t", observer=lambda entry, piece: seen.append((entry and entry.name, piece)))
+    assert b"".join(piece for _, piece in seen) == data
+    assert b"".join(piece for name, piece in seen if name == b"a") == b"x" * 5000
+
+
+def test_base_256_numbers_and_v7_headers(tmp_path: Path) -> None:
+    data = make_tar(("f", b"abc", {"uid": 3_000_000, "mtime": 5}), ("dir/", b""), format=tarfile.GNU_FORMAT)
+    header = bytearray(data[1024:1536])
+    header[156] = 0
+    header[257:265] = bytes(8)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    unpack(data[:1024] + bytes(header) + data[1536:], tmp_path / "t")
+    facts = os.stat(tmp_path / "t/f")
+    assert (facts.st_uid, facts.st_mtime) == (3_000_000, 5)
+    assert (tmp_path / "t/dir").is_dir()
+
+
+def test_modes_do_not_depend_on_the_umask_and_times_are_bounded(tmp_path: Path) -> None:
+    old = os.umask(0o077)
+    try:
+        unpack(
+            make_tar(("f", b"x", {"mode": 0o666, "mtime": -5.5}), ("d", "5", {"mode": 0o777}), ("i/f", b"")),
+            tmp_path / "t",
+        )
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(old)
+    modes = [stat.S_IMODE(os.stat(tmp_path / "t" / name).st_mode) for name in ("f", "d", "i")]
+    assert modes == [0o666, 0o777, 0o755]
+    assert os.stat(tmp_path / "t/f").st_mtime == 0
+
+
+# Whiteouts
+
+
+def overlay_kind(path: Path) -> str:
+    facts = os.lstat(path)
+    if stat.S_ISCHR(facts.st_mode) and facts.st_rdev == 0:
+        return "whiteout"
+    return "opaque" if "trusted.overlay.opaque" in os.listxattr(path, follow_symlinks=False) else "plain"
+
+
+def test_whiteouts_as_overlay_wants_them(tmp_path: Path) -> None:
+    unpack(
+        make_tar(
+            (".wh.gone", b""),
+            ("d", "5"),
+            ("d/.wh..wh..opq", b""),
+            ("d/kept", b"k"),
+            ("e/.wh.x", b""),
+            (".wh..wh.plnk/1", b""),
+        ),
+        tmp_path / "t",
+    )
+    assert sorted(os.listdir(tmp_path / "t")) == ["d", "e", "gone"]
+    assert overlay_kind(tmp_path / "t/gone") == "whiteout"
+    assert overlay_kind(tmp_path / "t/d") == "opaque"
+    assert os.listdir(tmp_path / "t/d") == ["kept"]
+    assert overlay_kind(tmp_path / "t/e/x") == "whiteout"
+
+
+def test_a_whiteout_and_what_replaces_it_in_one_layer(tmp_path: Path) -> None:
+    unpack(make_tar((".wh.a", b""), ("a", "5"), (".wh.b", b""), ("b/f", b"x"), ("c", "5"), (".wh.c", b""),
+                    ("f", b"file"), (".wh.f", b""), (".wh.g", b""), ("g", b"new")), tmp_path / "t")
+    assert [overlay_kind(tmp_path / "t" / name) for name in "abcfg"] == ["opaque"] * 3 + ["plain"] * 2
+    assert (tmp_path / "t/f").read_bytes() == b"file" and (tmp_path / "t/g").read_bytes() == b"new"
+
+
+def test_whiteouts_applied_to_a_tree(tmp_path: Path) -> None:
+    tree = tmp_path / "t"
+    unpack(make_tar(("gone/x", b"1"), ("d/old", b"1"), ("d/both", b"1"), ("keep", b"1")), tree, "apply")
+    unpack(
+        make_tar(
+            (".wh.gone", b""),
+            ("d/both", b"2"),
+            ("d/new", b"2"),
+            ("d/.wh..wh..opq", b""),
+            (".wh.absent", b""),
+            ("keep", b"2"),
+            (".wh.keep", b""),
+        ),
+        tree,
+        "apply",
+    )
+    assert sorted(snapshot(tree)) == ["d", "d/both", "d/new", "keep"]
+    assert (tree / "d/both").read_bytes() == b"2"
+
+
+@pytest.mark.parametrize("name", [".wh.", ".wh..", ".wh...", "d/.wh.."])
+def test_whiteouts_of_nothing_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadParameter, match="^invalid whiteout entry "):
+        unpack(make_tar((name, b"")), tmp_path / "t")
+
+
+def test_entries_replace_one_another_and_directories_merge(tmp_path: Path) -> None:
+    unpack(
+        make_tar(
+            ("x", b"1"),
+            ("x", "5"),
+            ("x/y", b"1"),
+            ("x", "2", {"linkname": "z"}),
+            ("x", b"3"),
+            ("d", "5", {"mode": 0o700}),
+            ("d/f", b"1"),
+            ("d", "5", {"mode": 0o755}),
+            ("l", "2", {"linkname": "d"}),
+            ("l", "5"),
+        ),
+        tmp_path / "t",
+    )
+    assert (tmp_path / "t/x").read_bytes() == b"3"
+    assert (tmp_path / "t/d/f").exists() and stat.S_IMODE(os.stat(tmp_path / "t/d").st_mode) == 0o755
+    assert not (tmp_path / "t/l").is_symlink() and os.listdir(tmp_path / "t/l") == []
+
+
+# Hostile archives
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """A directory beside the one that is unpacked into, and a file in it that must stay as it is."""
+    path = tmp_path / "outside"
+    path.mkdir()
+    (path / "passwd").write_bytes(b"s3cret")
+    return path
+
+
+ATTACKS: dict[str, Callable[[str], tuple[tuple[Any, ...], ...]]] = {
+    "absolute link": lambda out: (("l", "2", {"linkname": out}), ("l/passwd", b"owned")),
+    "climbing link": lambda out: (("l", "2", {"linkname": "../outside"}), ("l/passwd", b"owned")),
+    "link to link": lambda out: (
+        ("a", "2", {"linkname": ".."}),
+        ("b", "2", {"linkname": "a/outside"}),
+        ("b/passwd", b"owned"),
+    ),
+    "hard link through a link": lambda out: (
+        ("l", "2", {"linkname": out}),
+        ("h", "1", {"linkname": "l/passwd"}),
+    ),
+    "whiteout through a link": lambda out: (("l", "2", {"linkname": out}), ("l/.wh.passwd", b"")),
+    "opaque through a link": lambda out: (("l", "2", {"linkname": out}), ("l/.wh..wh..opq", b"")),
+    "directory over a link": lambda out: (
+        ("l", "2", {"linkname": out}),
+        ("l/", "5", {"mode": 0o777}),
+        ("l/passwd", b"owned"),
+    ),
+    "directory time through a link": lambda out: (("d", "5", {"mtime": 1}), ("d", "2", {"linkname": out})),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("whiteouts", ["overlay", "apply"])
+def test_links_lead_nowhere_out_of_the_tree(
+    tmp_path: Path, outside: Path, attack: str, whiteouts: str
+) -> None:
+    before = snapshot(tmp_path), os.stat(outside).st_mtime_ns, os.stat(outside / "passwd").st_nlink
+    try:
+        unpack(make_tar(*ATTACKS[attack](str(outside))), tmp_path / "t", whiteouts)
+    except DockerError:
+        pass
+    after = snapshot(outside)
+    assert after == {"passwd": (*before[0]["outside/passwd"][:-1], "passwd")}
+    assert (os.stat(outside).st_mtime_ns, os.stat(outside / "passwd").st_nlink) == before[1:]
+
+
+@pytest.mark.parametrize(
+    "attack",
+    ["absolute link", "climbing link", "link to link", "whiteout through a link", "opaque through a link"],
+)
+def test_the_same_attacks_succeed_without_the_chroot(tmp_path: Path, outside: Path, attack: str,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dockerd.FAILPOINTS, "chroot", ("off", 1))
+    unpack(make_tar(*ATTACKS[attack](str(outside))), tmp_path / "t", "apply")
+    assert not (outside / "passwd").exists() or (outside / "passwd").read_bytes() == b"owned"
+
+
+@pytest.mark.parametrize(
+    "member, text",
+    [
+        (("../x", b"1"), 'invalid entry name "../x"'),
+        (("a/../../x", b"1"), 'invalid entry name "a/../../x"'),
+        (("/../x", b"1"), 'invalid entry name "/../x"'),
+        (("h", "1", {"linkname": "../outside/passwd"}), 'invalid hardlink target "../outside/passwd"'),
+        (("h", "1", {"linkname": "/../outside/passwd"}), 'invalid hardlink target "/../outside/passwd"'),
+        (("h", "1", {"linkname": "h"}), 'invalid hardlink target "h"'),
+        (("x", "V"), "unhandled tar header type 86"),
+        (
+            ("x", b"x", {"pax_headers": {"SCHILY.xattr.trusted.overlay.redirect": "/etc"}}),
+            'invalid xattr "trusted.overlay.redirect" of "x": it belongs to the storage driver',
+        ),
+        (("x", b"x", {"pax_headers": {"size": "-1"}}), "archive/tar: invalid tar header"),
+        (("x", b"x", {"pax_headers": {"size": "9" * 30}}), "archive/tar: invalid tar header"),
+        (("x", b"x", {"pax_headers": {"size": "99999999999"}}), "unexpected EOF"),
+        (("x", b"x", {"pax_headers": {"uid": "-1"}}), "archive/tar: invalid tar header"),
+        (("x", b"x", {"pax_headers": {"mtime": "soon"}}), "archive/tar: invalid tar header"),
+        (
+            ("x", b"x", {"pax_headers": {"GNU.sparse.map": "0,1,0,1", "GNU.sparse.size": "9"}}),
+            "archive/tar: invalid tar header",
+        ),
+        (
+            ("x", b"x", {"pax_headers": {"GNU.sparse.map": "0,1,5,9", "GNU.sparse.size": "9"}}),
+            "archive/tar: invalid tar header",
+        ),
+        (
+            ("x", b"x", {"pax_headers": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}}),
+            "archive/tar: invalid tar header",
+        ),
+        (("x", b"x", {"pax_headers": {"comment": "x" * (1 << 20)}}), "archive/tar: header field too long"),
+    ],
+)
+def test_hostile_entries_are_refused_with_a_clear_text(tmp_path: Path, outside: Path, member: tuple[Any, ...],
+                                                       text: str) -> None:
+    with pytest.raises(BadParameter) as caught:
+        unpack(make_tar(member), tmp_path / "t")
+    assert str(caught.value) == text
+    assert os.stat(outside / "passwd").st_nlink == 1 and not (tmp_path / "x").exists()
+
+
+def test_absolute_names_and_link_targets_are_those_of_the_tree(tmp_path: Path) -> None:
+    unpack(
+        make_tar(("/etc/x", b"1"), ("y", "1", {"linkname": "/etc/x"}), ("./a/./b", b"2"), ("a/../c", b"3")),
+        tmp_path / "t",
+    )
+    assert sorted(snapshot(tmp_path / "t")) == ["a", "a/b", "c", "etc", "etc/x", "y"]
+
+
+def test_truncated_and_damaged_streams(tmp_path: Path) -> None:
+    data = make_tar(("a", b"x" * 5000), ("b", b"y"))
+    for size in (100, 512, 3000, 5700):
+        with pytest.raises(BadParameter, match="^unexpected EOF$"):
+            unpack(data[:size], tmp_path / "t")
+    for rubbish in (b"no tar at all" * 100, b"\xff" * 2048, data[:512] + data[600:], bytes(512) + data):
+        with pytest.raises(BadParameter, match="^archive/tar: invalid tar header$|^unexpected EOF$"):
+            unpack(rubbish, tmp_path / "t")
+    unpack(b"", tmp_path / "t")
+    for size in (5632, 6144 + 100, 6656, 6656 + 512):  # at an entry's end it is none, as in Go
+        unpack(data[:size], tmp_path / "t")
+
+
+def test_random_damage_never_leaves_the_tree_or_raises_anything_else(tmp_path: Path, outside: Path) -> None:
+    make_tree(tmp_path / "source")
+    (tmp_path / "source/big").unlink()
+    data = subprocess.run(
+        ["tar", "-C", str(tmp_path / "source"), "--format=pax", "--sparse", "-cf", "-", "."],
+        check=True,
+        stdout=subprocess.PIPE,
+    ).stdout
+    dice = random.Random(2)
+    for _ in range(150):
+        damaged = bytearray(data[:dice.randrange(len(data))] if dice.random() < 0.3 else data)
+        for _ in range(dice.randrange(1, 20)):
+            if damaged:
+                damaged[dice.randrange(len(damaged))] = dice.randrange(256)
+        try:
+            unpack(bytes(damaged), tmp_path / "t")
+        except DockerError:
+            pass
+    assert sorted(os.listdir(tmp_path)) == ["outside", "source", "t"]
+
+
+def test_limits_and_remapped_owners(tmp_path: Path) -> None:
+    many = make_tar(*((f"f{number}", b"") for number in range(20)))
+    with pytest.raises(BadParameter, match="more than 10 entries"):
+        unpack(many, tmp_path / "t", limits=UnpackLimits(entries=10))
+    with pytest.raises(BadParameter, match="longer than"):
+        unpack(
+            make_tar(*((f"f{n}", b"x" * 600_000) for n in range(9))),
+            tmp_path / "t",
+            limits=UnpackLimits(size=1 << 20),
+        )
+    ranges = [(0, 100_000, 65536)]
+    unpack(
+        make_tar(("i/f", b"x", {"uid": 5, "gid": 6}), ("c", "3", {"devmajor": 1, "devminor": 3}), ("p", "6")),
+        tmp_path / "r",
+        idmap=IdMap(ranges, ranges),
+    )
+    assert [os.lstat(tmp_path / "r" / name).st_uid for name in ("i", "i/f", "p")] == [
+        100_000,
+        100_005,
+        100_000,
+    ]
+    assert not (tmp_path / "r/c").exists()
+    with pytest.raises(BadParameter, match="container ID 70000 cannot be mapped to a host ID"):
+        unpack(make_tar(("f", b"x", {"uid": 70_000})), tmp_path / "s", idmap=IdMap(ranges, ranges))
+
+
+def test_a_full_file_system_is_told_by_name_and_a_failing_source_as_it_is(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    dockerd.mount("tmpfs", str(small), "tmpfs", 0, "size=256k")
+    try:
+        with pytest.raises(DockerError, match='failed to unpack "big/file": no space left on device'):
+            unpack(make_tar(("big/file", b"x" * (4 << 20)), ("other", b"y" * (9 << 20))), small)
+    finally:
+        dockerd.umount(str(small))
+
+    class Broken(io.BytesIO):
+        def read(self, size: Optional[int] = -1) -> bytes:
+            return super().read(size) or self._fail()
+
+        def _fail(self) -> bytes:
+            raise BadParameter("the client went away")
+
+    with pytest.raises(BadParameter, match="the client went away"):
+        apply_layer(Broken(make_tar(("f", b"x"))[:512]), str(tmp_path), "", IdMap())
+    with pytest.raises(FileNotFoundError):
+        apply_layer(io.BytesIO(make_tar(("f", b"x" * (20 << 20)))), str(tmp_path / "absent"), "", IdMap())
+
+
+# Compression
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, bytes])
+def test_decompression_is_detected(compress: Callable[[bytes], bytes]) -> None:
+    plain = random.Random(3).randbytes(200_000) + bytes(3 << 20) + b"end"
+    for data in (
+        compress(plain),
+        compress(plain) + (compress(b"more") + bytes(1000) if compress is not bytes else b""),
+    ):
+        stream = decompress(io.BytesIO(data))
+        parts = list(iter(functools.partial(stream.read, 70_000), b""))
+        assert b"".join(parts) in (plain, plain + b"more") and max(map(len, parts)) <= 70_000
+    if compress is not bytes:
+        for damaged in (compress(plain)[:-100], compress(plain)[:1000]):
+            with pytest.raises(BadParameter):
+                stream = decompress(io.BytesIO(damaged))
+                while stream.read(1 << 20):
+                    pass
+    assert decompress(io.BytesIO(b"ab")).read(10) == b"ab"
+    assert decompress(io.BytesIO(b"")).read(10) == b""
+
+
+def test_bombs_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dockerd.Decompressor, "HONEST", 1 << 20)
+    stream = decompress(io.BytesIO(bz2.compress(bytes(64 << 20))), ratio=1000)
+    with pytest.raises(BadParameter, match="more than 1000 times its size"):
+        while stream.read(1 << 20):
+            pass
+
+
+# Packing
+
+
+def test_what_is_packed_is_read_back_by_us_and_by_gnu_tar(tmp_path: Path) -> None:
+    make_tree(tmp_path / "source")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "source/socket"))
+    data = pack(tmp_path / "source")
+    assert data == pack(tmp_path / "source")
+    os.unlink(tmp_path / "source/socket")
+    for path in [*(tmp_path / "source").rglob("*")]:
+        seconds = os.lstat(path).st_mtime_ns // 10**9 * 10**9
+        os.utime(path, ns=(seconds, seconds), follow_symlinks=False)
+    unpack(data, tmp_path / "ours")
+    assert snapshot(tmp_path / "ours") == snapshot(tmp_path / "source")
+    (tmp_path / "gnu").mkdir()
+    subprocess.run(
+        ["tar", "-C", str(tmp_path / "gnu"), "--xattrs", "--xattrs-include=*", "-xpf", "-"],
+        input=data,
+        check=True,
+    )
+    assert snapshot(tmp_path / "gnu") == snapshot(tmp_path / "source")
+
+
+def test_the_order_is_depth_first_by_name_and_the_header_ustar_where_it_can_be(tmp_path: Path) -> None:
+    for name in ("b/x", "a/y", "a-b"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    data = pack(tmp_path)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert [member.name for member in tar] == ["a", "a/y", "a-b", "b", "b/x"]
+    assert data[257:265] == b"ustar\00000" and data[100:108] == b"0000755\0" and data[:3] == b"a/\0"
+    assert data.endswith(bytes(1024)) and not data.endswith(bytes(1024 + 512))
+
+
+@pytest.mark.parametrize("length", [99, 100, 101, 150, 155, 156, 200, 254, 255, 256, 300])
+def test_names_of_every_length(length: int) -> None:
+    for name in (
+        b"d/" * ((length - 1) // 2) + b"f" * (2 - length % 2),
+        b"e" * 90 + b"/" + b"x" * (length - 91),
+        b"y" * length,
+    ):
+        header = dockerd.tar_header(TarEntry(name, 0x30, link=b"l" * length))
+        with tarfile.open(fileobj=io.BytesIO(header + bytes(1024))) as tar:
+            member = tar.next()
+        assert member and member.name == name.decode().rstrip("/") and member.linkname == "l" * length
+        assert next(iter(dockerd.TarReader(io.BytesIO(header)))).name == name
+
+
+def test_an_upper_directory_becomes_a_layer_and_back(tmp_path: Path) -> None:
+    upper = tmp_path / "upper"
+    layer = make_tar(
+        (".wh.gone", b"", {"mode": 0o600}),
+        ("d", "5", {"mode": 0o755}),
+        ("d/.wh..wh..opq", b""),
+        ("d/f", b"x"),
+    )
+    unpack(layer, upper)
+    os.link(upper / "gone", upper / "gone2")  # overlay links its whiteouts
+    data = pack(upper, whiteouts="overlay")
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert [(member.name, member.type) for member in tar] == [
+            ("d", b"5"), ("d/.wh..wh..opq", b"0"), ("d/f", b"0"), (".wh.gone", b"0"), (".wh.gone2", b"0")]
+    unpack(data, tmp_path / "again")
+    assert [overlay_kind(tmp_path / "again" / name) for name in ("d", "gone", "gone2")] == [
+        "opaque",
+        "whiteout",
+        "whiteout",
+    ]
+
+
+def test_packing_stays_inside_and_stops_with_its_reader(tmp_path: Path, outside: Path) -> None:
+    (tmp_path / "t").mkdir()
+    os.symlink(outside, tmp_path / "t/l")
+    assert b"s3cret" not in pack(tmp_path / "t")
+    (tmp_path / "t/big").write_bytes(bytes(64 << 20))
+
+    def write(data: bytes) -> None:
+        raise BrokenPipeError("closed")
+
+    with pytest.raises(BrokenPipeError):
+        write_tree(str(tmp_path / "t"), write)
+    with pytest.raises(FileNotFoundError):
+        pack(tmp_path / "absent")
+
+
+# Removing trees
+
+
+def test_removing_a_tree_that_is_deep_immutable_and_full_of_links(tmp_path: Path, outside: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    os.symlink(outside, tree / "link")
+    (tree / "locked").mkdir()
+    (tree / "locked/f").write_bytes(b"x")
+    flags = subprocess.run(
+        ["chattr", "+i", str(tree / "locked/f"), str(tree / "locked")], stderr=subprocess.DEVNULL
+    )
+    assert flags.returncode == 0
+    here = os.getcwd()
+    os.chdir(tree)
+    try:
+        for _ in range(3000):
+            os.mkdir("deeper")
+            os.chdir("deeper")
+        Path("f").write_bytes(b"x")
+    finally:
+        os.chdir(here)
+    dockerd.remove_tree(str(tree))
+    dockerd.remove_tree(str(tree))
+    assert sorted(os.listdir(tmp_path)) == ["outside"] and (outside / "passwd").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Execution driver: cgroups
+# ------------------------------------------------------------------------------------------------------------
+
+V1_MOUNTS = """\
+22 27 0:21 / /proc rw,relatime - proc proc rw
+31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+32 31 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct
+35 31 0:32 / /sys/fs/cgroup/me\\040mory rw,relatime - cgroup cgroup rw,memory
+36 31 0:33 /outer /sys/fs/cgroup/pids rw,relatime - cgroup cgroup rw,pids
+40 31 0:37 / /sys/fs/cgroup/systemd rw,relatime - cgroup cgroup rw,xattr,name=systemd
+41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw
+42 31 0:32 / /elsewhere/memory rw,relatime - cgroup cgroup rw,memory
+"""
+V1_MEMBERSHIP = "4:memory:/api/x\n3:pids:/outer/own\n2:name=systemd:/\n1:cpuacct,cpu:/\n0::/me\n"
+V2_MOUNTS = "30 23 0:26 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
+
+
+def test_hierarchies_are_read_from_the_kernels_tables() -> None:
+    assert dockerd.read_hierarchies(V1_MOUNTS, V1_MEMBERSHIP) == [
+        (("cpu", "cpuacct"), "/sys/fs/cgroup/cpu,cpuacct", "/"),
+        (("memory",), "/sys/fs/cgroup/me mory", "/api/x"),
+        (("pids",), "/sys/fs/cgroup/pids", "/own"),
+        (("name=systemd",), "/sys/fs/cgroup/systemd", "/"),
+        ((), "/sys/fs/cgroup/unified", "/me"),
+    ]
+    assert dockerd.read_hierarchies(V2_MOUNTS, "0::/\n") == [((), "/sys/fs/cgroup", "/")]
+    assert dockerd.read_hierarchies("", "") == []
+
+
+@pytest.mark.parametrize(
+    "parent, own, place",
+    [
+        ("/docker", "/x", "/docker"),
+        ("docker", "/x", "/x/docker"),
+        ("/", "/x", ""),
+        ("/../../etc", "/", "/etc"),
+        ("../..", "/a/b", ""),
+        ("//a//b", "/", "/a/b"),
+    ],
+)
+def test_the_parent_stays_inside_the_hierarchy(parent: str, own: str, place: str) -> None:
+    assert dockerd.CgroupManager.place(parent, own) == place
+
+
+def manager_of(tmp_path: Path, mountinfo: str, membership: str = "0::/\n", parent: str = "") -> Any:
+    (tmp_path / "mountinfo").write_text(mountinfo)
+    (tmp_path / "cgroup").write_text(membership)
+    return dockerd.CgroupManager(parent, str(tmp_path / "mountinfo"), str(tmp_path / "cgroup"))
+
+
+RESOURCES = {
+    "Memory": 64 << 20,
+    "MemorySwap": 96 << 20,
+    "MemoryReservation": 32 << 20,
+    "MemorySwappiness": 0,
+    "CpuShares": 512,
+    "NanoCpus": 1_500_000_000,
+    "CpusetCpus": "0-1",
+    "CpusetMems": "0",
+    "PidsLimit": 20,
+    "BlkioWeight": 500,
+    "OomKillDisable": True,
+}
+
+
+def test_settings_of_version_1() -> None:
+    written = [(setting.file, setting.text) for setting in dockerd.v1_settings(RESOURCES)]
+    assert written == [
+        ("memory.limit_in_bytes", "67108864"),
+        ("memory.memsw.limit_in_bytes", "100663296"),
+        ("memory.soft_limit_in_bytes", "33554432"),
+        ("memory.swappiness", "0"),
+        ("memory.oom_control", "1"),
+        ("cpu.shares", "512"),
+        ("cpu.cfs_period_us", "100000"),
+        ("cpu.cfs_quota_us", "150000"),
+        ("cpuset.cpus", "0-1"),
+        ("cpuset.mems", "0"),
+        ("pids.max", "20"),
+        ("blkio.weight", "500"),
+    ]
+    assert dockerd.v1_settings({}) == []
+    assert dockerd.v1_settings({"PidsLimit": 0, "MemorySwappiness": -1, "Memory": 0, "MemorySwap": -1}) == [
+        ("memory", "memory.memsw.limit_in_bytes", "-1")
+    ]
+    assert dockerd.v1_settings({"PidsLimit": -1}) == [("pids", "pids.max", "max")]
+
+
+def test_settings_of_version_2() -> None:
+    written = [(setting.file, setting.text) for setting in dockerd.v2_settings(RESOURCES)]
+    assert written == [
+        ("memory.max", "67108864"),
+        ("memory.swap.max", "33554432"),
+        ("memory.low", "33554432"),
+        ("cpu.weight", "20"),
+        ("cpu.max", "150000 100000"),
+        ("cpuset.cpus", "0-1"),
+        ("cpuset.mems", "0"),
+        ("pids.max", "20"),
+        ("io.weight", "default 4950"),
+    ]
+    swaps = [
+        {setting.file: setting.text for setting in dockerd.v2_settings({"Memory": 100, "MemorySwap": swap})}
+        for swap in (100, -1, 0, 150)
+    ]
+    assert [entry.get("memory.swap.max") for entry in swaps] == ["0", "max", None, "50"]
+    weights = [dockerd.v2_settings({"CpuShares": shares})[0].text for shares in (1, 2, 1024, 262144, 1 << 30)]
+    assert weights == ["1", "1", "39", "10000", "10000"]
+    assert dockerd.v2_settings({"CpuPeriod": 50000})[0].text == "max 50000"
+    assert dockerd.v2_settings({"BlkioWeight": 10})[0].text == "default 1"
+
+
+def test_device_rules() -> None:
+    assert dockerd.device_rules({}) == [
+        "b *:* m",
+        "c *:* m",
+        "c 1:3 rwm",
+        "c 1:5 rwm",
+        "c 1:7 rwm",
+        "c 1:8 rwm",
+        "c 1:9 rwm",
+        "c 5:0 rwm",
+        "c 5:1 rwm",
+        "c 5:2 rwm",
+        "c 10:200 rwm",
+        "c 136:* rwm",
+    ]
+    assert dockerd.device_rules({"Privileged": True}) == ["a *:* rwm"]
+    more = dockerd.device_rules(
+        {
+            "Devices": [{"PathOnHost": "/dev/null", "CgroupPermissions": "r"}],
+            "DeviceCgroupRules": ["b 8:* rw"],
+        }
+    )
+    assert more[:2] == ["b *:* m", "b 8:* rw"] and "c 1:3 r" in more
+    for wrong in ("c 1:3", "x 1:1 r", "c 1:1 rwmr", "c 1:1 q", "c 1:1 r\n", "c ١:1 r"):
+        with pytest.raises(dockerd.BadParameter, match="invalid device cgroup rule format"):
+            dockerd.device_rules({"DeviceCgroupRules": [wrong]})
+    with pytest.raises(dockerd.BadParameter, match='adding custom device "/dev/nope": no such file'):
+        dockerd.device_rules({"Devices": [{"PathOnHost": "/dev/nope"}]})
+
+
+def run_ebpf(program: bytes, kind: int, access: int, major: int, minor: int) -> int:
+    """What the device program answers the kernel."""
+    context = struct.pack("=III", access << 16 | kind, major, minor)
+    code = list(struct.iter_unpack("=BBhi", program))
+    registers, position = [0] * 10, 0
+    while True:
+        operation, both, offset, value = code[position]
+        target, source = both & 15, both >> 4
+        position += 1
+        if operation == 0x95:
+            return registers[0]
+        if operation == 0x61:
+            (registers[target],) = struct.unpack_from("=I", context, offset)
+        elif operation == 0xBC:
+            registers[target] = registers[source]
+        elif operation == 0x54:
+            registers[target] &= value
+        elif operation == 0x74:
+            registers[target] >>= value
+        elif operation == 0xB7:
+            registers[target] = value
+        elif operation == 0x55:
+            position += offset if registers[target] != value else 0
+        else:
+            raise AssertionError(hex(operation))
+
+
+def test_device_program_does_what_the_rules_say() -> None:
+    rules = dockerd.device_rules({"DeviceCgroupRules": ["b 8:* r", "c 42:7 w"]})
+    program = dockerd.device_program(rules)
+    for kind in (1, 2):
+        for major, minor in (
+            (1, 3),
+            (1, 4),
+            (1, 11),
+            (5, 2),
+            (8, 0),
+            (8, 5),
+            (10, 200),
+            (42, 7),
+            (42, 8),
+            (136, 99),
+        ):
+            for access in range(1, 8):
+                wanted = any(
+                    {"b": 1, "c": 2}[rule[0]] == kind
+                    and place.split(":")[0] in ("*", str(major))
+                    and place.split(":")[1] in ("*", str(minor))
+                    and {name for bit, name in ((1, "m"), (2, "r"), (4, "w")) if access & bit} <= set(letters)
+                    for rule, place, letters in (rule.split() for rule in rules)
+                )
+                assert run_ebpf(program, kind, access, major, minor) == wanted, (kind, major, minor, access)
+    assert run_ebpf(dockerd.device_program(["a *:* rwm"]), 1, 7, 3, 3) == 1
+
+
+@pytest.mark.parametrize(
+    "resources, text",
+    [
+        ({"Memory": 1000}, "Minimum memory limit allowed is 6MB"),
+        ({"Memory": 64 << 20, "MemorySwap": 32 << 20}, "Minimum memoryswap limit should be larger"),
+        ({"MemorySwap": 32 << 20}, "You should always set the Memory limit when using Memoryswap"),
+        ({"MemorySwappiness": 101}, "Invalid value: 101, valid memory swappiness range is 0-100"),
+        ({"Memory": 64 << 20, "MemoryReservation": 65 << 20}, "can not be less than memory reservation"),
+        ({"NanoCpus": 10**9, "CpuQuota": 5000}, "Nano CPUs and CPU Quota cannot both be set"),
+        ({"NanoCpus": 10**13}, "range of CPUs is from 0.01 to"),
+        ({"CpuPeriod": 10}, "CPU cfs period can not be less than 1ms"),
+        ({"CpuQuota": 10}, "CPU cfs quota can not be less than 1ms"),
+        ({"BlkioWeight": 5}, "Range of blkio weight is from 10 to 1000"),
+        ({"CpusetCpus": "a"}, "Invalid value a for cpuset cpus"),
+        ({"CpusetCpus": "0-99999999999"}, "Invalid value 0-99999999999 for cpuset cpus"),
+        ({"CpusetCpus": "0,8000"}, "Requested CPUs are not available - requested 0,8000, available: "),
+        ({"CpusetMems": "77"}, "Requested memory nodes are not available - requested 77, available: "),
+    ],
+)
+def test_resources_that_no_host_can_give(resources: dict[str, Any], text: str) -> None:
+    with pytest.raises(dockerd.BadParameter, match=text):
+        dockerd.check_resources(resources)
+
+
+def test_a_host_without_cgroups_is_told_of_and_never_a_crash(tmp_path: Path) -> None:
+    manager = manager_of(tmp_path, "", "")
+    assert manager.info() == {
+        "MemoryLimit": False,
+        "SwapLimit": False,
+        "KernelMemoryTCP": False,
+        "CpuCfsPeriod": False,
+        "CpuCfsQuota": False,
+        "CPUShares": False,
+        "CPUSet": False,
+        "PidsLimit": False,
+        "OomKillDisable": False,
+        "CgroupDriver": "none",
+        "CgroupVersion": "1",
+    }
+    assert manager.warnings()[:2] == ["WARNING: No memory limit support", "WARNING: No swap limit support"]
+    host_config = {"Memory": 64 << 20, "CpuShares": 5, "PidsLimit": -1, "CpusetCpus": "0"}
+    assert manager.adapt(host_config) == [
+        "Your kernel does not support memory limit capabilities or the cgroup is not mounted. "
+        "Limitation discarded.",
+        "Your kernel does not support CPU shares or the cgroup is not mounted. Shares discarded.",
+        "Your kernel does not support cpuset or the cgroup is not mounted. Cpuset discarded.",
+    ]
+    assert host_config == {"Memory": 0, "CpuShares": 0, "PidsLimit": -1, "CpusetCpus": "", "MemorySwap": 0}
+    cgroup = manager.create("x", host_config)
+    assert (
+        cgroup.join == []
+        and cgroup.directory_fd is None
+        and cgroup.processes() == []
+        and cgroup.usage() == {}
+    )
+    assert not cgroup.oom_killed()
+    cgroup.kill()
+    with pytest.raises(dockerd.NotSupported):
+        cgroup.freeze()
+    cgroup.remove()
+    manager.kill_leftover("x")
+    manager.close()
+
+
+def test_memory_without_swap_accounting(tmp_path: Path) -> None:
+    root = tmp_path / "memory"
+    root.mkdir()
+    for name in ("memory.limit_in_bytes", "memory.oom_control"):
+        (root / name).write_text("")
+    manager = manager_of(tmp_path, f"35 31 0:32 / {root} rw - cgroup cgroup rw,memory\n", "4:memory:/\n")
+    assert "WARNING: No swap limit support" in manager.warnings()
+    host_config: dict[str, Any] = {"Memory": 64 << 20}
+    assert manager.adapt(host_config) == [
+        "Your kernel does not support swap limit capabilities or the cgroup is not "
+        "mounted. Memory limited without swap."
+    ]
+    assert host_config["MemorySwap"] == -1
+
+
+def test_swap_is_twice_the_memory_and_oom_warnings(tmp_path: Path) -> None:
+    manager = dockerd.CgroupManager()
+    host_config: dict[str, Any] = {"Memory": 64 << 20}
+    assert manager.adapt(host_config) == [] and host_config["MemorySwap"] == 128 << 20
+    if manager.support["OomKillDisable"]:
+        assert manager.adapt({"OomKillDisable": True}) == [
+            "OOM killer is disabled for the container, but no memory limit is set, this can result in the "
+            "system running out of resources."
+        ]
+
+
+def fake_v2(tmp_path: Path) -> Any:
+    root = tmp_path / "v2"
+    root.mkdir()
+    (root / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
+    (root / "cgroup.subtree_control").write_text("cpuset cpu\n")
+    return manager_of(tmp_path, f"30 23 0:26 / {root} rw - cgroup2 cgroup2 rw\n")
+
+
+def test_version_2(tmp_path: Path) -> None:
+    manager = fake_v2(tmp_path)
+    assert manager.version == 2 and manager.warnings() == []
+    assert manager.info()["CgroupVersion"] == "2" and not manager.info()["OomKillDisable"]
+    cgroup = dockerd.Cgroup(manager, "/docker", "x")
+    assert cgroup.join == []
+    assert [mount["type"] for mount in cgroup.mounts(True, True)] == ["cgroup2"]
+
+
+# The real kernel's
+
+PARENT = f"/dockerdpy-test-{os.getpid()}"
+
+
+def places(name: str) -> list[str]:
+    """Where the kernel's cgroup trees have a directory `name`, by walking them."""
+    found = []
+    for root, directories, _ in os.walk("/sys/fs/cgroup"):
+        found += [os.path.join(root, directory) for directory in directories if directory == name]
+    return found
+
+
+@pytest.fixture
+def manager() -> Iterator[Any]:
+    """A manager under a parent of the test's own, which is gone after it."""
+    manager = dockerd.CgroupManager(PARENT)
+    yield manager
+    manager.close()
+    assert places(PARENT[1:]) == []
+
+
+@contextlib.contextmanager
+def joined(cgroup: Any, code: str) -> Iterator[Any]:
+    """A process inside `cgroup` that runs `code`; killed at the end."""
+    enter = [*cgroup.join, *([[cgroup.of[""] + "/cgroup.procs", "0"]] if "" in cgroup.of else [])]
+    program = f"for path, text in {enter!r}:\n open(path, 'w').write(text)\nprint('in', flush=True)\n{code}"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b"in\n"
+        yield process
+    finally:
+        cgroup.thaw()
+        process.kill()
+        process.communicate(timeout=10)
+
+
+def text_of(cgroup: Any, controller: str, file: str) -> str:
+    with open(f"{cgroup.of[controller]}/{file}") as opened:
+        return opened.read().strip()
+
+
+needs_v1 = pytest.mark.skipif(dockerd.CgroupManager().version != 1, reason="cgroup v2: make vmtest")
+
+
+@needs_v1
+def test_limits_are_the_kernels(manager: Any) -> None:
+    resources = {**RESOURCES, "OomKillDisable": False, "CgroupParent": PARENT, "CpusetCpus": "0"}
+    cgroup = manager.create("limits", resources)
+    try:
+        for controller, file, wanted in (
+            ("memory", "memory.limit_in_bytes", "67108864"),
+            ("memory", "memory.memsw.limit_in_bytes", "100663296"),
+            ("memory", "memory.swappiness", "0"),
+            ("cpu", "cpu.shares", "512"),
+            ("cpu", "cpu.cfs_quota_us", "150000"),
+            ("cpuset", "cpuset.cpus", "0"),
+            ("cpuset", "cpuset.mems", "0"),
+            ("pids", "pids.max", "20"),
+            ("blkio", "blkio.bfq.weight", "500"),
+            ("devices", "devices.list", "\n".join(dockerd.device_rules({}))),
+        ):
+            assert text_of(cgroup, controller, file) == wanted, file
+        assert {os.path.dirname(place) for place in places("limits")} == set(places(PARENT[1:]))
+        assert len(places("limits")) == len(manager.hierarchies)
+        cgroup.update({"Memory": 256 << 20, "MemorySwap": 512 << 20, "PidsLimit": -1})
+        assert text_of(cgroup, "memory", "memory.limit_in_bytes") == str(256 << 20)
+        cgroup.update({"Memory": 32 << 20, "MemorySwap": 32 << 20})
+        assert text_of(cgroup, "memory", "memory.memsw.limit_in_bytes") == str(32 << 20)
+        assert text_of(cgroup, "pids", "pids.max") == "max"
+        usage = cgroup.usage()
+        assert (
+            usage["memory_limit"] == 32 << 20
+            and usage["pids"] == 0
+            and "cpu" in usage
+            and "pids_limit" not in usage
+        )
+        with pytest.raises(dockerd.DockerError, match="Cannot update the container's limits.*cpuset.cpus"):
+            cgroup.update({"CpusetCpus": "4000"})
+    finally:
+        cgroup.remove()
+    assert places("limits") == []
+
+
+@needs_v1
+def test_a_refused_limit_leaves_nothing(manager: Any) -> None:
+    with pytest.raises(dockerd.DockerError, match="cannot make the container's cgroups: .*cpuset.cpus"):
+        manager.create("refused", {"CpusetCpus": "4000"})
+    assert places("refused") == []
+
+
+@needs_v1
+def test_joining_freezing_killing(manager: Any) -> None:
+    cgroup = manager.create("freeze", {})
+    with joined(cgroup, "import time\nwhile True: time.sleep(0.001)") as process:
+        assert cgroup.processes() == [process.pid]
+        with open(f"/proc/{process.pid}/cgroup") as membership:
+            assert {line.strip().split(":")[2] for line in membership} == {PARENT + "/freeze"}
+        cgroup.freeze()
+        with open(f"/proc/{process.pid}/stat") as status:
+            before = status.read()
+        time.sleep(0.05)
+        with open(f"/proc/{process.pid}/stat") as status:
+            assert status.read() == before
+        cgroup.kill()
+        assert process.wait(5) == -signal.SIGKILL
+    cgroup.remove()
+
+
+@needs_v1
+def test_kill_without_cgroup_kill_and_removal_of_what_is_busy(manager: Any) -> None:
+    cgroup = manager.create("busy", {})
+    os.mkdir(cgroup.of["pids"] + "/nested")
+    del cgroup.of[""]  # as on a kernel without v2
+    code = "import os, time\nos.fork(); os.fork()\ntime.sleep(60)"
+    with joined(cgroup, code) as process:
+        deadline = time.monotonic() + 5
+        while len(cgroup.processes()) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        cgroup.remove()  # answers at once; a process is inside
+        process.wait(5)
+        again = manager.create("busy", {})  # waits until the old one is gone
+        assert again.processes() == []
+        again.remove()
+    assert places("busy") == []
+
+
+@needs_v1
+def test_leftovers(manager: Any) -> None:
+    first = manager.create("left", {"Memory": 64 << 20})
+    with joined(first, "import time\ntime.sleep(60)") as process:
+        other = dockerd.CgroupManager(PARENT)
+        second = other.create("left", {})  # an earlier daemon's is ended and made anew
+        assert process.wait(5) == -signal.SIGKILL
+        assert text_of(second, "memory", "memory.limit_in_bytes") != str(64 << 20)
+    with joined(second, "import time\ntime.sleep(60)") as process:
+        manager.remove_stale(["another"])
+        assert process.poll() is None
+        manager.remove_stale(["another", "left"])
+        assert process.wait(5) == -signal.SIGKILL
+    for removed in (first, second):
+        removed.remove()
+    manager._wait_removed(PARENT + "/left")
+    assert places("left") == []
+    for directory in places(PARENT[1:]):
+        os.rmdir(directory)
+    manager.create("left", {}).remove()  # the parent had gone
+
+
+@needs_v1
+def test_out_of_memory_is_seen(manager: Any) -> None:
+    cgroup = manager.create("oom", {"Memory": 24 << 20, "MemorySwap": 24 << 20})
+    with joined(cgroup, "x = b'x' * (200 << 20)") as process:
+        assert process.wait(20) == -signal.SIGKILL
+    assert cgroup.oom_killed()
+    cgroup.remove()
+
+
+@needs_v1
+def test_devices_are_confined(manager: Any) -> None:
+    """By v1's controller, and in a v2 directory by our program: any node can be made, few be opened."""
+    code = (
+        "import os, sys, tempfile\nd = tempfile.mkdtemp()\n"
+        "for minor in (3, 11):\n p = f'{d}/{minor}'\n os.mknod(p, 0o20600, os.makedev(1, minor))\n"
+        " try: os.close(os.open(p, os.O_RDONLY | os.O_NONBLOCK)); print('ok', flush=True)\n"
+        " except PermissionError: print('refused', flush=True)\n os.unlink(p)\nos.rmdir(d)"
+    )
+    cgroup = manager.create("devices", {})
+    with joined(cgroup, code) as process:
+        assert process.communicate(timeout=10)[0] == b"ok\nrefused\n"
+    cgroup.remove()
+    cgroup = manager.create("devices", {"Privileged": True})
+    with joined(cgroup, code) as process:
+        assert process.communicate(timeout=10)[0] == b"ok\nok\n"
+    dockerd.attach_device_program(cgroup.directory_fd, dockerd.device_rules({}))
+    with joined(cgroup, code) as process:
+        assert process.communicate(timeout=10)[0] == b"ok\nrefused\n"
+    cgroup.remove()
+
+
+@needs_v1
+def test_the_mounts_inside(manager: Any) -> None:
+    cgroup = manager.create("mounts", {})
+    entries = cgroup.mounts(False, True)
+    assert entries[0]["type"] == "tmpfs" and entries[0]["readonly_last"]
+    assert {"from": cgroup.of["memory"], "to": "/sys/fs/cgroup/memory", "attributes": 0xF} in entries
+    assert not any(entry["to"].endswith("unified") for entry in entries)
+    private = {entry["to"]: entry for entry in cgroup.mounts(True, False)}
+    assert private["/sys/fs/cgroup/memory"]["options"] == [["memory", ""]]
+    assert private["/sys/fs/cgroup/systemd"]["options"] == [["name", "systemd"]]
+    cgroup.remove()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Conformance with the published specifications
+#
+# `make conformance SPECS=DIR` walks through each vX.Y.yaml (Swagger 2.0) in DIR: every route that the daemon
+# implements is called in that version, and what it answers must have the form that the specification gives.
+# Go writes null for an empty list or map and for a missing object, which the specifications do not say.
+# ------------------------------------------------------------------------------------------------------------
+
+KINDS: dict[str, Any] = {
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+}
+
+# Docker's own answers differ from its specification here: what dockerd 20.10.24 sends for v1.25 and v1.41.
+TOLERATED = re.compile(
+    r"(MemorySwappiness|PidsLimit|OomKillDisable|Init|ExitCode|ExecIDs): null for|"
+    r"NetworkSettings\.Ports: .* is no array|: BuilderSize is not in|events: (status|id|from|scope) is not in"
+)
+STRICT_FROM = (1, 41)  # to older clients Docker sends members that came later too
+
+
+class Specification:
+    """One published specification: its version ("1.41") and what it promises."""
+
+    def __init__(self, path: str) -> None:
+        import yaml
+
+        with open(path, encoding="utf-8") as file:
+            self.document = yaml.load(file, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        self.version = re.sub(r"^v|\.ya?ml$", "", os.path.basename(path))
+        self.strict = tuple(map(int, self.version.split("."))) >= STRICT_FROM
+
+    def operations(self) -> Iterator[tuple[str, str]]:
+        """(method, path) of every operation."""
+        for path, methods in self.document["paths"].items():
+            for method in methods:
+                if method != "parameters":
+                    yield method.upper(), path
+
+    def schema(self, method: str, path: str, status: int) -> Any:
+        """The schema of the body that the operation answers with `status`; None when it has none."""
+        operation = self.document["paths"].get(path, {}).get(method.lower())
+        if operation is None:
+            return None
+        responses = {
+            int(code): response for code, response in operation["responses"].items() if str(code).isdigit()
+        }
+        return responses.get(status, {}).get("schema")
+
+    def resolve(self, schema: Any) -> Any:
+        """`schema` without references, those of allOf merged into it."""
+        merged = dict(schema)
+        while "$ref" in merged:
+            target = self.document["definitions"][merged.pop("$ref").rpartition("/")[2]]
+            merged = {**target, **merged}
+        for part in merged.pop("allOf", ()):
+            part = self.resolve(part)
+            merged = {
+                **part,
+                **merged,
+                "properties": {**part.get("properties", {}), **merged.get("properties", {})},
+                "required": [*part.get("required", ()), *merged.get("required", ())],
+            }
+        if "properties" in merged:
+            merged.setdefault("type", "object")
+        if isinstance(merged.get("type"), list):  # of a kind and "null"
+            merged["type"] = next(kind for kind in merged["type"] if kind != "null")
+            merged["x-nullable"] = True
+        return merged
+
+    def faults(self, schema: Any, value: Any, where: str = "") -> Iterator[str]:
+        """Where and how `value` does not follow `schema`."""
+        schema = self.resolve(schema)
+        kind = schema.get("type")
+        if value is None:
+            if kind in ("string", "integer", "number", "boolean") and not schema.get("x-nullable"):
+                yield f"{where}: null for a {kind}"
+            return
+        if kind and (not isinstance(value, KINDS[kind]) or kind != "boolean" and isinstance(value, bool)):
+            yield f"{where}: {json.dumps(value)[:60]} is no {kind}"
+            return
+        if self.strict and "enum" in schema and value not in schema["enum"] and value != "":
+            yield f"{where}: {value!r} is none of {schema['enum']}"
+        if kind == "array" and "items" in schema:
+            for number, item in enumerate(value):
+                yield from self.faults(schema["items"], item, f"{where}[{number}]")
+        if kind == "object":
+            yield from self._members(schema, value, where)
+
+    def _members(self, schema: Any, value: dict[str, Any], where: str) -> Iterator[str]:
+        properties, others = schema.get("properties", {}), schema.get("additionalProperties")
+        for name in schema.get("required", ()):
+            if name not in value:
+                yield f"{where}: {name} is missing"
+        for name, item in value.items():
+            if name in properties:
+                yield from self.faults(properties[name], item, f"{where}.{name}")
+            elif isinstance(others, dict):
+                yield from self.faults(others, item, f"{where}.{name}")
+            elif properties and not others and self.strict:
+                yield f"{where}: {name} is not in the specification"
+
+
+Ask = Callable[[str, str, Any], tuple[int, bytes]]
+
+
+class Walk:
+    """Calls the routes of one version: `ask(method, path, body)` gives the status and body of a response.
+
+    `faults` are the places where an answer does not follow the specification, `lacking` the operations that
+    the daemon refuses with 501, `checked` those that were compared."""
+
+    def __init__(self, specification: Specification, ask: Ask) -> None:
+        self.specification, self._ask = specification, ask
+        self.faults: list[str] = []
+        self.lacking: list[str] = []
+        self.checked: list[str] = []
+
+    def call(
+        self, method: str, path: str, query: str = "", body: Any = None, lines: bool = False, **names: str
+    ) -> Any:
+        """Call an operation, compare its answer, and return that; None where it is refused or unknown."""
+        operation = f"v{self.specification.version} {method} {path}"
+        if (method, path) not in set(self.specification.operations()):
+            return None
+        target = f"/v{self.specification.version}{path.format(**names)}{query and '?' + query}"
+        status, data = self._ask(method, target, body)
+        if status == 501:
+            self.lacking.append(operation)
+            return None
+        if status >= 400:
+            self.faults.append(f"{operation}: {status} {data.decode(errors='replace')[:200]}")
+            return None
+        self.checked.append(operation)
+        schema = self.specification.schema(method, path, status)
+        values = (
+            [json.loads(line) for line in data.splitlines()] if lines else [json.loads(data)] if data else []
+        )
+        if schema and schema.get("type") not in ("string", "file"):
+            found = (
+                f"{operation}{fault}"
+                for value in values
+                for fault in self.specification.faults(schema, value)
+            )
+            self.faults += [fault for fault in found if not TOLERATED.search(fault)]
+        return values[0] if values and not lines else values
+
+    def everything(self, image: str) -> None:
+        """Call each operation that shows something, with a container of `image` (which has sleep) to show."""
+        for path in ("/info", "/version", "/system/df", "/volumes", "/networks", "/plugins"):
+            self.call("GET", path)
+        self.call("GET", "/images/json", "all=1")
+        self.call("GET", "/images/{name}/json", name=image)
+        self.call("GET", "/images/{name}/history", name=image)
+        created = self.call(
+            "POST",
+            "/containers/create",
+            body={
+                "Image": image,
+                "Cmd": ["sleep", "60"],
+                "Labels": {"a": "b"},
+                "HostConfig": {"NetworkMode": "none", "Memory": 64 << 20, "CapAdd": ["SYS_TIME"]},
+            },
+        )
+        if created:
+            try:
+                self._container(created["Id"])
+            finally:
+                self._ask(
+                    "DELETE", f"/v{self.specification.version}/containers/{created['Id']}?force=1", None
+                )
+        self.call("GET", "/events", f"since=1&until={int(time.time())}", lines=True)
+
+    def _container(self, identity: str) -> None:
+        """Call what shows one container in each of its states."""
+        self.call("POST", "/containers/{id}/start", id=identity)
+        for running in (True, False):
+            self.call("GET", "/containers/json", "all=1&size=1")
+            self.call("GET", "/containers/{id}/json", "size=1", id=identity)
+            self.call("GET", "/containers/{id}/changes", id=identity)
+            if running:
+                self.call("GET", "/containers/{id}/top", id=identity)
+                self.call("GET", "/containers/{id}/stats", "stream=0&one-shot=1", id=identity)
+                self._exec(identity)
+                self.call("POST", "/containers/{id}/kill", id=identity)
+                self.call("POST", "/containers/{id}/wait", id=identity)
+
+    def _exec(self, identity: str) -> None:
+        """Call what shows an exec instance."""
+        made = self.call("POST", "/containers/{id}/exec", body={"Cmd": ["true"]}, id=identity)
+        if made:
+            self.call("POST", "/exec/{id}/start", body={"Detach": True}, id=made["Id"])
+            self.call("GET", "/exec/{id}/json", id=made["Id"])
+
+
+def specifications() -> list[Specification]:
+    """Those in the folder that DOCKERD_SPECS names."""
+    folder = os.environ["DOCKERD_SPECS"]
+    names = [name for name in sorted(os.listdir(folder)) if re.fullmatch(r"v1\.\d+\.ya?ml", name)]
+    assert names, f"{folder} has no vX.Y.yaml"
+    return [Specification(os.path.join(folder, name)) for name in names]
+
+
+@pytest.mark.conformance
+def test_every_operation_of_the_specifications_has_a_route() -> None:
+    for specification in specifications():
+        lacking = [
+            operation for operation in specification.operations() if not dockerd.find_route(*operation)
+        ]
+        assert not lacking, (specification.version, lacking)
+
+
+@pytest.mark.conformance
+def test_responses_follow_the_specifications(host: Host) -> None:
+    def ask(method: str, path: str, body: Any) -> tuple[int, bytes]:
+        answer = host.http(method, path, body)
+        return answer.status, answer.body
+
+    faults = []
+    for specification in specifications():
+        walk = Walk(specification, ask)
+        walk.everything("busybox")
+        print(f"v{walk.specification.version}: {len(walk.checked)} checked, lacking: {walk.lacking}")
+        faults += walk.faults
+    assert not faults, "\n".join(faults)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Containers: what is pure
+#
+# The configuration of a new container, names, the words and filters of the list.  What a row expects is what
+# the real dockerd 20.10.24 answered, but for the shapes that newer API versions have changed.
+# ------------------------------------------------------------------------------------------------------------
+
+IMAGE_CONFIG = {"Env": ["PATH=/bin", "A=image"], "Cmd": ["sh"], "Entrypoint": ["/init"], "WorkingDir": "/w",
+                "Labels": {"a": "1", "b": "2"}, "ExposedPorts": {"80/tcp": {}}, "User": "bob",
+                "StopSignal": "INT"}
+
+
+def new_container(body: dict[str, Any], image: Optional[dict[str, Any]] = None) -> Any:
+    """(Config, HostConfig, NetworkingConfig, warnings) as `create` makes them, with the daemon's defaults."""
+    return dockerd.container_config(body, image if image is not None else {"Cmd": ["sh"]}, dockerd.Config())
+
+
+def refusal(body: dict[str, Any]) -> str:
+    """The text with which a body is refused."""
+    with pytest.raises(dockerd.DockerError) as caught:
+        new_container(body)
+    assert dockerd.http_status(caught.value) == 400
+    return str(caught.value)
+
+
+def test_config_of_a_bare_body():
+    config, host, networking, warnings = new_container({"Image": "busybox",
+                                                        "HostConfig": {"NetworkMode": "none"}})
+    assert list(config) == ["Hostname", "Domainname", "User", "AttachStdin", "AttachStdout", "AttachStderr",
+                            "Tty",
+                            "OpenStdin", "StdinOnce", "Env", "Cmd", "Image", "Volumes", "WorkingDir",
+                            "Entrypoint",
+                            "OnBuild", "Labels"]
+    assert (config["Cmd"], config["Labels"], config["Volumes"]) == (["sh"], {}, None)
+    expected = {"NetworkMode": "none", "LogConfig": {"Type": "json-file", "Config": {}}, "IpcMode": "private",
+                "ShmSize": 64 << 20, "Runtime": "runc", "ConsoleSize": [0, 0], "MemorySwappiness": None,
+                "PidsLimit": None, "OomKillDisable": False, "Binds": None, "Privileged": False,
+                "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0}, "CgroupnsMode": host["CgroupnsMode"],
+                "MaskedPaths": list(dockerd.MASKED_PATHS), "ReadonlyPaths": list(dockerd.READONLY_PATHS)}
+    assert {key: host[key] for key in expected} == expected
+    assert host["CgroupnsMode"] in ("host", "private")
+    assert (networking, warnings) == ({"EndpointsConfig": None}, [])
+
+
+def test_config_of_the_cli():
+    host = new_container({"HostConfig": {
+        "LogConfig": {"Type": "", "Config": {}}, "MemorySwappiness": -1, "PidsLimit": 0,
+        "NetworkMode": "default",
+        "PortBindings": {}, "Unknown": 1}, "NetworkingConfig": {"EndpointsConfig": {"default": None}}})[1]
+    assert host["MemorySwappiness"] is None and host["PidsLimit"] is None and "Unknown" not in host
+    assert host["NetworkMode"] == "bridge"
+
+
+def test_config_names_match_in_any_case():
+    config, host, _, _ = new_container({"cmd": "true", "hostconfig": {"networkmode": "host"}})
+    assert config["Cmd"] == ["true"] and host["NetworkMode"] == "host"
+
+
+@pytest.mark.parametrize("body,command,entrypoint", [
+    ({}, ["sh"], ["/init"]), ({"Cmd": ["x"]}, ["x"], ["/init"]), ({"Entrypoint": ["y"]}, None, ["y"]),
+    ({"Entrypoint": []}, ["sh"], []), ({"Entrypoint": [""]}, None, None), ({"Cmd": []}, ["sh"], ["/init"]),
+])
+def test_config_command_merges_with_the_images(body, command, entrypoint):
+    if body == {"Entrypoint": [""]}:
+        body = {**body, "Cmd": ["z"]}
+        command = ["z"]
+    config = new_container(body, IMAGE_CONFIG)[0]
+    assert (config["Cmd"], config["Entrypoint"]) == (command, entrypoint)
+
+
+def test_config_merges_with_the_images():
+    config = new_container({"Env": ["A=mine", "NONE"], "Labels": {"a": "9"}, "ExposedPorts": {"81/udp": {}},
+                            "Healthcheck": {"Retries": 3}},
+                           {**IMAGE_CONFIG, "Healthcheck": {"Test": ["CMD", "x"], "Retries": 1}})[0]
+    assert config["Env"] == ["A=mine", "NONE", "PATH=/bin"]
+    assert config["Labels"] == {"a": "9", "b": "2"}
+    assert config["ExposedPorts"] == {"80/tcp": {}, "81/udp": {}}
+    assert (config["User"], config["WorkingDir"], config["StopSignal"]) == ("bob", "/w", "INT")
+    assert config["Healthcheck"] == {"Test": ["CMD", "x"], "Retries": 3}
+    assert IMAGE_CONFIG["Labels"] == {"a": "1", "b": "2"}, "the image's own is untouched"
+
+
+def test_config_masked_paths():
+    def paths(**host: Any) -> Any:
+        shown = new_container({"HostConfig": host})[1]
+        return shown["MaskedPaths"], shown["ReadonlyPaths"]
+    assert paths(Privileged=True) == (None, None)
+    assert paths(MaskedPaths=[], ReadonlyPaths=[]) == ([], [])
+    assert paths(SecurityOpt=["systempaths=unconfined"]) == ([], [])
+
+
+@pytest.mark.parametrize("body,text", [
+    ({"Tty": "yes"}, "json: cannot unmarshal string into Go struct field ContainerConfigWrapper."
+     "Tty of type bool"),
+    ({"Env": "x"}, "json: cannot unmarshal string into Go struct field ContainerConfigWrapper."
+     "Env of type []string"),
+    ({"Env": [1]}, "json: cannot unmarshal number into Go struct field ContainerConfigWrapper."
+     "Env of type string"),
+    ({"WorkingDir": "rel"}, "the working directory 'rel' is invalid, it needs to be an absolute path"),
+    ({"Cmd": [], "Entrypoint": [""]}, "No command specified"),
+    ({"Env": ["=x"]}, "invalid environment variable: =x"), ({"Env": [""]}, "invalid environment variable: "),
+    ({"StopSignal": "SIGBOGUS"}, "Invalid signal: SIGBOGUS"),
+    ({"Cmd": ["a\0b"]}, "invalid Cmd: it contains a NUL byte"),
+    ({"Healthcheck": {"Interval": 1}}, "Interval in Healthcheck cannot be less than 1ms"),
+    ({"Healthcheck": {"Retries": -1}}, "Retries in Healthcheck cannot be negative"),
+])
+def test_config_refusals(body, text):
+    assert refusal(body) == text
+
+
+def test_config_that_is_no_object():
+    with pytest.raises(dockerd.BadParameter,
+                       match="cannot unmarshal array into Go value of type runconfig.Container"):
+        dockerd.decode_struct([], "ContainerConfigWrapper")
+
+
+@pytest.mark.parametrize("host,text", [
+    ({"Memory": "1"}, "json: cannot unmarshal string into Go struct field HostConfig."
+     "HostConfig.Memory of type int64"),
+    ({"Memory": 1.5}, "json: cannot unmarshal number 1.5 into Go struct field HostConfig."
+     "HostConfig.Memory of type int64"),
+    ({"BlkioWeight": 1 << 16}, "json: cannot unmarshal number 65536 into Go struct field "
+     "HostConfig.HostConfig.BlkioWeight of type uint16"),
+    ({"Memory": -1}, "Minimum memory limit allowed is 6MB"),
+    ({"KernelMemory": 1}, "Minimum kernel memory limit allowed is 6MB"),
+    ({"OomScoreAdj": 2000}, "Invalid value 2000, range for oom score adj is [-1000, 1000]"),
+    ({"ShmSize": -1}, "SHM size can not be less than 0"),
+    ({"PortBindings": {"99999/tcp": []}, "NetworkMode": "host"}, 'invalid port specification: "99999"'),
+    ({"PortBindings": {"x": []}, "NetworkMode": "none"}, 'invalid port specification: "x"'),
+    ({"PortBindings": {"80": [{"HostPort": "9-8"}]}, "NetworkMode": "none"},
+     'invalid port specification: "9-8"'),
+    ({"RestartPolicy": {"Name": "sometimes"}}, "invalid restart policy 'sometimes'"),
+    ({"RestartPolicy": {"Name": "always", "MaximumRetryCount": 2}},
+     "maximum retry count cannot be used with restart policy 'always'"),
+    ({"RestartPolicy": {"Name": "on-failure", "MaximumRetryCount": -1}},
+     "maximum retry count cannot be negative"),
+    ({"AutoRemove": True, "RestartPolicy": {"Name": "always"}},
+     "can't create 'AutoRemove' container with restart policy"),
+    ({"CapAdd": ["BOGUS"]}, 'invalid CapAdd: unknown capability: "CAP_BOGUS"'),
+    ({"CapDrop": ["cap_bogus"]}, 'invalid CapDrop: unknown capability: "CAP_BOGUS"'),
+    ({"SecurityOpt": ["bogus"]}, 'invalid --security-opt 1: "bogus"'),
+    ({"SecurityOpt": ["bogus=1"]}, 'invalid --security-opt 2: "bogus=1"'),
+    ({"SecurityOpt": ["no-new-privileges:maybe"]}, 'invalid --security-opt 2: "no-new-privileges:maybe"'),
+    ({"SecurityOpt": ["seccomp=1"]}, "Decoding seccomp profile failed: it must be a JSON object"),
+    ({"CgroupnsMode": "x"}, "invalid cgroup namespace mode: x"), ({"IpcMode": "x"}, "invalid IPC mode: x"),
+    ({"PidMode": "x"}, "invalid PID mode: x"), ({"UTSMode": "x"}, "invalid UTS mode: x"),
+    ({"Isolation": "x"}, "Invalid isolation: \"x\" - linux only supports 'default'"),
+    ({"Runtime": "x"}, "Unknown runtime specified x"),
+    ({"LogConfig": {"Type": "bogus"}}, "logger: no log driver named 'bogus' is registered"),
+    ({"LogConfig": {"Type": "json-file", "Config": {"bogus": "1"}}},
+     "unknown log opt 'bogus' for json-file log driver"),
+    ({"ExtraHosts": ["x"]}, 'bad format for add-host: "x"'),
+    ({"ExtraHosts": ["a:b"]}, "b is not an ip address"),
+    ({"StorageOpt": {"size": "1G"}},
+     "--storage-opt is supported only for overlay over xfs with 'pquota' mount option"),
+    ({"DeviceRequests": [{"Driver": "", "Capabilities": [["gpu"]]}]},
+     'could not select device driver "" with capabilities: [[gpu]]'),
+    ({"Ulimits": [{"Name": "bogus", "Soft": 1, "Hard": 1}]}, "invalid ulimit type: bogus"),
+    ({"CgroupParent": "../../x"}, "invalid cgroup parent ../../x: it leads upwards"),
+    ({"Sysctls": {"kernel.panic": "1"}}, 'sysctl "kernel.panic" is not in a separate kernel namespace'),
+    ({"Sysctls": {"net/../kernel/panic": "1"}},
+     'sysctl "net/../kernel/panic" is not in a separate kernel namespace'),
+    ({"Sysctls": {"net.core.somaxconn": "1"}, "NetworkMode": "host"},
+     'sysctl "net.core.somaxconn" not allowed in host network namespace'),
+    ({"Sysctls": {"kernel.shmmax": "1"}, "IpcMode": "host"},
+     'sysctl "kernel.shmmax" is not allowed in the hosts ipc namespace'),
+])
+def test_host_config_refusals(host, text):
+    assert refusal({"HostConfig": host}) == text
+
+
+def test_hostname_and_the_hosts_uts_namespace_conflict():
+    assert refusal({"Hostname": "x", "HostConfig": {"UTSMode": "host"}}) == \
+        "conflicting options: hostname and the UTS mode"
+
+
+@pytest.mark.parametrize("host", [
+    {"SecurityOpt": ["seccomp=unconfined", "apparmor=unconfined", "label:disable", "no-new-privileges"]},
+    {"CapAdd": ["ALL"], "CapDrop": ["net_raw", "CAP_CHOWN"]}, {"Sysctls": {"net.ipv4.ip_forward": "1"}},
+    {"IpcMode": "host", "PidMode": "host", "UTSMode": "host", "UsernsMode": "host"}, {"Init": False},
+    {"PortBindings": {"80/tcp": [{"HostPort": "8000-8010"}]}, "NetworkMode": "none"},
+    {"PublishAllPorts": True},
+    {"LogConfig": {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "3"}}},
+    {"RestartPolicy": {"Name": "on-failure", "MaximumRetryCount": 3}}, {"Dns": ["1.1.1.1"]},
+])
+def test_host_config_that_is_taken(host):
+    assert new_container({"HostConfig": host})[3] == []
+
+
+@pytest.mark.parametrize("host,feature", [
+    ({"Binds": ["/a:/b"]}, "mounts"), ({"Mounts": [{"Type": "bind"}]}, "mounts"),
+    ({"Tmpfs": {"/x": ""}}, "--tmpfs"),
+    ({"VolumesFrom": ["x"]}, "--volumes-from"), ({"Links": ["a:b"]}, "--link"), ({"Init": True}, "--init"),
+    ({"PortBindings": {"80/tcp": [{}]}}, "published ports"), ({"NetworkMode": "mine"}, 'the network "mine"'),
+    ({"PidMode": "container:x"}, "another container's PID"),
+    ({"IpcMode": "container:x"}, "another container's IPC"),
+    ({"LogConfig": {"Type": "syslog"}}, "the log driver syslog"),
+])
+def test_what_has_not_landed_is_refused_by_name(host, feature):
+    with pytest.raises(dockerd.NotSupported, match="(?i)^" + re.escape(feature)):
+        new_container({"HostConfig": host})
+
+
+def test_config_warnings():
+    host = {"NetworkMode": "host", "PortBindings": {"80/tcp": [{"HostPort": "80"}]}}
+    warnings = new_container({"HostConfig": host})[3]
+    assert warnings == ["Published ports are discarded when using host network mode"]
+
+
+def test_security_options():
+    profile = {"defaultAction": "SCMP_ACT_ALLOW"}
+    options = dockerd.parse_security_options(["seccomp=" + json.dumps(profile), "label=user:x",
+                                              "label:role:y",
+                                              "no-new-privileges=false", "apparmor=unconfined"])
+    assert options == (False, profile, "unconfined", ("user:x", "role:y"), "")
+    assert dockerd.parse_security_options(["seccomp=builtin", "no-new-privileges"]) == (True, None, "", (),
+                                                                                        "")
+
+
+# Signals, times, names
+
+
+@pytest.mark.parametrize("text,number", [("9", 9), ("KILL", 9), ("sigterm", 15), ("SIGRTMIN+3", 37),
+                                         ("RTMAX", 64),
+                                         ("rtmax-1", 63), ("SIGSTKFLT", 16), ("CLD", 17)])
+def test_signals(text, number):
+    assert dockerd.parse_signal(text) == number
+
+
+@pytest.mark.parametrize("text", ["0", "", "BOGUS", "SIG", "-1", "99", "RTMIN+99", "\u0663"])
+def test_signals_that_are_none(text):
+    with pytest.raises(dockerd.BadParameter):
+        dockerd.parse_signal(text)
+
+
+@pytest.mark.parametrize("nanoseconds,text", [
+    (0, "1970-01-01T00:00:00Z"), (1_500_000_000, "1970-01-01T00:00:01.5Z"),
+    (1795478963_773701079, "2026-11-24T00:09:23.773701079Z"), (1, "1970-01-01T00:00:00.000000001Z"),
+])
+def test_times_round_trip(nanoseconds, text):
+    assert dockerd.rfc3339nano(nanoseconds) == text
+    assert dockerd.parse_timestamp(text) == nanoseconds
+
+
+def test_times():
+    parse = dockerd.parse_timestamp
+    assert dockerd.rfc3339nano(0, padded=True) == "1970-01-01T00:00:00.000000000Z"
+    assert dockerd.rfc3339nano(parse(dockerd.ZERO_TIME)) == dockerd.ZERO_TIME
+    assert parse("12.5") == 12_500_000_000 and parse("12") == 12 * 10**9
+    assert parse("1970-01-01T02:00:00+02:00") == 0 == parse("1969-12-31T23:30:00-00:30")
+    assert abs(time.time_ns() - 90 * 10**9 - parse("1m30s")) < 10**9
+    assert parse("2026-11-24") == int(time.mktime((2026, 11, 24, 0, 0, 0, 0, 0, -1))) * 10**9
+    for text in ("x", "", "2026-13-01T00:00:00Z", "1e3"):
+        with pytest.raises(dockerd.BadParameter, match="strconv.ParseInt: parsing .*: invalid syntax"):
+            parse(text)
+
+
+@pytest.mark.parametrize("seconds,words", [
+    (0.4, "Less than a second"), (1.9, "1 second"), (59, "59 seconds"), (60, "About a minute"),
+    (150, "2 minutes"),
+    (3599, "59 minutes"), (3600, "About an hour"), (47 * 3600, "47 hours"), (48 * 3600, "2 days"),
+    (14 * 86400, "2 weeks"), (61 * 86400, "2 months"), (731 * 86400, "2 years"),
+])
+def test_durations_in_words(seconds, words):
+    assert dockerd.human_duration(seconds) == words
+
+
+def state_of(**changes: Any) -> dict[str, Any]:
+    """A container's state as inspect shows it."""
+    return {"Status": "", "Running": False, "Paused": False, "Restarting": False, "Dead": False,
+            "ExitCode": 0,
+            "StartedAt": dockerd.ZERO_TIME, "FinishedAt": dockerd.ZERO_TIME, **changes}
+
+
+@pytest.mark.parametrize("changes,text", [
+    ({"Status": "created"}, "Created"), ({"Status": "removing"}, "Removal In Progress"),
+    ({"Dead": True}, "Dead"),
+    ({"Running": True, "StartedAt": "1970-01-01T00:16:35Z"}, "Up 5 seconds"),
+    ({"Running": True, "Paused": True, "StartedAt": "1970-01-01T00:15:40Z"}, "Up About a minute (Paused)"),
+    ({"Running": True, "StartedAt": "1970-01-01T00:16:35Z", "Health": {"Status": "starting"}},
+     "Up 5 seconds (health: starting)"),
+    ({"Running": True, "StartedAt": "1970-01-01T00:16:35Z", "Health": {"Status": "healthy"}},
+     "Up 5 seconds (healthy)"),
+    ({"Restarting": True, "Running": True, "ExitCode": 1, "FinishedAt": "1970-01-01T00:16:38Z"},
+     "Restarting (1) 2 seconds ago"),
+    ({"ExitCode": 137, "StartedAt": "1970-01-01T00:00:00Z", "FinishedAt": "1970-01-01T00:13:40Z"},
+     "Exited (137) 3 minutes ago"),
+])
+def test_status_text(changes, text):
+    assert dockerd.status_text(state_of(**changes), 1000 * 10**9) == text
+
+
+def test_names():
+    assert len(dockerd.ADJECTIVES) >= 60 and len(dockerd.SCIENTISTS) >= 110
+    for name in {dockerd.random_name() for _ in range(50)}:
+        assert dockerd.NAME_PATTERN.fullmatch(name) and name.count("_") == 1
+    assert all(not dockerd.NAME_PATTERN.fullmatch(name) for name in ("a", "_a!", "-x", "a/b", ""))
+    error = dockerd.name_conflict("e1", "515d")
+    assert dockerd.http_status(error) == 409
+    assert str(error) == ('Conflict. The container name "/e1" is already in use by container "515d". You '
+                          "have to remove (or rename) that container to be able to reuse that name.")
+
+
+# Filters
+
+
+class ListedState(NamedTuple):
+    running: bool = False
+    status: str = "exited"
+    started_at: str = "2026-11-24T00:00:00Z"
+    exit_code: int = 3
+
+    def to_api(self) -> dict[str, Any]:
+        return {"Health": {"Status": "healthy"}}
+
+
+class Listed(NamedTuple):
+    """As much of a container as the filters look at."""
+
+    id: str = "2b11b7010211"
+    name: str = "run1"
+    config: Any = {"Labels": {"l": "v"}, "ExposedPorts": {"80/tcp": {}, "53/udp": {}}}
+    state: Any = ListedState()
+    record: Any = {"NetworkSettings": {"Networks": {"none": {"NetworkID": "7547f7"}}, "Ports": {
+        "80/tcp": [{"HostPort": "8080"}], "81/tcp": None}}, "MountPoints": {"/data": {"Name": "vol"}}}
+    image_id: str = "sha256:51a9"
+
+
+class ImageTable:
+    @staticmethod
+    def resolve(name: str) -> Any:
+        if name != "busybox":
+            raise dockerd.NotFound("No such image")
+        return Listed(id="sha256:51a9")
+
+
+@pytest.mark.parametrize("name,yes,no", [
+    ("id", "2b11", "ffff"), ("name", "^/run", "^un"), ("name", "run1", "["), ("label", "l=v", "l=w"),
+    ("label", "l", "m"), ("label!", "m", "l"), ("status", "exited", "running"), ("exited", "3", "0"),
+    ("health", "healthy", "none"), ("is-task", "false", "true"), ("network", "none", "host"),
+    ("network", "7547", "75470"), ("publish", "80", "81"), ("publish", "79-81/tcp", "80/udp"),
+    ("expose", "53/udp", "53"), ("volume", "vol", "x"), ("volume", "/data", "/"),
+    ("ancestor", "busybox", "debian"),
+])
+def test_container_filters(name, yes, no):
+    assert name in dockerd.CONTAINER_FILTERS
+    for value, expected in ((yes, True), (no, False)):
+        filters = dockerd.check_container_filters({name: [value]})
+        assert dockerd.container_matches(Listed(), filters, ImageTable) is expected
+    both = dockerd.container_matches(Listed(), {name: [yes, no]}, ImageTable)
+    assert both is not name.startswith("label"), "values are alternatives, but for labels"
+
+
+@pytest.mark.parametrize("name,value,text", [
+    ("status", "bogus", "Invalid filter 'status=bogus'"), ("health", "x", "Invalid filter 'health=x'"),
+    ("exited", "bogus", 'strconv.Atoi: parsing "bogus": invalid syntax'),
+    ("publish", "x", "Invalid filter 'publish=x'"),
+    ("is-task", "maybe", "Invalid filter 'is-task=maybe'"),
+])
+def test_container_filters_refuse(name, value, text):
+    with pytest.raises(dockerd.BadParameter) as caught:
+        dockerd.check_container_filters({name: [value]})
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize("text", ['{"name":["a"]}', '{"name":{"a":true}}'])
+def test_container_filters_in_both_forms(text):
+    assert dockerd.parse_filters(text, dockerd.CONTAINER_FILTERS) == {"name": ["a"]}
+    with pytest.raises(dockerd.BadParameter, match="(?i)invalid filter 'bad'"):
+        dockerd.parse_filters('{"bad":["a"]}', dockerd.CONTAINER_FILTERS)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images
+#
+# What stands in the tables here was recorded from the real dockerd 20.10.24: configurations, ids, messages.
+# ------------------------------------------------------------------------------------------------------------
+
+A64 = "a" * 64
+
+
+@pytest.mark.parametrize(
+    "text, full, familiar",
+    [
+        ("busybox", "docker.io/library/busybox", "busybox"),
+        ("library/busybox:1", "docker.io/library/busybox:1", "busybox:1"),
+        ("index.docker.io/busybox", "docker.io/library/busybox", "busybox"),
+        ("docker.io/me/x:v1.0-a_b", "docker.io/me/x:v1.0-a_b", "me/x:v1.0-a_b"),
+        ("a/library/x", "docker.io/a/library/x", "a/library/x"),
+        ("localhost/x", "localhost/x", "localhost/x"),
+        ("localhost:5000/x:t", "localhost:5000/x:t", "localhost:5000/x:t"),
+        ("host:5000/x", "host:5000/x", "host:5000/x"),
+        ("UP.io/x", "UP.io/x", "UP.io/x"),
+        ("[::1]:5000/x", "[::1]:5000/x", "[::1]:5000/x"),
+        ("foo__bar/x--y", "docker.io/foo__bar/x--y", "foo__bar/x--y"),
+        ("x:t@sha256:" + A64, f"docker.io/library/x:t@sha256:{A64}", f"x:t@sha256:{A64}"),
+    ],
+)
+def test_references_are_completed_and_shortened(text: str, full: str, familiar: str) -> None:
+    reference = dockerd.parse_reference(text)
+    assert (str(reference), reference.familiar) == (full, familiar)
+    assert dockerd.parse_reference(full) == reference
+
+
+@pytest.mark.parametrize(
+    "repo, tag, message",
+    [
+        ("Foo", "", "invalid reference format: repository name must be lowercase"),
+        ("localhost/Foo", "", "invalid reference format: repository name must be lowercase"),
+        ("foo", "a b", "invalid tag format"),
+        ("foo", ":x", "invalid tag format"),
+        ("foo", "a" * 129, "invalid tag format"),
+        ("foo:" + "a" * 129, "", "invalid reference format"),
+        ("foo/", "", "invalid reference format"),
+        ("foo:", "", "invalid reference format"),
+        ("foo___bar", "", "invalid reference format"),
+        ("-foo", "", "invalid reference format"),
+        ("foo//bar", "", "invalid reference format"),
+        ("http://foo", "", "invalid reference format"),
+        ("foo\n", "", "invalid reference format"),
+        ("\u00e9", "", "invalid reference format"),
+        ("foo@sha256:aa", "", "invalid reference format"),
+        ("docker.io/foo@x", "", "invalid reference format"),
+        ("../../etc", "", "invalid reference format"),
+        ("a:b:c", "", "invalid reference format"),
+        ("x@md5:" + "a" * 32, "", "unsupported digest algorithm"),
+        ("x@sha256:" + "a" * 40, "", "invalid checksum digest length"),
+        ("a" * 256, "", "repository name must not be more than 255 characters"),
+        ("foo@sha256:" + A64, "", "cannot import digest reference"),
+        (A64, "", f"invalid repository name ({A64}), cannot specify 64-byte hexadecimal strings"),
+        ("sha256", "", "refusing to create an ambiguous tag using digest algorithm as name"),
+        ("sha256", "x", "refusing to create an ambiguous tag using digest algorithm as name"),
+    ],
+)
+def test_malformed_references_are_refused_in_dockers_words(repo: str, tag: str, message: str) -> None:
+    with pytest.raises(dockerd.BadParameter) as refused:
+        dockerd.parse_repo_tag(repo, tag)
+    assert str(refused.value) == message
+
+
+CHANGES: list[tuple[str, Any]] = [
+    ("CMD sh", {"Cmd": ["/bin/sh", "-c", "sh"]}),
+    ('CMD ["a","b"]', {"Cmd": ["a", "b"]}),
+    ("CMD", {"Cmd": ["/bin/sh", "-c"]}),
+    ("CMD []", {"Cmd": []}),
+    ("ENTRYPOINT", {}),
+    ("ENTRYPOINT []", {}),
+    ("ENTRYPOINT foo bar", {"Entrypoint": ["/bin/sh", "-c", "foo bar"]}),
+    ('CMD a\nENTRYPOINT ["x"]', {"Cmd": ["/bin/sh", "-c", "a"], "Entrypoint": ["x"]}),
+    ('ENTRYPOINT ["x"]\nCMD a', {"Cmd": ["/bin/sh", "-c", "a"], "Entrypoint": ["x"]}),
+    ("CMD []\nENTRYPOINT x", {"Entrypoint": ["/bin/sh", "-c", "x"]}),
+    ('ENV a=b c="d e" f=g\\ h', {"Env": ["a=b", "c=d e", "f=g h"]}),
+    ("ENV a b c d", {"Env": ["a=b c d"]}),
+    ("ENV a", "ENV must have two arguments"),
+    ("ENV", "ENV requires at least one argument"),
+    ("ENV =b", "ENV names can not be blank"),
+    ("ENV a=b c", 'Syntax error - can\'t find = in "c". Must be of the form: name=value'),
+    (
+        "ENV A=1\nENV B=$A-${A:-x}-${C:-d}-${A:+y}\nLABEL l=$B '$A'=\"$A\" z='$A'",
+        {"Env": ["A=1", "B=1-1-d-y"], "Labels": {"$A": "1", "l": "1-1-d-y", "z": "$A"}},
+    ),
+    ("EXPOSE 80 443/tcp 53/udp", {"ExposedPorts": {"443/tcp": {}, "53/udp": {}, "80/tcp": {}}}),
+    ("EXPOSE 8000-8002", {"ExposedPorts": {"8000/tcp": {}, "8001/tcp": {}, "8002/tcp": {}}}),
+    ("EXPOSE foo", "Invalid containerPort: foo"),
+    ("EXPOSE 80/foo", "Invalid proto: foo"),
+    ("EXPOSE 99999", "Invalid containerPort: 99999"),
+    ("EXPOSE", "EXPOSE requires at least one argument"),
+    ('ENV P="1 2"\nEXPOSE $P', {"ExposedPorts": {"1/tcp": {}, "2/tcp": {}}, "Env": ["P=1 2"]}),
+    ("EXPOSE 1.2.3.4:80:90", {"ExposedPorts": {"90/tcp": {}}}),
+    ("EXPOSE 80:90", {"ExposedPorts": {"90/tcp": {}}}),
+    ("EXPOSE 80/TCP", {"ExposedPorts": {"80/tcp": {}}}),
+    ("EXPOSE 80-70", "Invalid containerPort: 80-70"),
+    ("EXPOSE 80-", "Invalid containerPort: 80-"),
+    ("EXPOSE /tcp", "No port specified: /tcp<empty>"),
+    ('EXPOSE ["80"]', "Invalid containerPort: [80]"),
+    ("LABEL a=b", {"Labels": {"a": "b"}}),
+    ("LABEL a", "LABEL must have two arguments"),
+    ("LABEL a b", {"Labels": {"a": "b"}}),
+    ("LABEL", "LABEL requires at least one argument"),
+    ('LABEL "a b"=<c>&"d"', {"Labels": {"a b": "<c>&d"}}),
+    ("ONBUILD RUN x  y", {"OnBuild": ["RUN x  y"]}),
+    ("ONBUILD", "ONBUILD requires at least one argument"),
+    ("ONBUILD ONBUILD RUN x", "Chaining ONBUILD via `ONBUILD ONBUILD` isn't allowed"),
+    ("ONBUILD FROM x", "FROM isn't allowed as an ONBUILD trigger"),
+    ("onbuild foo x", {"OnBuild": ["foo x"]}),
+    ("ONBUILD MAINTAINER x", "MAINTAINER isn't allowed as an ONBUILD trigger"),
+    ("ONBUILD ENV a", "ENV must have two arguments"),
+    ("USER bob:grp", {"User": "bob:grp"}),
+    ("USER", "USER requires exactly one argument"),
+    ("USER $X", {}),
+    ("USER a b", {"User": "a b"}),
+    ("VOLUME /a /b", {"Volumes": {"/a": {}, "/b": {}}}),
+    ('VOLUME ["/a", "/c"]', {"Volumes": {"/a": {}, "/c": {}}}),
+    ("VOLUME", "VOLUME requires at least one argument"),
+    ('VOLUME [""]', "VOLUME specified can not be an empty string"),
+    ("VOLUME []", "VOLUME requires at least one argument"),
+    ("VOLUME [1]", "when using JSON array syntax, arrays must be comprised of strings only"),
+    ("WORKDIR /a\nWORKDIR b", {"WorkingDir": "/a/b"}),
+    ("WORKDIR rel", {"WorkingDir": "/rel"}),
+    ("WORKDIR", "WORKDIR requires exactly one argument"),
+    ("WORKDIR /a/../b/", {"WorkingDir": "/a/../b/"}),
+    ('WORKDIR ""', "cannot normalize nothing"),
+    ("WORKDIR $X", "cannot normalize nothing"),
+    ("HEALTHCHECK CMD foo", {"Healthcheck": {"Test": ["CMD-SHELL", "foo"]}}),
+    (
+        'HEALTHCHECK --interval=5s --timeout=1m --retries=3 --start-period=1h2m3.5s CMD ["a","b"]',
+        {
+            "Healthcheck": {
+                "Test": ["CMD", "a", "b"],
+                "Interval": 5000000000,
+                "Timeout": 60000000000,
+                "StartPeriod": 3723500000000,
+                "Retries": 3,
+            }
+        },
+    ),
+    ("HEALTHCHECK NONE", {"Healthcheck": {"Test": ["NONE"]}}),
+    ("HEALTHCHECK NONE x", "HEALTHCHECK NONE takes no arguments"),
+    ("HEALTHCHECK", "HEALTHCHECK requires at least one argument"),
+    ("HEALTHCHECK foo", 'Unknown type "FOO" in HEALTHCHECK (try CMD)'),
+    ("HEALTHCHECK CMD", "Missing command after HEALTHCHECK CMD"),
+    ("HEALTHCHECK --interval=1us CMD x", 'Interval "interval" cannot be less than 1ms'),
+    ("HEALTHCHECK --foo=1 CMD x", "Unknown flag: foo"),
+    ("HEALTHCHECK --interval CMD x", "Missing a value on flag: interval"),
+    ("HEALTHCHECK --retries=0 CMD x", "--retries must be at least 1 (not 0)"),
+    ("HEALTHCHECK --retries=x CMD x", 'strconv.ParseInt: parsing "x": invalid syntax'),
+    ("HEALTHCHECK --interval=5 CMD x", 'time: missing unit in duration "5"'),
+    ("HEALTHCHECK --interval=foo CMD x", 'time: invalid duration "foo"'),
+    ("HEALTHCHECK --interval=1s --interval=2s CMD x", "Duplicate flag specified: interval"),
+    ("HEALTHCHECK --interval=0s CMD x", 'Interval "interval" cannot be less than 1ms'),
+    ("HEALTHCHECK --interval= CMD x", {"Healthcheck": {"Test": ["CMD-SHELL", "x"]}}),
+    ("RUN x", "run is not a valid change command"),
+    ("FROM x", "from is not a valid change command"),
+    ("MAINTAINER me", "maintainer is not a valid change command"),
+    ("ARG x", "arg is not a valid change command"),
+    ("foo bar", "foo is not a valid change command"),
+    ("COPY a b", "copy is not a valid change command"),
+    ("", "file with no instructions"),
+    ("# c", "file with no instructions"),
+    ("env a=b", {"Env": ["a=b"]}),
+    ("CMD a \\\nb", {"Cmd": ["/bin/sh", "-c", "a b"]}),
+    ("CMD --x a", "Unknown flag: x"),
+    (
+        "ENV a='b",
+        'failed to process "\'b": unexpected end of statement while looking for matching single-quote',
+    ),
+    (
+        'ENV a="b',
+        'failed to process "\\"b": unexpected end of statement while looking for matching double-quote',
+    ),
+    ("ENV a=${b", "failed to process \"${b\": missing ':' in substitution"),
+    ("ENV a=${}", 'failed to process "${}": syntax error: bad substitution'),
+    ("ENV a=${b:x}", 'failed to process "${b:x}": unsupported modifier (x) in substitution'),
+    ("ENV a=${b:?}", 'failed to process "${b:?}": b: is not allowed to be unset'),
+    ("ENV a=${b:?no}", 'failed to process "${b:?no}": b: no'),
+    ("ENV a=${b?}", 'failed to process "${b?}": b: is not allowed to be unset'),
+    ("ENV a=${b.c}", "failed to process \"${b.c}\": missing ':' in substitution"),
+    ('CMD ["a"', {"Cmd": ["/bin/sh", "-c", '["a"']}),
+    ("CMD [1]", "when using JSON array syntax, arrays must be comprised of strings only"),
+    ("ENV a=b\nCMD x", {"Env": ["a=b"], "Cmd": ["/bin/sh", "-c", "x"]}),
+    ("CMD a\nCMD b", {"Cmd": ["/bin/sh", "-c", "b"]}),
+    ('CMD ["a"] x', {"Cmd": ["a"]}),
+    (
+        'LABEL a=b\\tc d="x\\ty" e="x\\\\y" f="x\\$y" g=\'x\\\'',
+        {"Labels": {"a": "btc", "d": "x\\ty", "e": "x\\y", "f": "x$y", "g": "x\\"}},
+    ),
+    ("ENV a=1 a=2\nENV b=$a$$c${a}x", {"Env": ["a=2", "b=2c2x"]}),
+    ("USER  x  ", {"User": "x"}),
+    ("CMD   a   b ", {"Cmd": ["/bin/sh", "-c", "a   b"]}),
+    ("ENV a   b   c ", {"Env": ["a=b   c"]}),
+    ("WORKDIR /a b", {"WorkingDir": "/a b"}),
+    (
+        'VOLUME "/a b"',
+        'failed to process "\\"/a": unexpected end of statement while looking for matching double-quote',
+    ),
+    ("EXPOSE 80\t90", {"ExposedPorts": {"80/tcp": {}, "90/tcp": {}}}),
+    (
+        'HEALTHCHECK --interval=1h CMD ["a"] x',
+        {"Healthcheck": {"Test": ["CMD", "a"], "Interval": 3600000000000}},
+    ),
+    ("CMD\ta", {"Cmd": ["/bin/sh", "-c", "a"]}),
+    ("CMD é\u2028<&>\x08\x0c\x7f", {"Cmd": ["/bin/sh", "-c", "é\u2028<&>\x08\x0c\x7f"]}),
+    ("ENV a=\\\nb", {"Env": ["a=b"]}),
+    ("#escape=`\nCMD a `\nb", {"Cmd": ["/bin/sh", "-c", "a b"]}),
+    ("ENV a=b\\", {"Env": ["a=b"]}),
+    ("CMD # x", {"Cmd": ["/bin/sh", "-c", "# x"]}),
+    ("ENV a=b # c", 'Syntax error - can\'t find = in "#". Must be of the form: name=value'),
+    ("ENV a=b c=# d", 'Syntax error - can\'t find = in "d". Must be of the form: name=value'),
+    ("LABEL a.b=c $X=y", {"Labels": {"": "y", "a.b": "c"}}),
+    ("STOPSIGNAL SIGTERM", {"StopSignal": "SIGTERM"}),
+    ("STOPSIGNAL rtmin+1", {"StopSignal": "rtmin+1"}),
+    ("STOPSIGNAL foo", "Invalid signal: foo"),
+    ("STOPSIGNAL", "STOPSIGNAL requires exactly one argument"),
+    ("SHELL []", "shell is not a valid change command"),
+    (
+        "HEALTHCHECK --start-interval=2s CMD x",
+        {"Healthcheck": {"Test": ["CMD-SHELL", "x"], "StartInterval": 2000000000}},
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, expected", CHANGES)
+def test_changes_give_dockers_configuration_or_dockers_error(changes: str, expected: Any) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(dockerd.BadParameter) as refused:
+            dockerd.apply_changes({}, changes.split("\n"))
+        assert str(refused.value) == expected
+    else:
+        config = dockerd.apply_changes({}, changes.split("\n"))
+        empty = dockerd.full_config({})
+        full = dockerd.full_config(config)
+        assert {
+            name: value for name, value in full.items() if name not in empty or empty[name] != value
+        } == expected
+
+
+def test_changes_leave_the_given_configuration_alone() -> None:
+    config = {"Env": ["A=1"], "Cmd": ["x"], "Labels": {"l": "1"}}
+    changed = dockerd.apply_changes(config, ["ENV B=$A", "LABEL m=2", "ENTRYPOINT y"])
+    assert config == {"Env": ["A=1"], "Cmd": ["x"], "Labels": {"l": "1"}}
+    assert (changed["Env"], changed["Labels"], changed["Cmd"]) == (["A=1", "B=1"], {"l": "1", "m": "2"}, None)
+
+
+RECORDED_CONFIG = (
+    b'{"architecture":"amd64","comment":"Imported from -","config":{"Hostname":"","Domainname":"","User":"",'
+    b'"AttachStdin":false,"AttachStdout":false,"AttachStderr":false,"Tty":false,"OpenStdin":false,"StdinOnce":false,'
+    b'"Env":["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],"Cmd":["sh"],"Image":"",'
+    b'"Volumes":null,"WorkingDir":"","Entrypoint":null,"OnBuild":null,"Labels":null},"container_config":'
+    b'{"Hostname":"","Domainname":"","User":"","AttachStdin":false,"AttachStdout":false,"AttachStderr":false,'
+    b'"Tty":false,"OpenStdin":false,"StdinOnce":false,"Env":null,"Cmd":null,"Image":"","Volumes":null,'
+    b'"WorkingDir":"","Entrypoint":null,"OnBuild":null,"Labels":null},"created":"2026-11-24T00:05:20.733618235Z",'
+    b'"docker_version":"20.10.24+dfsg1","history":[{"created":"2026-11-24T00:05:20.733618235Z",'
+    b'"comment":"Imported from -"}],"os":"linux","rootfs":{"type":"layers","diff_ids":'
+    b'["sha256:1b9adea80f8a6cd84e8530d8eb10d560d120923ab0dd4224afad8d2188a5162b"]}}'
+)
+
+
+def test_an_imported_images_configuration_is_that_of_the_real_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dockerd, "VERSION", "20.10.24+dfsg1")
+    config = dockerd.apply_changes(
+        {}, ["ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", 'CMD ["sh"]']
+    )
+    document = dockerd.import_document(
+        config,
+        "sha256:1b9adea80f8a6cd84e8530d8eb10d560d120923ab0dd4224afad8d2188a5162b",
+        dockerd.Platform("linux", "amd64"),
+        "Imported from -",
+        1795478720733618235,
+    )
+    assert document == RECORDED_CONFIG
+    assert hashlib.sha256(document).hexdigest().startswith("51a9332a1da1db4d9c6674f81a8e1e93c4546020c1c32d7")
+
+
+def test_json_is_escaped_as_go_does() -> None:
+    text = '\u00e9\u2028\u2029<&>\b\f\n\t\x01\x7f\\b"' + "\udcff"
+    escaped = '"\u00e9\\u2028\\u2029\\u003c\\u0026\\u003e\\u0008\\u000c\\n\\t\\u0001\x7f\\\\b\\"\ufffd"'
+    assert dockerd.docker_json(text) == escaped.encode()
+
+
+@pytest.mark.parametrize(
+    "pattern, matching, others",
+    [
+        ("a*", ["a", "ab", "a:x"], ["ba", "a/b"]),
+        ("*/*", ["a/b"], ["a", "a/b/c"]),
+        ("b:v[0-9]", ["b:v1"], ["b:vx"]),
+        ("[^a]?", ["bc"], ["ac", "b/"]),
+        (r"a\*", ["a*"], ["ab"]),
+        ("[a-", None, []),
+        ("[]a]", None, []),
+        ("[", None, []),
+        ("a\\", None, []),
+        (r"[\]]", ["]"], ["a"]),
+        ("a.c", ["a.c"], ["abc"]),
+        ("[[]", ["["], ["a"]),
+    ],
+)
+def test_patterns_match_as_gos_do(pattern: str, matching: Optional[list[str]], others: list[str]) -> None:
+    if matching is None:
+        with pytest.raises(dockerd.BadParameter, match="^syntax error in pattern$"):
+            dockerd.compile_pattern(pattern)
+        return
+    compiled = dockerd.compile_pattern(pattern)
+    assert [text for text in matching if not compiled.fullmatch(text)] == []
+    assert [text for text in others if compiled.fullmatch(text)] == []
+
+
+@pytest.mark.parametrize(
+    "text, platform",
+    [
+        ("linux/amd64", "linux/amd64"),
+        ("linux/x86_64", "linux/amd64"),
+        ("arm64", "linux/arm64"),
+        ("linux/arm64/v8", "linux/arm64"),
+        ("linux/aarch64", "linux/arm64"),
+        ("linux/arm", "linux/arm/v7"),
+        ("linux/arm/v6", "linux/arm/v6"),
+        ("Windows/amd64", "windows/amd64"),
+        ("linux", f"linux/{dockerd.host_platform().architecture}"),
+    ],
+)
+def test_platforms_are_read_and_normalised(text: str, platform: str) -> None:
+    assert str(dockerd.parse_platform(text)) == platform
+
+
+@pytest.mark.parametrize("text", ["foo", "linux/", "/", "linux/a/b/c", "li nux/amd64", ""])
+def test_malformed_platforms_are_refused(text: str) -> None:
+    with pytest.raises(dockerd.BadParameter):
+        dockerd.parse_platform(text)
+
+
+# The stores and the jobs, on each driver that the machine has
+
+
+def file_tar(name: str = "hello", data: bytes = b"hi\n") -> bytes:
+    """A tar with one file."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        entry = tarfile.TarInfo(name)
+        entry.size = len(data)
+        tar.addfile(entry, io.BytesIO(data))
+    return archive.getvalue()
+
+
+class ImageRig:
+    """The image jobs on a data root of their own, with containers that the test declares."""
+
+    def __init__(self, root: str, driver: str) -> None:
+        self.root, self.driver = root, driver
+        self.containers: dict[str, tuple[str, bool]] = {}  # container id: (image id, running)
+        self.events: list[tuple[str, str, dict[str, str]]] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Load everything from disk again."""
+        config = types.SimpleNamespace(
+            data_root=self.root, storage_driver=self.driver, storage_opts=[], userns_remap=""
+        )
+        self.images = dockerd.Images(
+            config,
+            lambda *event: self.events.append(event),
+            lambda image: [
+                (container, running)
+                for container, (used, running) in self.containers.items()
+                if used == image
+            ],
+        )
+        self.layers = self.images.layers
+        self.engine = dockerd.Engine()
+        self.engine.logging = False
+        self.engine.install(self.images)
+
+    def run(self, name: str, *arguments: str, stdin: Any = b"", **env: Any) -> Any:
+        """The reply of a job, else the last line of its progress."""
+        job = self.engine.job(name, *arguments, **env)
+        job.stdin = io.BytesIO(stdin) if isinstance(stdin, bytes) else stdin
+        out = job.stdout.add(io.BytesIO())
+        reply = job.run()
+        return reply if reply is not None else out.getvalue().decode().splitlines()[-1:]
+
+    def add(self, repo: str = "", tag: str = "", archive: Optional[bytes] = None, **env: Any) -> str:
+        """The id of a freshly imported image."""
+        (line,) = self.run("import", "-", repo, tag, stdin=file_tar() if archive is None else archive, **env)
+        return json.loads(line)["status"]
+
+    def refused(self, status: int, name: str, *arguments: str, **env: Any) -> str:
+        """The message of a job that must fail with this HTTP status."""
+        with pytest.raises(dockerd.DockerError) as failure:
+            self.run(name, *arguments, **env)
+        assert dockerd.http_status(failure.value) == status
+        return str(failure.value)
+
+    def listed(self, **filters: Any) -> list[str]:
+        """The ids of the images that the filters let through."""
+        return [image["Id"] for image in self.run("images", filters=filters)]
+
+    def image_files(self, *names: str) -> list[str]:
+        """A directory of image/<driver>."""
+        return sorted(os.listdir(os.path.join(self.root, "image", self.driver, *names)))
+
+    def assert_whole(self) -> None:
+        """Nothing on disk that the tables do not name, and the other way round."""
+        store, layers = self.images.store.all(), self.layers
+        known = {layers.get(chain) for image in store for chain in image.chain_ids}
+        mounts = [layers._mount(container) for container in layers.rw_ids()]
+        known |= {layer for mount in mounts for layer in layers.lineage(mount.parent)}
+        names = {layer.cache_id for layer in known} | {mount.mount_id for mount in mounts}
+        names |= {mount.init_id for mount in mounts if mount.init_id}
+        assert set(os.listdir(layers.driver.layers())) - {"l"} == names
+        assert self.image_files("layerdb", "sha256") == sorted(layer.chain_id[7:] for layer in known)
+        assert self.image_files("layerdb", "tmp") == []
+        assert self.image_files("layerdb", "mounts") == sorted(layers.rw_ids())
+        assert self.image_files("imagedb", "content", "sha256") == sorted(image.id[7:] for image in store)
+        assert set(self.image_files("imagedb", "metadata", "sha256")) <= {image.id[7:] for image in store}
+        tags = json.loads(
+            read_or_none(os.path.join(self.root, "image", self.driver, "repositories.json"))
+            or ('{"Repositories":{}}')
+        )["Repositories"]
+        assert {image for known in tags.values() for image in known.values()} <= {image.id for image in store}
+        for layer in known:
+            assert os.listdir(layers.driver.diff_dir(layer.cache_id)) != []
+
+
+def read_or_none(path: str) -> Optional[str]:
+    """The text of a file, or None."""
+    with contextlib.suppress(FileNotFoundError), open(path) as file:
+        return file.read()
+    return None
+
+
+@pytest.fixture(params=["overlay2", "vfs"])
+def rig(request: pytest.FixtureRequest, tmp_path: Any) -> ImageRig:
+    """The image jobs on an empty data root."""
+    return ImageRig(str(tmp_path), request.param)
+
+
+def test_import_lists_inspects_and_tells_the_history(rig: ImageRig) -> None:
+    archive = file_tar("x", b"1" * 1000)
+    image = rig.add("b", "v1", archive, message="hello & <bye>", changes=["LABEL x=1", 'CMD ["/x"]'])
+    digest = "sha256:" + hashlib.sha256(archive).hexdigest()
+    (listed,) = rig.run("images")
+    assert listed == {
+        "Id": image,
+        "ParentId": "",
+        "RepoTags": ["b:v1"],
+        "RepoDigests": [],
+        "Created": listed["Created"],
+        "Size": 1000,
+        "SharedSize": -1,
+        "Labels": {"x": "1"},
+        "Containers": 0,
+    }
+    told = rig.run("image_inspect", "b:v1")
+    assert abs(told["Metadata"].pop("LastTagTime") > told["Created"])
+    assert told.pop("GraphDriver")["Name"] == rig.driver
+    assert dockerd.parse_timestamp(told.pop("Created")) // 10**9 == listed["Created"]
+    assert told == {
+        "Id": image,
+        "RepoTags": ["b:v1"],
+        "RepoDigests": [],
+        "Parent": "",
+        "Comment": "hello & <bye>",
+        "DockerVersion": dockerd.VERSION,
+        "Author": "",
+        "Architecture": dockerd.host_platform().architecture,
+        "Os": "linux",
+        "Size": 1000,
+        "RootFS": {"Type": "layers", "Layers": [digest]},
+        "Metadata": {},
+        "Config": {
+            "User": "",
+            "Env": None,
+            "Entrypoint": None,
+            "Cmd": ["/x"],
+            "Volumes": None,
+            "WorkingDir": "",
+            "Labels": {"x": "1"},
+            "OnBuild": None,
+        },
+    }
+    assert rig.run("history", "b:v1") == [
+        {
+            "Id": image,
+            "Created": listed["Created"],
+            "CreatedBy": "",
+            "Tags": ["b:v1"],
+            "Size": 1000,
+            "Comment": "hello & <bye>",
+        }
+    ]
+    assert [(action, attributes["name"]) for action, _, attributes in rig.events] == [
+        ("tag", "b:v1"),
+        ("import", image),
+    ]
+    layer = rig.layers.get(digest)
+    assert os.listdir(rig.layers.driver.diff_dir(layer.cache_id)) == ["x"]
+    record = os.path.join(rig.root, "image", rig.driver, "layerdb", "sha256", digest[7:])
+    assert {name: read_or_none(os.path.join(record, name)) for name in os.listdir(record)} == {
+        "cache-id": layer.cache_id,
+        "diff": digest,
+        "size": "1000",
+    }
+    assert read_or_none(os.path.join(rig.root, "image", rig.driver, "repositories.json")) == (
+        '{"Repositories":{"b":{"b:v1":"' + image + '"}}}'
+    )
+    rig.restart()
+    assert rig.run("images") == [listed]
+    rig.assert_whole()
+
+
+def test_what_stands_behind_the_archive_belongs_to_the_diff_id(rig: ImageRig) -> None:
+    archive = file_tar() + b"\0" * 5000 + b"trailing"
+    rig.add("a", archive=archive)
+    assert rig.run("image_inspect", "a")["RootFS"]["Layers"] == [
+        "sha256:" + hashlib.sha256(archive).hexdigest()
+    ]
+
+
+def test_images_are_found_by_every_name_they_have(rig: ImageRig) -> None:
+    image = rig.add("a")
+    for name in (
+        "a",
+        "a:latest",
+        "docker.io/a",
+        "library/a:latest",
+        image,
+        image[7:],
+        image[:14],
+        image[7:10],
+    ):
+        assert rig.images.resolve(name).id == image
+    for name, complaint in (
+        ("nosuch", "nosuch:latest"),
+        ("a:t", "a:t"),
+        ("x/y", "x/y:latest"),
+        (f"a@sha256:{A64}",) * 2,
+        (A64, f"sha256:{A64}"),
+        (f"sha256:{A64}",) * 2,
+        ("sha256:abcdeg",) * 2,
+    ):
+        assert rig.refused(404, "image_inspect", name) == f"No such image: {complaint}"
+    assert rig.refused(400, "image_inspect", "Foo").endswith("repository name must be lowercase")
+    assert rig.refused(400, "image_inspect", "") == "invalid reference format"
+    with pytest.raises(dockerd.NotFound, match=r"does not match the specified platform \(linux/s390x\)$"):
+        rig.images.resolve("a", "linux/s390x")
+
+
+def test_an_ambiguous_beginning_of_an_id_names_no_image(rig: ImageRig) -> None:
+    ids = [rig.add(message=str(number)) for number in range(17)]
+    digit = collections.Counter(image[7] for image in ids).most_common(1)[0][0]
+    assert rig.refused(404, "image_inspect", digit) == f"No such image: {digit}:latest"
+    assert rig.refused(400, "image_delete", "") == "invalid reference format"
+
+
+def test_the_list_is_filtered(rig: ImageRig) -> None:
+    old = rig.add("a", changes=["LABEL x=1 y=2"])
+    middle, newest = rig.add("b", "v1"), rig.add()
+    assert rig.listed() == [newest, middle, old]
+    for filters, expected in (
+        ({"dangling": ["true"]}, [newest]),
+        ({"dangling": {"1": True}}, [newest]),
+        ({"dangling": ["false"]}, [middle, old]),
+        ({"label": ["x"]}, [old]),
+        ({"label": ["x=1", "y"]}, [old]),
+        ({"label": ["x=2"]}, []),
+        ({"before": ["b:v1"]}, [old]),
+        ({"since": ["b:v1"]}, [newest]),
+        ({"reference": ["b*"]}, [middle]),
+        ({"reference": ["*:v1", "a"]}, [middle, old]),
+        ({"reference": ["*/*"]}, []),
+        ({"until": ["2000-01-01T00:00:00Z"]}, []),
+    ):
+        assert rig.listed(**filters) == expected, filters
+    for wrong, status, message in (
+        ({"dangling": ["x"]}, 400, "invalid filter 'dangling=[x]'"),
+        ({"foo": ["x"]}, 400, "invalid filter 'foo'"),
+        ({"before": ["nosuch"]}, 404, "No such image: nosuch:latest"),
+        ({"reference": ["["]}, 400, "syntax error in pattern"),
+        ({"label": "x"}, 400, "invalid filter 'label'"),
+    ):
+        assert rig.refused(status, "images", filters=wrong) == message
+    assert rig.refused(400, "images", filters="[]") == "invalid filter"
+    assert {image["SharedSize"] for image in rig.run("images", **{"shared-size": True})} == {3}
+
+
+def test_tags_move_and_are_refused_in_dockers_words(rig: ImageRig) -> None:
+    first, second = rig.add("a"), rig.add("b")
+    rig.run("tag", "a", "c", "t")
+    rig.run("tag", first[7:19], "f/g")
+    rig.run("tag", "a", "e:x", "y")
+    assert rig.run("image_inspect", "a")["RepoTags"] == ["f/g:latest", "a:latest", "c:t", "e:y"]
+    rig.run("tag", "b", "c", "t")
+    assert rig.images.resolve("c:t").id == second
+    for repo, tag, message in (
+        ("D", "", "invalid reference format: repository name must be lowercase"),
+        ("d", "b c", "invalid tag format"),
+        ("", "", "invalid reference format"),
+        ("sha256", "", "refusing to create an ambiguous tag using digest algorithm as name"),
+    ):
+        assert rig.refused(400, "tag", "a", repo, tag) == message
+    assert rig.refused(404, "tag", "nosuch", "d") == "No such image: nosuch:latest"
+
+
+def test_a_name_is_untagged_and_its_last_one_deletes(rig: ImageRig) -> None:
+    image = rig.add("a")
+    chain = rig.images.resolve("a").chain_id
+    rig.run("tag", "a", "a", "2")
+    rig.run("tag", "a", "b")
+    assert rig.run("image_delete", "b") == [{"Untagged": "b:latest"}]
+    assert rig.refused(409, "image_delete", image[:19]) == (
+        f"conflict: unable to delete {image[7:19]} (must be forced) - "
+        "image is referenced in multiple repositories"
+    )
+    assert rig.run("image_delete", "a:2") == [{"Untagged": "a:2"}]
+    assert rig.run("image_delete", "a") == [{"Untagged": "a:latest"}, {"Deleted": image}, {"Deleted": chain}]
+    assert [event[0] for event in rig.events[4:]] == ["untag"] * 3 + ["delete"]
+    assert rig.refused(404, "image_delete", "a") == "No such image: a:latest"
+    rig.assert_whole()
+
+
+def test_a_name_that_begins_the_id_is_a_name(rig: ImageRig) -> None:
+    image = rig.add("x")
+    rig.run("tag", "x", image[7:9])
+    assert rig.run("image_delete", image[7:9]) == [{"Untagged": f"{image[7:9]}:latest"}]
+
+
+def test_force_deletes_all_names(rig: ImageRig) -> None:
+    image = rig.add("a")
+    rig.run("tag", "a", "b")
+    records = rig.run("image_delete", image, force=True)
+    assert records[:3] == [{"Untagged": "a:latest"}, {"Untagged": "b:latest"}, {"Deleted": image}]
+    rig.assert_whole()
+
+
+def test_digests_go_with_the_last_tag_of_their_repository(rig: ImageRig) -> None:
+    image = rig.images.resolve(rig.add("a"))
+    for name in (f"a@sha256:{A64}", f"b@sha256:{A64}"):
+        rig.images.tags.set(dockerd.parse_reference(name), image.id)
+    assert rig.run("images")[0]["RepoDigests"] == [f"a@sha256:{A64}", f"b@sha256:{A64}"]
+    assert rig.images.resolve(f"a:any@sha256:{A64}") is image
+    assert rig.run("image_delete", "a") == [{"Untagged": "a:latest"}, {"Untagged": f"a@sha256:{A64}"}]
+    assert rig.run("image_delete", f"b@sha256:{A64}")[:2] == [
+        {"Untagged": f"b@sha256:{A64}"},
+        {"Deleted": image.id},
+    ]
+
+
+def test_containers_keep_an_image(rig: ImageRig) -> None:
+    image = rig.add("b", "v1")
+    short, container = image[7:19], "c" * 64
+    chain = rig.images.resolve(image).chain_id
+    rig.containers[container] = (image, False)
+    rig.layers.create_rw(container, chain, lambda directory: None)
+    assert rig.refused(409, "image_delete", "b:v1") == (
+        'conflict: unable to remove repository reference "b:v1" (must force) - '
+        f"container {container[:12]} is using its referenced image {short}"
+    )
+    assert rig.refused(409, "image_delete", image) == (
+        f"conflict: unable to delete {short} (must be forced) - "
+        f"image is being used by stopped container {container[:12]}"
+    )
+    rig.containers[container] = (image, True)
+    for force in (False, True):
+        assert rig.refused(409, "image_delete", image, force=force) == (
+            f"conflict: unable to delete {short} (cannot be forced) - "
+            f"image is being used by running container {container[:12]}"
+        )
+    assert rig.run("images")[0]["Containers"] == 1
+    rig.containers[container] = (image, False)
+    assert rig.run("image_delete", image, force=True) == [{"Untagged": "b:v1"}, {"Deleted": image}]
+    rig.assert_whole()
+    rig.restart()
+    assert rig.layers.lineage(chain) != []
+    del rig.containers[container]
+    rig.layers.remove_rw(container)
+    assert rig.image_files("layerdb", "sha256") == []
+    rig.assert_whole()
+
+
+def add_child(rig: ImageRig, parent: str, comment: str) -> str:
+    """The id of an image without a layer of its own, made from another as commit does it."""
+    document = {**rig.images.resolve(parent).document, "comment": comment}
+    document["history"] = document["history"] + [
+        {"created": document["created"], "created_by": comment, "empty_layer": True}
+    ]
+    return rig.images.store.create(dockerd.docker_json(document), parent).id
+
+
+def test_children_keep_their_parents_and_take_them_along(rig: ImageRig) -> None:
+    parent = rig.add("a")
+    first, second = add_child(rig, parent, "first"), add_child(rig, parent, "second")
+    rig.images.set_tag(dockerd.parse_reference("kid"), rig.images.resolve(first))
+    assert rig.run("history", "kid")[0]["Id"] == first and rig.run("history", "kid")[1]["Tags"] == [
+        "a:latest"
+    ]
+    rig.restart()
+    assert rig.run("image_inspect", first)["Parent"] == parent
+    assert rig.run("image_delete", "a") == [{"Untagged": "a:latest"}]
+    assert rig.refused(409, "image_delete", parent, force=True) == (
+        f"conflict: unable to delete {parent[7:19]} (cannot be forced) - image has dependent child images"
+    )
+    assert parent not in [image["Id"] for image in rig.run("images")]
+    assert parent in [image["Id"] for image in rig.run("images", all=True)]
+    assert rig.listed(dangling=["true"]) == [second]
+    assert rig.run("image_delete", second, noprune=True) == [{"Deleted": second}]
+    deleted = [record["Deleted"] for record in rig.run("image_delete", "kid")[1:]]
+    assert deleted[:2] == [first, parent] and len(deleted) == 3
+    rig.assert_whole()
+
+
+def test_images_share_a_layer_until_the_last_is_gone(rig: ImageRig) -> None:
+    first, second = rig.add("a"), rig.add("b")
+    assert rig.run("image_delete", "a") == [{"Untagged": "a:latest"}, {"Deleted": first}]
+    rig.assert_whole()
+    assert len(rig.run("image_delete", "b")) == 3
+    assert second not in rig.listed()
+    rig.assert_whole()
+
+
+@pytest.mark.parametrize(
+    "archive",
+    [file_tar()[:514], b"notatar" * 1000, b"x", b"\x1f\x8b\x08xx"],
+    ids=["truncated", "text", "byte", "gzip"],
+)
+def test_a_bad_archive_leaves_nothing(rig: ImageRig, archive: bytes) -> None:
+    with pytest.raises((dockerd.DockerError, OSError)):
+        rig.add("a", archive=archive)
+    assert rig.run("images") == []
+    rig.assert_whole()
+
+
+def test_refusals_come_before_the_body_is_read(rig: ImageRig) -> None:
+    class Unread:
+        def read(self, size: int) -> bytes:
+            raise AssertionError("the body was read")
+
+    for env, repo, message in (
+        ({"platform": "windows/amd64"}, "", "operating system is not supported"),
+        ({"platform": "foo"}, "", '"foo": unknown operating system or architecture: invalid argument'),
+        ({"changes": ["RUN x"]}, "", "run is not a valid change command"),
+        ({}, "sha256", "refusing to create an ambiguous tag using digest algorithm as name"),
+    ):
+        assert rig.refused(400, "import", "-", repo, stdin=Unread(), **env) == message
+    rig.add("a", platform="linux/arm64/v8")
+    assert rig.run("image_inspect", "a")["Architecture"] == "arm64"
+
+
+class ImageFiles(http.server.BaseHTTPRequestHandler):
+    """Serves one archive, a redirect to a file, and nothing else."""
+
+    def do_GET(self) -> None:
+        if self.path == "/moved":
+            self.send_response(302)
+            self.send_header("Location", "file:///etc/passwd")
+            self.end_headers()
+            return
+        self.send_response(200 if self.path == "/image.tar" else 404)
+        body = file_tar("big", b"z" * 2000000)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def image_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """HOST:PORT of a web server."""
+    monkeypatch.setenv("no_proxy", "*")
+    server = http.server.HTTPServer(("127.0.0.1", 0), ImageFiles)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_import_from_a_url(rig: ImageRig, image_server: str) -> None:
+    job = rig.engine.job("import", f"{image_server}/image.tar", "web")
+    out = job.stdout.add(io.BytesIO())
+    job.run()
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert lines[0] == {"status": f"Downloading from http://{image_server}/image.tar"}
+    total = len(file_tar("big", b"z" * 2000000))
+    assert lines[-2] == {"status": "Importing", "progressDetail": {"current": total, "total": total}}
+    assert lines[-1] == {"status": rig.images.resolve("web").id}
+    assert rig.run("image_inspect", "web")["Comment"] == f"Imported from {image_server}/image.tar"
+    for source, complaint in (
+        (f"http://{image_server}/none", "with status 404 Not Found"),
+        (f"http://{image_server}/moved", ""),
+        ("file:///etc/passwd", 'Get "file:///etc/passwd": unsupported protocol scheme "file"'),
+        ("http://127.0.0.1:1/x", 'Get "http://127.0.0.1:1/x": [Errno 111] Connection refused'),
+        ("", ""),
+    ):
+        with pytest.raises(dockerd.DockerError) as failure:
+            rig.run("import", source)
+        assert str(failure.value).endswith(complaint)
+    rig.assert_whole()
+
+
+# Layers
+
+
+def test_a_chain_of_layers_is_made_in_one_transaction(rig: ImageRig) -> None:
+    depth = dockerd.MAX_LAYERS if rig.driver == "overlay2" else 5
+    with rig.layers.transaction() as transaction:
+        chain = ""
+        diffs = []
+        for number in range(depth):
+            layer = transaction.unpack(io.BytesIO(file_tar(str(number), b"x" * number)), chain)
+            assert layer.chain_id == dockerd.chain_id(chain, layer.diff_id)
+            chain = layer.chain_id
+            diffs.append(layer.diff_id)
+        if depth == dockerd.MAX_LAYERS:
+            with pytest.raises(dockerd.DockerError, match="^max depth exceeded$"):
+                transaction.unpack(io.BytesIO(file_tar()), chain)
+        transaction.sync()
+        image = rig.images.store.create(
+            dockerd.docker_json({"rootfs": {"type": "layers", "diff_ids": diffs}})
+        )
+    assert image.chain_id == chain and rig.layers.size(chain) == sum(range(depth))
+    rig.layers.create_rw("c", chain)
+    fd = rig.layers.mount_rw("c")
+    assert sorted(os.listdir(f"/proc/self/fd/{fd}"), key=int) == [str(number) for number in range(depth)]
+    os.close(fd)
+    rig.layers.remove_rw("c")
+    rig.restart()
+    rig.assert_whole()
+    assert len(rig.images.store.delete(rig.images.resolve(image.id))) == depth
+    rig.assert_whole()
+
+
+def test_layers_that_no_image_names_go_with_their_transaction(rig: ImageRig) -> None:
+    rig.add("a", archive=file_tar("base"))
+    base = rig.images.resolve("a").chain_id
+    with pytest.raises(ZeroDivisionError), rig.layers.transaction() as transaction:
+        layer = transaction.unpack(io.BytesIO(file_tar("above")), base)
+        assert rig.layers.get(layer.chain_id) == layer
+        raise ZeroDivisionError
+    assert not rig.layers.has(layer.chain_id) and rig.layers.has(base)
+    rig.assert_whole()
+
+
+def test_a_held_layer_outlives_its_image(rig: ImageRig) -> None:
+    rig.add("a")
+    with rig.layers.transaction() as transaction:
+        layer = transaction.unpack(io.BytesIO(file_tar()))
+        assert rig.run("image_delete", "a")[-1]["Deleted"] != layer.chain_id
+        rig.images.store.create(
+            dockerd.docker_json({"rootfs": {"type": "layers", "diff_ids": [layer.diff_id]}})
+        )
+    assert rig.layers.has(layer.chain_id)
+    rig.assert_whole()
+
+
+def test_imports_and_removals_of_one_layer_at_the_same_time(rig: ImageRig) -> None:
+    failures = []
+
+    def work(name: str) -> None:
+        try:
+            for _ in range(8):
+                rig.add(name)
+                rig.run("image_delete", name)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"x{number}",)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and rig.run("images") == []
+    rig.assert_whole()
+
+
+def test_a_containers_layer_is_mounted_measured_and_removed(rig: ImageRig) -> None:
+    rig.add("a", archive=file_tar("x", b"1" * 1000))
+    chain = rig.images.resolve("a").chain_id
+
+    def set_up(directory: str) -> None:
+        assert os.listdir(directory) == ["x"]
+        os.mkdir(os.path.join(directory, "dev"))
+
+    rig.layers.create_rw("c", chain, set_up)
+    assert rig.layers.rw_size("c") == (0, 1000)
+    fd = rig.layers.mount_rw("c")
+    path = f"/proc/self/fd/{fd}"
+    assert sorted(os.listdir(path)) == ["dev", "x"]
+    with open(f"{path}/new", "w") as file:
+        file.write("z" * 77)
+    os.link(f"{path}/new", f"{path}/again")
+    os.symlink("12345", f"{path}/link")
+    with open(f"{path}/x", "a") as file:
+        file.write("2")
+    os.close(fd)
+    assert rig.layers.rw_size("c") == (77 + 5 + 1001, 1000 + 77 + 5 + 1001)
+    fd = rig.layers.mount_rw("c", readonly=True)
+    with pytest.raises(OSError):
+        open(f"/proc/self/fd/{fd}/new", "w")
+    os.close(fd)
+    mounts = os.path.join("layerdb", "mounts", "c")
+    assert rig.image_files(mounts) == ["init-id", "mount-id", "parent"]
+    rig.restart()
+    assert rig.layers.rw_ids() == ["c"] and rig.layers.rw_size("c")[0] == 1083
+    assert rig.driver == "vfs" or "UpperDir" in (rig.layers.rw_metadata("c") or {})
+    with pytest.raises(dockerd.Conflict):
+        rig.layers.create_rw("c", chain)
+    rig.layers.remove_rw("c")
+    rig.layers.remove_rw("c")
+    rig.assert_whole()
+
+
+def test_a_containers_layer_that_fails_leaves_nothing(rig: ImageRig) -> None:
+    rig.add("a")
+
+    def set_up(directory: str) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        rig.layers.create_rw("c", rig.images.resolve("a").chain_id, set_up)
+    with pytest.raises(dockerd.DockerError):
+        rig.layers.create_rw("c", "sha256:" + A64, set_up)
+    assert rig.layers.rw_ids() == []
+    rig.assert_whole()
+
+
+# Damage
+
+
+def test_damaged_records_are_passed_over_and_healed_by_a_new_import(rig: ImageRig, caplog: Any) -> None:
+    for name in "xyz":
+        rig.add(name, archive=file_tar(name))
+    image, layer = rig.images.resolve("x"), rig.layers.get(rig.images.resolve("y").chain_id)
+    root = os.path.join(rig.root, "image", rig.driver)
+    with open(os.path.join(root, "imagedb", "content", "sha256", image.id[7:]), "ab") as file:
+        file.write(b" ")
+    shutil.rmtree(os.path.join(rig.layers.driver.layers(), layer.cache_id))
+    record = os.path.join(root, "layerdb", "sha256", rig.images.resolve("z").chain_id[7:])
+    with open(os.path.join(record, "diff"), "w") as file:
+        file.write("sha256:" + A64)
+    rig.restart()
+    assert rig.run("images") == []
+    assert caplog.text.count("ignoring the image") == 3 and caplog.text.count("ignoring the layer") == 2
+    for name in "xyz":
+        assert rig.refused(404, "image_inspect", name) == f"No such image: {name}:latest"
+        rig.add(name, archive=file_tar(name))
+    rig.restart()
+    tags = sorted(tag for image in rig.run("images") for tag in image["RepoTags"])
+    assert tags == ["x:latest", "y:latest", "z:latest"]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"rootfs":3}',
+        b'{"rootfs":{"diff_ids":["x"]}}',
+        b"[" * 100000,
+        b'{"rootfs":{"diff_ids":3}}',
+        b'{"rootfs":{},"history":[{}]}',
+        b'{"rootfs":{},"history":[3]}',
+        b'{"rootfs":{},"config":[]}',
+        b'{"rootfs":{},"created":"yesterday"}',
+        b'{"rootfs":{},"created":5}',
+        b'{"rootfs":{"diff_ids":["sha256:../../x"]}}',
+        b'{"rootfs":{},"config":{"Labels":[1]}}',
+    ],
+)
+def test_what_is_no_images_configuration_is_refused(tmp_path: Any, raw: bytes) -> None:
+    rig = ImageRig(str(tmp_path), "vfs")
+    with pytest.raises(dockerd.BadParameter):
+        rig.images.store.create(raw)
+    assert rig.image_files("imagedb", "content", "sha256") == []
+
+
+def test_unreadable_tags_stop_the_start_with_a_line(rig: ImageRig) -> None:
+    path = os.path.join(rig.root, "image", rig.driver, "repositories.json")
+    for text in ("{", "[]", '{"Repositories":[1]}', "null"):
+        with open(path, "w") as file:
+            file.write(text)
+        with pytest.raises(dockerd.DockerError, match=f"^cannot read {path}: "):
+            rig.restart()
+
+
+def test_only_what_is_unfinished_is_cleaned_up(rig: ImageRig) -> None:
+    """moby's broken transactions go; layers that no record names are BuildKit's and stay."""
+    rig.add("a")
+    driver, tmp = rig.layers.driver, rig.layers.tmp
+    broken, foreign = "b" * 64, "f" * 64
+    driver.create(broken)
+    driver.create(foreign)
+    os.mkdir(os.path.join(tmp, "write-set-123"))
+    with open(os.path.join(tmp, "write-set-123", "cache-id"), "w") as file:
+        file.write(broken)
+    os.mkdir(os.path.join(tmp, "write-set-124"))
+    with open(os.path.join(tmp, "write-set-124", "cache-id"), "w") as file:
+        file.write(rig.layers.get(rig.images.resolve("a").chain_id).cache_id)
+    os.mkdir(os.path.join(tmp, "write-set-125"))
+    with open(os.path.join(tmp, "write-set-125", "cache-id"), "w") as file:
+        file.write("../../../x")
+    rig.restart()
+    assert (driver.exists(broken), driver.exists(foreign)) == (False, True)
+    driver.remove(foreign)
+    rig.assert_whole()
+
+
+CRASH_SCRIPT = """
+import io, json, os, sys, types
+sys.path[:0] = json.loads(sys.argv[4])
+import dockerd
+root, driver, action = sys.argv[1:4]
+config = types.SimpleNamespace(data_root=root, storage_driver=driver, storage_opts=[], userns_remap="")
+images = dockerd.Images(config)
+engine = dockerd.Engine()
+engine.install(images)
+dockerd.FAILPOINTS.update(dockerd._parse_failpoints(os.environ["POINTS"]))
+job = engine.job("import", "-", "new") if action == "import" else engine.job("image_delete", "old")
+job.stdin = sys.stdin.buffer
+if action == "mount":
+    chain = images.resolve("old").chain_id
+    images.layers.create_rw("c", chain, lambda directory: os.mkdir(directory + "/dev"))
+    images.layers.remove_rw("c")
+else:
+    job.run()
+"""
+
+
+def crash_run(rig: ImageRig, action: str, point: str, archive: bytes) -> int:
+    """The exit status of a process that does one thing and is struck at a failpoint."""
+    return subprocess.run(
+        [sys.executable, "-c", CRASH_SCRIPT, rig.root, rig.driver, action, json.dumps(sys.path)],
+        input=archive,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "POINTS": point},
+    ).returncode
+
+
+CRASH_POINTS = {
+    "import": ["layer-create", "layer-publish", "layers-sync", "image-create", "state-rename"],
+    "image_delete": ["layer-retire", "image-delete", "state-rename"],
+    "mount": ["layer-create", "state-rename"],
+}
+
+
+@pytest.mark.parametrize("action", CRASH_POINTS)
+def test_a_kill_at_every_step_leaves_a_whole_store(tmp_path: Any, action: str) -> None:
+    rig = ImageRig(str(tmp_path), "overlay2")
+    for point in CRASH_POINTS[action]:
+        for passage in range(1, 10):
+            for image in rig.run("images"):
+                rig.run("image_delete", image["Id"])
+            rig.add("old", archive=file_tar("old"))
+            status = crash_run(rig, action, f"{point}=kill@{passage}", file_tar("new"))
+            assert status in (0, -9)
+            rig.restart()
+            for container in rig.layers.rw_ids():  # the daemon does so, where the container has no record
+                rig.layers.remove_rw(container)
+            rig.assert_whole()
+            if action != "image_delete":
+                assert rig.images.resolve("old")
+            if status == 0:
+                assert passage > 1, f"{action} does not pass {point}"
+                assert action != "import" or rig.images.resolve("new")
+                break
+
+
+@pytest.mark.parametrize(
+    "point", ["layer-create", "layer-publish", "layers-sync", "image-create", "state-rename", "state-write"]
+)
+def test_a_full_disk_at_every_step_of_an_import_leaves_nothing(
+    rig: ImageRig, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.add("old", archive=file_tar("old"))
+    for passage in range(1, 10):
+        monkeypatch.setitem(dockerd.FAILPOINTS, point, ("enospc", passage))
+        monkeypatch.setitem(dockerd._failpoint_passages, point, 0)
+        try:
+            rig.add("new", archive=file_tar("new"))
+        except OSError:
+            monkeypatch.delitem(dockerd.FAILPOINTS, point)
+            rig.assert_whole()
+            assert len(rig.run("images")) <= 2
+            with contextlib.suppress(dockerd.NotFound):  # an image without its name, or with it, is whole
+                for image in rig.run("images", filters={"since": ["old"]}):
+                    rig.run("image_delete", image["Id"])
+        else:
+            assert passage > 1
+            return
+    raise AssertionError("the import never ended")
+
+
+def test_registry_jobs_say_that_they_are_not_there_yet() -> None:
+    engine = dockerd.Engine()
+    engine.logging = False
+    engine.install(dockerd.Registry())
+    for name in ("auth", "search", "pull", "push"):
+        with pytest.raises(dockerd.NotSupported, match="is not supported by this version yet"):
+            engine.job(name, "busybox").run()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Options
+#
+# Pure: the table, the values, the command line in Docker 1.2.0's and in today's spelling, daemon.json, what
+# is refused and why, and what is made from the table.  The expected texts are dockerd 20.10's.
+# ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def configure(tmp_path, monkeypatch):
+    """configure(*flags, json=...) parses them with a daemon.json of the test's own."""
+    for name in ("DOCKER_CERT_PATH", "DOCKER_CONFIG", "DOCKER_TLS_VERIFY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dockerd, "DEFAULT_CONFIG_FILE", str(tmp_path / "none.json"))
+
+    def parse(*flags, **file):
+        if "json" in file:
+            text = file["json"] if isinstance(file["json"], str) else json.dumps(file["json"])
+            (tmp_path / "daemon.json").write_text(text, encoding="utf-8")
+            flags = (*flags, "--config-file", str(tmp_path / "daemon.json"))
+        return dockerd.parse_options(list(flags))
+    return parse
+
+
+def failure(error, call, *arguments, **keywords):
+    """The text of the `error` that the call raises; it is one line."""
+    with pytest.raises(error) as caught:
+        call(*arguments, **keywords)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("text, seconds", [
+    ("0", 0), ("+5s", 5), ("1h2m3s", 3723), ("1.5h", 5400), ("-300ms", -0.3), (".5s", 0.5), ("1us", 1e-6),
+    ("2ns", 2e-9),
+    ("1\u00b5s", 1e-6), ("1m30s", 90)])
+def test_durations_as_go_reads_them(text, seconds):
+    assert dockerd.parse_duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text, fault", [
+    ("", 'invalid duration ""'), ("5", 'missing unit in duration "5"'),
+    ("5x", 'unknown unit "x" in duration "5x"'),
+    ("s", "invalid duration"), ("-", "invalid duration"), ("1h-5m", "invalid duration"),
+    ("1 s", "invalid duration")])
+def test_bad_durations(text, fault):
+    assert fault in failure(dockerd.BadParameter, dockerd.parse_duration, text)
+
+
+@pytest.mark.parametrize("text, size", [
+    ("0", 0), ("64M", 64 << 20), ("64mb", 64 << 20), ("64MiB", 64 << 20), ("1.5g", 3 << 29), ("32 k", 32768),
+    ("7b", 7),
+    ("1t", 1 << 40), ("1P", 1 << 50), ("100", 100)])
+def test_sizes_as_go_units_reads_them(text, size):
+    assert dockerd.parse_size(text) == size
+
+
+@pytest.mark.parametrize("text",
+                         ["", "M", "x", "-1", "1x", "1mib b", "1ki", "1bb", "1e400m", "\u0661m", "1  k"])
+def test_bad_sizes(text):
+    assert "invalid s" in failure(dockerd.BadParameter, dockerd.parse_size, text)
+
+
+def test_booleans_as_go_reads_them():
+    assert all(dockerd.parse_bool(text) for text in ("1", "t", "T", "TRUE", "true", "True"))
+    assert not any(dockerd.parse_bool(text) for text in ("0", "f", "F", "FALSE", "false", "False"))
+    for text in ("", "yes", "tRUE", "2"):
+        assert f'parsing "{text}"' in failure(dockerd.BadParameter, dockerd.parse_bool, text)
+
+
+def test_ulimits():
+    assert dockerd.parse_ulimit("nofile=1024:2048") == {"Name": "nofile", "Soft": 1024, "Hard": 2048}
+    assert dockerd.parse_ulimit("core=-1") == {"Name": "core", "Soft": -1, "Hard": -1}
+    assert dockerd.parse_ulimit("nproc=5:-1")["Hard"] == -1
+    for text, fault in (("nofile", "invalid ulimit argument"), ("as=1", "invalid ulimit type: as"),
+                        ("core=1:2:3", "too many"),
+                        ("nofile=2:1", "2 > 1"), ("nofile=-1:1", "soft: -1"), ("nofile=x", "ParseInt")):
+        assert fault in failure(dockerd.BadParameter, dockerd.parse_ulimit, text)
+
+
+@pytest.mark.parametrize("host, normal", [
+    ("", "unix:///var/run/docker.sock"), ("unix://", "unix:///var/run/docker.sock"),
+    ("unix:///tmp/x", "unix:///tmp/x"),
+    ("tcp://", "tcp://localhost:2375"), ("tcp://:7", "tcp://localhost:7"),
+    ("0.0.0.0:2376", "tcp://0.0.0.0:2376"),
+    ("tcp://[::1]:5", "tcp://[::1]:5"), ("fd://", "fd://"), ("fd://*", "fd://*"), ("fd://3", "fd://3")])
+def test_hosts(configure, host, normal):
+    assert configure("-H", host).hosts == [normal]
+
+
+@pytest.mark.parametrize("host, fault", [
+    ("bad://x", "unsupported proto 'bad'"), ("tcp://h:0", "invalid port: 0"),
+    ("tcp://h:99999", "invalid port"),
+    ("tcp://h:1/v1", "should not contain a path element"), ("unix://tcp://x", "invalid unix address"),
+    ("tcp://h:x", "expected")])
+def test_bad_hosts(configure, host, fault):
+    text = failure(dockerd.UsageError, configure, "--host", host)
+    assert text.startswith(f'invalid argument "{host}" for "-H, --host" flag: invalid bind address ({host})')
+    assert fault in text
+
+
+# The table
+
+
+def test_every_flag_and_key_stands_once_in_the_table():
+    flags = [flag.lstrip("#") for option in dockerd.OPTIONS for flag in option.flags.split()]
+    keys = [key for option in dockerd.OPTIONS for key in option.key.split()]
+    assert len(flags) == len(set(flags)) and len(keys) == len(set(keys))
+    for option in dockerd.OPTIONS:
+        assert option.kind in dockerd.KINDS and option.help
+        assert option.status[0] in ("served", "ignored", "refused", "unlanded")
+        assert option.status[0] == "served" or option.status[1], f"{option.name} has no reason"
+
+
+FLAGS_OF_1_2_0 = """
+-v --version -d --daemon -D --debug -G --group --api-enable-cors --tls --tlsverify --tlscacert --tlscert
+--tlskey -H --host -p --pidfile -g --graph -r --restart --iptables --ip-forward --ip-masq --bip -b
+--bridge --fixed-cidr --icc -s --storage-driver -e --exec-driver --selinux-enabled --mtu --ip
+--storage-opt --dns --dns-search --registry-mirror
+""".split()
+FLAGS_OF_DOCKERD = """
+add-runtime allow-direct-routing allow-nondistributable-artifacts api-cors-header authorization-plugin bip
+bip6 bridge bridge-accept-fwmark cdi-spec-dir cgroup-parent cluster-advertise cluster-store
+cluster-store-opt config-file containerd containerd-namespace containerd-plugins-namespace cpu-rt-period
+cpu-rt-runtime cri-containerd data-root debug default-address-pool default-cgroupns-mode default-gateway
+default-gateway-v6 default-ipc-mode default-network-opt default-runtime default-shm-size default-ulimit
+dns dns-opt dns-search exec-opt exec-root experimental feature firewall-backend fixed-cidr fixed-cidr-v6
+graph group help host host-gateway-ip http-proxy https-proxy icc init init-path insecure-registry ip
+ip-forward ip-forward-no-drop ip-masq ip6tables iptables ipv6 label live-restore log-driver log-format
+log-level log-opt max-concurrent-downloads max-concurrent-uploads max-download-attempts metrics-addr mtu
+network-control-plane-mtu network-diagnostic-port no-new-privileges no-proxy node-generic-resource
+oom-score-adjust pidfile raw-logs registry-mirror restart rootless seccomp-profile selinux-enabled
+shutdown-timeout storage-driver storage-opt swarm-default-advertise-addr tls tlscacert tlscert tlskey
+tlsverify userland-proxy userland-proxy-path userns-remap validate version
+""".split()
+KEYS_OF_DOCKERD = """
+allow-direct-routing allow-nondistributable-artifacts api-cors-header authorization-plugins bip bip6
+bridge builder cdi-spec-dirs cgroup-parent cluster-advertise cluster-store cluster-store-opts containerd
+containerd-namespace containerd-plugin-namespace cpu-rt-period cpu-rt-runtime cri-containerd data-root
+debug default-address-pools default-cgroupns-mode default-gateway default-gateway-v6 default-ipc-mode
+default-network-opts default-runtime default-shm-size default-ulimits deprecated-key-path dns dns-opts
+dns-search exec-opts exec-root experimental features fixed-cidr fixed-cidr-v6 graph group host-gateway-ip
+host-gateway-ips hosts http-proxy https-proxy icc init init-path insecure-registries ip ip-forward
+ip-forward-no-drop ip-masq ip6tables iptables ipv6 labels live-restore log-driver log-format log-level
+log-opts max-concurrent-downloads max-concurrent-uploads max-download-attempts metrics-addr mtu
+network-control-plane-mtu network-diagnostic-port no-new-privileges no-proxy node-generic-resources
+oom-score-adjust pidfile raw-logs registry-mirrors rootless runtimes seccomp-profile selinux-enabled
+shutdown-timeout storage-driver storage-opts swarm-default-advertise-addr swarm-raft-election-tick
+swarm-raft-heartbeat-tick tls tlscacert tlscert tlskey tlsverify userland-proxy userland-proxy-path
+userns-remap
+""".split()
+
+
+def test_flags_of_docker_1_2_0_and_of_dockerd_20_10_to_28_are_known():
+    known = {flag.lstrip("#") for option in dockerd.OPTIONS for flag in option.flags.split()}
+    assert set(FLAGS_OF_1_2_0) <= known
+    assert {"--" + flag for flag in FLAGS_OF_DOCKERD} <= known
+
+
+def test_daemon_json_keys_of_dockerd_20_10_to_28_are_known(configure):
+    known = {key for option in dockerd.OPTIONS if option.in_file for key in option.key.split()}
+    assert set(KEYS_OF_DOCKERD) <= known
+    for key in KEYS_OF_DOCKERD:
+        configure(json={key: None})
+
+
+def test_an_option_set_to_its_default_is_never_refused(configure):
+    for option in dockerd.OPTIONS:
+        if option.in_file and option.kind != "size":
+            config = configure(json={option.name: option.empty})
+            assert not config.warnings, option.name
+
+
+def test_reload_list_is_that_of_dockerd():
+    assert {"debug", "labels", "live-restore", "shutdown-timeout", "registry-mirrors", "insecure-registries",
+            "max-concurrent-downloads", "max-concurrent-uploads", "max-download-attempts", "default-runtime",
+            "runtimes",
+            "default-shm-size", "features", "authorization-plugins"} <= dockerd.RELOADABLE
+    assert not {"hosts", "data-root", "storage-driver", "group", "tls"} & dockerd.RELOADABLE
+
+
+# The command line
+
+
+def test_defaults(configure):
+    config = configure()
+    assert config.hosts == ["unix:///var/run/docker.sock"] and config.group == "docker"
+    assert (config.data_root, config.exec_root) == ("/var/lib/docker", "/var/run/docker")
+    assert config.pidfile == "/var/run/docker.pid"
+    assert (config.exec_driver, config.log_driver) == ("native", "json-file")
+    assert config.daemon and config.icc and config.iptables and not config.tls and not config.debug
+    assert config.tlscacert == os.path.expanduser("~/.docker/ca.pem") and config.seccomp_profile == "builtin"
+    assert config.default_shm_size == 64 << 20 and config.shutdown_timeout == 15 and not config.warnings
+
+
+@pytest.mark.parametrize("flags", [["-d"], ["-d=true"], ["--daemon=true"], ["--daemon"], []])
+def test_daemon_mode_in_every_spelling(configure, flags):
+    assert configure(*flags).daemon
+
+
+@pytest.mark.parametrize("flags, attribute, value", [
+    (["-D"], "debug", True), (["--debug"], "debug", True), (["-D=0"], "debug", False),
+    (["-dD"], "debug", True),
+    (["-G", "adm"], "group", "adm"), (["--group="], "group", ""), (["-p/x.pid"], "pidfile", "/x.pid"),
+    (["-g", "/g"], "data_root", "/g"), (["--graph=/g"], "data_root", "/g"),
+    (["--data-root", "/g"], "data_root", "/g"),
+    (["-s", "vfs"], "storage_driver", "vfs"), (["-l=debug"], "log_level", "debug"),
+    (["-Dlerror"], "log_level", "error"),
+    (["--icc=false"], "icc", False), (["-b", "none"], "bridge", "none"), (["--mtu", "1400"], "mtu", 1400),
+    (["--dns", "8.8.8.8", "--dns=2001:DB8::1"], "dns", ["8.8.8.8", "2001:db8::1"]),
+    (["--ip=127.0.0.1"], "ip", "127.0.0.1"),
+    (["--dns-search", "example.com."], "dns_search", ["example.com"]),
+    (["--dns-search=."], "dns_search", ["."]),
+    (["--storage-opt", "a=b", "--storage-opt=c=d"], "storage_opts", ["a=b", "c=d"]),
+    (["--log-opt", "max-size=1m", "--log-opt", "max-file=3"], "log_opts",
+     {"max-size": "1m", "max-file": "3"}),
+    (["--default-ulimit=nofile=1:2"], "default_ulimits",
+     {"nofile": {"Name": "nofile", "Soft": 1, "Hard": 2}}),
+    (["--default-shm-size", "1g"], "default_shm_size", 1 << 30),
+    (["--registry-mirror=http://m"], "registry_mirrors", ["http://m/"]),
+    (["--insecure-registry=http://r:5000"], "insecure_registries", ["r:5000"]),
+    (["--label=\"a=b\""], "labels", ["a=b"]),
+    (["-H", "fd://", "-H", "tcp://h:1", "-H=fd://"], "hosts", ["fd://", "tcp://h:1"]),
+    (["--default-address-pool", "base=10.0.0.0/8,size=24"], "default_address_pools",
+     [{"base": "10.0.0.0/8", "size": 24}]),
+    (["--default-network-opt", "bridge=a=1", "--default-network-opt=bridge=b=2"], "default_network_opts",
+     {"bridge": {"a": "1", "b": "2"}}),
+    (["--feature", "cdi", "--feature=buildkit=false"], "features", {"cdi": True, "buildkit": False}),
+    (["--exec-opt", "native.cgroupdriver=cgroupfs"], "exec_opts", ["native.cgroupdriver=cgroupfs"]),
+    (["--seccomp-profile="], "seccomp_profile", "builtin"), (["-D", "--"], "debug", True)])
+def test_flags(configure, flags, attribute, value):
+    assert getattr(configure(*flags), attribute) == value
+
+
+@pytest.mark.parametrize("flag, line", [
+    ("-iptables=false",
+     "Warning: '-iptables' is deprecated, it will be replaced by '--iptables' soon. See usage."),
+    ("-bip=10.0.0.1/8", "Warning: '-bip' is deprecated, it will be replaced by '--bip' soon. See usage."),
+    ("-icc", "Warning: '-icc' is deprecated, it will be replaced by '--icc' soon. See usage."),
+    ("-r", "Warning: '-r' is deprecated, it will be removed soon. See usage."),
+    ("--restart", "Warning: '--restart' is deprecated, it will be removed soon. See usage.")])
+def test_deprecated_spellings_work_with_docker_s_line(configure, flag, line):
+    assert configure(flag).warnings[0] == line
+
+
+@pytest.mark.parametrize("flags, text", [
+    (["--bogus"], "unknown flag: --bogus"), (["-x"], "unknown shorthand flag: 'x' in -x"),
+    (["-Dx"], "unknown shorthand flag: 'x' in -x"), (["--label"], "flag needs an argument: --label"),
+    (["--debug=maybe"],
+     'invalid argument "maybe" for "-D, --debug" flag: strconv.ParseBool: parsing "maybe": invalid syntax'),
+    (["--mtu", "x"], 'invalid argument "x" for "--mtu" flag: strconv.ParseInt: parsing "x": invalid syntax'),
+    (["--dns", "foo"], 'invalid argument "foo" for "--dns" flag: foo is not an ip address'),
+    (["--dns-search=*"], 'invalid argument "*" for "--dns-search" flag: * is not a valid domain'),
+    (["--label", "a"], 'invalid argument "a" for "--label" flag: bad attribute format: a'),
+    (["--default-shm-size=x"], "invalid argument \"x\" for \"--default-shm-size\" flag: invalid size: 'x'"),
+    (["--log-level=foo"], 'invalid argument "foo" for "-l, --log-level" flag: invalid logging level: foo'),
+    (["--default-address-pool=foo"],
+     'invalid argument "foo" for "--default-address-pool" flag: '
+     "invalid field 'foo' must be a key=value pair")])
+def test_command_lines_refused_in_dockerd_s_words(configure, flags, text):
+    assert failure(dockerd.UsageError, configure, *flags) == text
+
+
+@pytest.mark.parametrize("flags", [
+    ["-d=false"], ["-e", "lxc"], ["--log-driver=splunk"], ["--exec-opt=native.cgroupdriver=systemd"],
+    ["--exec-opt=x"],
+    ["--default-ipc-mode=host"], ["--default-cgroupns-mode=x"], ["--registry-mirror=foo"],
+    ["--registry-mirror=ftp://x"],
+    ["--registry-mirror=http://u:p@x/"], ["--registry-mirror=http://x/?q"], ["--label=com.docker.x=1"],
+    ["--mtu=-1"],
+    ["--default-address-pool=base=10.0.0.0/24,size=8"], ["--firewall-backend=pf"],
+    ["--default-network-opt=x"]])
+def test_bad_values_on_the_command_line(configure, flags):
+    assert failure(dockerd.UsageError, configure, *flags).startswith("invalid argument ")
+
+
+@pytest.mark.parametrize("flags", [["foo"], ["-D", "foo", "-d"], ["--", "foo"], ["-d", "true"], [""]])
+def test_a_left_over_argument(configure, flags):
+    assert failure(dockerd.LeftoverArgument, configure, *flags) == '"dockerd" accepts no argument(s).'
+
+
+def test_no_credentials_of_a_mirror_in_the_error(configure):
+    text = failure(dockerd.ConfigError, configure, json={"registry-mirrors": ["http://user:secret@x/"]})
+    assert "registry-mirrors" in text and "secret" not in text
+
+
+def test_tls_verifies_unless_told_not_to(configure, monkeypatch):
+    def seen(*flags, **file):
+        config = configure(*flags, **file)
+        return config.tls, config.tlsverify
+    assert seen("--tls") == seen("--tlsverify") == seen(json={"tls": True}) == (True, True)
+    for unverified in (seen("--tlsverify=false"), seen("--tls", "--tlsverify=false"),
+                       seen(json={"tlsverify": False})):
+        assert unverified == (True, False)
+    assert seen("--tls=false") == (False, False)
+    monkeypatch.setenv("DOCKER_TLS_VERIFY", "1")
+    monkeypatch.setenv("DOCKER_CERT_PATH", "/certs")
+    assert seen() == (True, True)
+    assert configure("--tlskey=/k").tlskey == "/k" and configure().tlscert == "/certs/cert.pem"
+
+
+def test_docker_host_is_not_the_daemon_s(configure, monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", "tcp://elsewhere:1")
+    assert configure().hosts == ["unix:///var/run/docker.sock"]
+
+
+# What is refused, and what is said of the rest
+
+
+@pytest.mark.parametrize("key, value", [
+    ("authorization-plugins", ["x"]), ("api-cors-header", "*"), ("selinux-enabled", True),
+    ("userns-remap", "default"),
+    ("live-restore", True), ("init", True), ("default-runtime", "crun"), ("runtimes", {"a": {"path": "/a"}}),
+    ("metrics-addr", "127.0.0.1:1"), ("rootless", True), ("cpu-rt-period", 5), ("cluster-store", "etcd://x")])
+def test_options_that_must_not_be_ignored_are_refused(configure, key, value):
+    assert failure(dockerd.ConfigError, configure, json={key: value}).startswith(f"{key} in /")
+    attribute = key.replace("-", "_")
+    assert "is refused: " in failure(dockerd.ConfigError, dockerd.Config, **{attribute: value})
+
+
+def test_an_authorization_plugin_is_refused_as_a_flag(configure):
+    text = failure(dockerd.ConfigError, configure, "--authorization-plugin", "guard")
+    assert text.startswith("--authorization-plugin is refused: ")
+
+
+def test_what_has_no_effect_is_said_once(configure):
+    config = configure("--icc=false", "--containerd=/run/x.sock", json={"mtu": 1400})
+    assert [line.partition(" has no effect: ")[0].partition(" in ")[0] for line in config.warnings] == [
+        "--containerd", "--icc", "mtu"]
+    assert not configure("--bridge=none", "--iptables").warnings
+
+
+# daemon.json
+
+
+@pytest.mark.parametrize("document, text", [
+    ({"nope": 1, "aa": 2}, "the following directives don't match any configuration option: nope, aa"),
+    ({"host": "x"}, "the following directives don't match any configuration option: host"),
+    ({"config-file": "x"}, "the following directives don't match any configuration option: config-file"),
+    ({"debug": "yes"}, "json: cannot unmarshal string into Go struct field Config.debug of type bool"),
+    ({"hosts": "x"}, "json: cannot unmarshal string into Go struct field Config.hosts of type []string"),
+    ({"labels": [1]}, "json: cannot unmarshal number into Go struct field Config.labels of type string"),
+    ({"mtu": "x"}, "json: cannot unmarshal string into Go struct field Config.mtu of type int"),
+    ({"mtu": True}, "json: cannot unmarshal bool into Go struct field Config.mtu of type int"),
+    ({"mtu": 1.5}, "json: cannot unmarshal number into Go struct field Config.mtu of type int"),
+    ({"log-driver": 1},
+     "json: cannot unmarshal number into Go struct field Config.log-driver of type string"),
+    ({"log-opts": {"max-size": 1}},
+     "json: cannot unmarshal number into Go struct field Config.log-opts of type string"),
+    ({"log-opts": []},
+     "json: cannot unmarshal array into Go struct field Config.log-opts of type map[string]string"),
+    ([], "json: cannot unmarshal array into Go value of type map[string]interface {}"),
+    ({"labels": ["a"]}, "configuration validation from file failed: labels: bad attribute format: a"),
+    ({"dns": ["1.2.3.400"]},
+     "configuration validation from file failed: dns: 1.2.3.400 is not an ip address"),
+    ({"data-root": "/a", "graph": "/b"}, "graph and data-root must not both be specified in the config file"),
+    ("{bad", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)")])
+def test_a_wrong_daemon_json_is_told_in_one_line(configure, tmp_path, document, text):
+    prefix = f"unable to configure the Docker daemon with file {tmp_path}/daemon.json: "
+    assert failure(dockerd.ConfigError, configure, json=document) == prefix + text
+
+
+@pytest.mark.parametrize("document", [
+    {"default-ulimits": {"nofile": {"Hard": 1, "Soft": 2}}}, {"default-ulimits": {"nofile": {"Soft": "x"}}},
+    {"default-address-pools": [{"base": 5}]}, {"default-address-pools": [{"base": "10.0.0.0/8", "size": 99}]},
+    {"default-shm-size": 5}, {"proxies": 1}, "[" * 100000, "\xff", '{"debug": tru}', {"hosts": ["bad://x"]}])
+def test_other_wrong_documents(configure, document):
+    failure(dockerd.ConfigError, configure, json=document)
+
+
+def test_a_key_that_is_also_a_flag(configure):
+    text = failure(dockerd.ConfigError, configure, "-H", "unix:///tmp/y.sock",
+                   json={"hosts": ["unix:///tmp/x.sock"]})
+    assert text.endswith(": the following directives are specified both as a flag and in the configuration "
+                         "file: hosts: (from flag: [unix:///tmp/y.sock], from file: [unix:///tmp/x.sock])")
+    text = failure(dockerd.ConfigError, configure, "-D", "--storage-opt", "y",
+                   json={"storage-opts": ["x"], "debug": True})
+    assert text.endswith(": debug: (from flag: true, from file: true), "
+                         "storage-opts: (from flag: [y], from file: [x])")
+    text = failure(dockerd.ConfigError, configure, "--http-proxy=http://a:secret@p",
+                   json={"http-proxy": "http://b:secret@q"})
+    assert "secret" not in text
+
+
+def test_values_from_daemon_json(configure):
+    config = configure(json={
+        "debug": True, "icc": False, "graph": "/g", "hosts": ["fd://"], "default-shm-size": "1G",
+        "log-opts": {"a": "b"},
+        "default-ulimits": {"nofile": {"name": "nofile", "hard": 2, "soft": 1}},
+        "host-gateway-ip": "10.0.0.1",
+        "proxies": {"http-proxy": "http://p"}, "labels": ["a=b", "a=b"], "tlskey": "/k"})
+    assert config.debug and config.data_root == "/g" and config.hosts == ["fd://"] and config.icc is False
+    assert config.default_shm_size == 1 << 30 and config.log_opts == {"a": "b"}
+    assert config.http_proxy == "http://p"
+    assert config.default_ulimits == {"nofile": {"Name": "nofile", "Hard": 2, "Soft": 1}}
+    assert config.host_gateway_ips == ["10.0.0.1"] and config.labels == ["a=b"] and config.tlskey == "/k"
+    assert config.given["debug"].startswith("debug in /") and "group" not in config.given
+
+
+def test_labels_that_disagree(configure):
+    text = failure(dockerd.ConfigError, configure, "--label=a=1", "--label=a=2")
+    assert text == "conflict labels for a=2 and a=1"
+
+
+def test_a_missing_default_file_is_fine_and_a_missing_explicit_one_is_not(configure):
+    configure("--validate")
+    assert failure(dockerd.ConfigError, configure, "--config-file", "/nope/daemon.json") == (
+        "unable to configure the Docker daemon with file /nope/daemon.json: "
+        "open /nope/daemon.json: no such file or directory")
+    assert "is a directory" in failure(dockerd.ConfigError, configure, "--config-file", "/")
+
+
+def test_an_empty_file_and_a_byte_order_mark(configure):
+    assert configure(json="").hosts and configure(json=" \n").hosts
+    assert configure(json='\ufeff{"debug": true}').debug
+
+
+def test_reload_reads_the_file_again(configure, tmp_path):
+    config = configure("--label=a=b", json={"debug": True, "group": "adm"})
+    (tmp_path / "daemon.json").write_text('{"debug": false, "group": "root", "shutdown-timeout": 30}')
+    assert dockerd.changed_options(config) == {"debug": False, "shutdown_timeout": 30}
+    (tmp_path / "daemon.json").write_text('{"live-restore": true}')
+    failure(dockerd.ConfigError, dockerd.changed_options, config)
+
+
+def test_configurations_of_embedding_programs():
+    config = dockerd.Config(data_root="/x", debug=True)
+    assert config.data_root == "/x" and config.group == "docker"
+    assert config.given == {"data-root": "data_root", "debug": "debug"}
+    config.hosts.append("fd://")
+    assert dockerd.Config().hosts == ["unix:///var/run/docker.sock"]
+    failure(dockerd.ConfigError, dockerd.Config, no_such=1)
+    with pytest.raises(AttributeError):
+        config.no_such  # noqa: B018
+
+
+# What is made from the table
+
+
+def test_help_names_every_flag(capsys):
+    assert dockerd.answer_at_once(dockerd.parse_options(["--help", "--config-file=/nope"]))
+    text = capsys.readouterr().out
+    assert text.startswith("Usage:  dockerd.py [OPTIONS]\n")
+    for option in dockerd.OPTIONS:
+        assert all(re.search(rf"(^|\s){re.escape(flag)}\b", text) for flag in option.spellings), option.name
+    assert max(map(len, text.splitlines())) <= 110 and "--restart" not in text.split()
+
+
+def test_version_print_and_validate(configure, capsys):
+    assert dockerd.answer_at_once(configure("-v"))
+    assert capsys.readouterr().out == f"Docker version {dockerd.VERSION}, build {dockerd.GIT_COMMIT}\n"
+    assert dockerd.answer_at_once(configure("--validate", json={"debug": True}))
+    assert capsys.readouterr().err == "configuration OK\n"
+    assert dockerd.answer_at_once(configure("--print=man")) and ".TH DOCKERD.PY 8" in capsys.readouterr().out
+    assert "use one of bash" in failure(dockerd.UsageError, dockerd.answer_at_once, configure("--print=x"))
+    assert not dockerd.answer_at_once(configure("-d"))
+
+
+def test_the_commented_daemon_json_is_the_defaults(configure):
+    text = dockerd.print_asset("daemon.json")
+    assert vars(configure(json=text))["given"] == {"config-file": "--config-file"}
+    for entry in re.findall(r'// ("[a-z0-9-]+": .*)', text):
+        (name, value), = json.loads("{" + entry + "}").items()
+        assert name in KEYS_OF_DOCKERD + ["api-enable-cors", "exec-driver"]
+        if name != "default-shm-size":
+            configure(json={name: value})
+
+
+@pytest.mark.parametrize("what", ["openrc", "sysvinit", "bash"])
+def test_shell_assets_are_valid_shell(what):
+    text = dockerd.print_asset(what, "/opt/dockerd.py")
+    subprocess.run(["bash", "-n"] if what != "sysvinit" else ["sh", "-n"], input=text, text=True, check=True)
+    assert "@" not in text
+
+
+def test_units_and_completions_name_the_program_and_every_flag():
+    service = dockerd.print_asset("systemd-service", "/opt/dockerd.py")
+    assert "ExecStart=/usr/bin/env python3 /opt/dockerd.py -H fd://\n" in service
+    assert "ListenStream=/run/docker.sock\n" in dockerd.print_asset("systemd-socket")
+    for option in dockerd.OPTIONS:
+        for flag in option.spellings:
+            assert flag in dockerd.print_asset("bash") and f"'*{flag}[" in dockerd.print_asset("zsh")
+            assert f"-{'l' if flag[:2] == '--' else 's'} {flag.lstrip('-')} " in dockerd.print_asset("fish")
+            assert flag.replace("-", "\\-") in dockerd.print_asset("man")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Execution driver: capabilities, users, seccomp
+#
+# The compiled programs are run by a BPF interpreter for every system call of every calling convention, and
+# checked against a naive reading of the JSON profile; then for real, in forked children, by all entries.
+# ------------------------------------------------------------------------------------------------------------
+
+AUDIT = {
+    "SCMP_ARCH_X86_64": 0xC000003E,
+    "SCMP_ARCH_X86": 0x40000003,
+    "SCMP_ARCH_X32": 0xC000003E,
+    "SCMP_ARCH_AARCH64": 0xC00000B7,
+    "SCMP_ARCH_ARM": 0x40000028,
+}
+CONVENTIONS = {
+    "x86_64": ("SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"),
+    "aarch64": ("SCMP_ARCH_AARCH64", "SCMP_ARCH_ARM"),
+}
+GO_NAMES = {"x86_64": "amd64", "aarch64": "arm64"}
+RETURNS = {
+    "SCMP_ACT_ALLOW": 0x7FFF0000,
+    "SCMP_ACT_ERRNO": 0x50000,
+    "SCMP_ACT_KILL": 0,
+    "SCMP_ACT_LOG": 0x7FFC0000,
+    "SCMP_ACT_TRAP": 0x30000,
+    "SCMP_ACT_TRACE": 0x7FF00000,
+    "SCMP_ACT_KILL_PROCESS": 0x80000000,
+}
+ENOSYS = RETURNS["SCMP_ACT_ERRNO"] | errno.ENOSYS
+DEFAULT_NAMES = {dockerd.CAPABILITIES[number] for number in dockerd.DEFAULT_CAPABILITIES}
+
+
+def run_bpf(program: bytes, number: int, audit: int, arguments: tuple[int, ...]) -> int:
+    """What the kernel would be told; every jump must stay inside the program, every path end in a return."""
+    data = struct.pack("=IIQ6Q", number, audit, 0, *arguments)
+    code = list(struct.iter_unpack("=HBBI", program))
+    accumulator = position = 0
+    while True:
+        operation, true, false, k = code[position]
+        position += 1
+        if operation == 0x06:
+            return k
+        if operation == 0x20:
+            (accumulator,) = struct.unpack_from("=I", data, k)
+        elif operation == 0x54:
+            accumulator &= k
+        elif operation == 0x05:
+            position += k
+        else:
+            holds = {0x15: accumulator == k, 0x25: accumulator > k, 0x35: accumulator >= k}[operation]
+            position += true if holds else false
+
+
+def argument_holds(argument: dict, arguments: tuple[int, ...], wide: bool) -> bool:
+    mask = (1 << 64) - 1 if wide else (1 << 32) - 1
+    value, second = argument.get("value", 0) & mask, argument.get("valueTwo", 0) & mask
+    given = arguments[argument["index"]] & mask
+    return {
+        "NE": given != value,
+        "LT": given < value,
+        "LE": given <= value,
+        "EQ": given == value,
+        "GE": given >= value,
+        "GT": given > value,
+        "MASKED_EQ": given & value == second,
+    }[argument["op"][9:]]
+
+
+def applicable(
+    profile: dict[str, Any], capabilities: set[str], machine: str, kernel: str
+) -> list[dict[str, Any]]:
+    """The rows of the profile that stand for this container, word by word."""
+    rows = []
+    for call in profile["syscalls"]:
+        includes, excludes = call.get("includes") or {}, call.get("excludes") or {}
+        if GO_NAMES[machine] in excludes.get("arches", ()) or capabilities & set(excludes.get("caps", ())):
+            continue
+        if includes.get("arches") and GO_NAMES[machine] not in includes["arches"]:
+            continue
+        if not set(includes.get("caps", ())) <= capabilities:
+            continue
+        minimum = includes.get("minKernel", "0.0")
+        if tuple(map(int, minimum.split("."))) <= tuple(map(int, kernel.split("."))):
+            rows.append(call)
+    return rows
+
+
+def returned(action: str, code: int | None) -> int:
+    """What a filter returns for an action."""
+    return RETURNS[action] | (1 if code is None else code) * (action in ("SCMP_ACT_ERRNO", "SCMP_ACT_TRACE"))
+
+
+def naive(
+    profile: dict[str, Any],
+    rows: list[dict[str, Any]],
+    highest: int,
+    wide: bool,
+    number: int,
+    arguments: tuple[int, ...],
+) -> int:
+    """The answer to one call, given the rows that name it and the highest number that any row names."""
+    default = returned(profile["defaultAction"], profile.get("defaultErrnoRet"))
+    answers, unconditional = [], []
+    for call in rows:
+        result = returned(call["action"], call.get("errnoRet"))
+        if not call.get("args"):
+            unconditional.append(result)
+        elif len({argument["index"] for argument in call["args"]}) < len(call["args"]):
+            answers += [result for argument in call["args"] if argument_holds(argument, arguments, wide)]
+        elif all(argument_holds(argument, arguments, wide) for argument in call["args"]):
+            answers.append(result)
+    if number > highest > 0 and profile["defaultAction"] not in (
+        "SCMP_ACT_ALLOW",
+        "SCMP_ACT_LOG",
+        "SCMP_ACT_TRACE",
+    ):
+        return ENOSYS
+    return next((answer for answer in unconditional + answers if answer != default), default)
+
+
+def probes(*values: int) -> list[tuple[int, ...]]:
+    """Argument lists that try the neighbourhood of `values` as first and second argument, in both words."""
+    near = {
+        0,
+        1,
+        *((value + step) & (1 << 64) - 1 for value in values for step in (-1, 0, 1)),
+        *(value | 1 << 32 for value in values),
+    }
+    firsts: list[tuple[int, ...]] = [(value, 0, 0, 0, 0, 0) for value in near]
+    return firsts + [(0, value, 7, 0, 0, 0) for value in near]
+
+
+def check_program(
+    profile: dict[str, Any],
+    program: bytes,
+    capabilities: set[str],
+    machine: str,
+    kernel: str,
+    calls: list[tuple[int, ...]],
+    conventions: tuple[str, ...],
+) -> None:
+    """Ask the program about every number of every calling convention, known or not."""
+    rows = [
+        (set(call.get("names") or [call["name"]]), call)
+        for call in applicable(profile, capabilities, machine, kernel)
+    ]
+    for convention in conventions:
+        numbers = dockerd.syscall_numbers(convention)
+        wide = convention in ("SCMP_ARCH_X86_64", "SCMP_ARCH_AARCH64")
+        named: dict[int, list[dict[str, Any]]] = {}
+        for names, call in rows:
+            for number in {numbers[name] for name in names if name in numbers}:
+                named.setdefault(number, []).append(call)
+        start = 0x40000000 if convention == "SCMP_ARCH_X32" else 0
+        for number in {
+            *range(start, start + 560),
+            *numbers.values(),
+            max(numbers.values()) + 1,
+            start + 0x3FFFFFFF,
+        }:
+            said = named.get(number, [])
+            for arguments in calls if any(call.get("args") for call in said) else calls[:1]:
+                expected = naive(profile, said, max(named, default=0), wide, number, arguments)
+                assert run_bpf(program, number, AUDIT[convention], arguments) == expected, (
+                    convention,
+                    number,
+                    list(map(hex, arguments)),
+                )
+
+
+def published_profile() -> dict:
+    """The published profile where this machine has it, else ours: then the compiler alone is under test."""
+    for path in (
+        os.path.join(os.path.dirname(__file__), "../shared/seccomp-default.json"),
+        "/work/shared/seccomp-default.json",
+    ):
+        if os.path.exists(path):
+            with open(path) as file:
+                return json.load(file)
+    return dockerd.default_seccomp_profile()
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+@pytest.mark.parametrize(
+    "capabilities",
+    [
+        DEFAULT_NAMES,
+        set(),
+        set(dockerd.CAPABILITIES),
+        {"CAP_SYS_ADMIN"},
+        {"CAP_BPF", "CAP_SYS_PTRACE", "CAP_SYS_TIME"},
+    ],
+    ids=len,
+)
+@pytest.mark.parametrize("kernel", ["6.1", "4.7"])
+def test_seccomp_default_profile(machine: str, capabilities: set[str], kernel: str) -> None:
+    """Every system call of every calling convention, known or not, has the published profile's answer."""
+    calls = probes(38, 39, 40, 8, 0x20000, 0x20008, 0xFFFFFFFF, 0x10000000, 0x7E020000, 0x40000000)
+    program = dockerd.compile_seccomp(None, capabilities, machine, kernel)
+    check_program(published_profile(), program, capabilities, machine, kernel, calls, CONVENTIONS[machine])
+    assert len(program) // 8 <= 400
+
+
+@pytest.mark.parametrize(
+    "convention, known",
+    [
+        ("SCMP_ARCH_X86_64", {"read": 0, "execve": 59, "openat": 257, "statx": 332, "clone3": 435}),
+        ("SCMP_ARCH_X86", {"restart_syscall": 0, "socketcall": 102, "futex_time64": 422, "mseal": 462}),
+        ("SCMP_ARCH_X32", {"read": 0x40000000, "execve": 0x40000208, "pwritev2": 0x40000223}),
+        ("SCMP_ARCH_AARCH64", {"io_setup": 0, "openat": 56, "clone": 220, "statx": 291, "pidfd_open": 434}),
+        ("SCMP_ARCH_ARM", {"exit": 1, "openat": 322, "sync_file_range2": 341, "set_tls": 983045}),
+    ],
+)
+def test_system_call_numbers(convention: str, known: dict[str, int]) -> None:
+    """Spot checks, and where the headers of x86 are at hand every number that they have."""
+    numbers = dockerd.syscall_numbers(convention)
+    assert {name: numbers[name] for name in known} == known
+    header = {"SCMP_ARCH_X86_64": "64", "SCMP_ARCH_X86": "32", "SCMP_ARCH_X32": "x32"}.get(convention)
+    path = f"/usr/include/x86_64-linux-gnu/asm/unistd_{header}.h"
+    if os.path.exists(path):
+        with open(path) as file:
+            lines = re.findall(r"#define __NR_(\w+) \(?(__X32_SYSCALL_BIT \+ )?(\d+)", file.read())
+        for name, bit, number in lines:
+            assert numbers[name] == int(number) | (0x40000000 if bit else 0), name
+
+
+def test_seccomp_other_architecture_is_killed() -> None:
+    program = dockerd.compile_seccomp(None, DEFAULT_NAMES, "x86_64", "6.1")
+    assert run_bpf(program, 0, 0xC00000B7, (0,) * 6) == 0
+
+
+def test_seccomp_random_profiles() -> None:
+    """Programs of custom profiles, with every operator, 64-bit values and far jumps, do what they should."""
+    source = random.Random(7)
+    names = sorted(
+        set(dockerd.syscall_numbers("SCMP_ARCH_X86_64"))
+        - {name for row in dockerd._I386_MULTIPLEXED.values() for name in row.split()}
+        | {"nonsense"}
+    )
+    operators = ["NE", "LT", "LE", "EQ", "GE", "GT", "MASKED_EQ"]
+    values = [0, 1, 5, 0xFFFFFFFF, 1 << 32, 0x1_0000_0005, (1 << 64) - 1, 0xFF00FF00FF00FF00]
+    for turn in range(8):
+        actions = source.sample(sorted(RETURNS), 3)
+        calls = []
+        for name in source.sample(names, 40 if turn else 200):
+            row = {"names": [name], "action": source.choice(actions), "errnoRet": source.randrange(1, 130)}
+            if source.random() < 0.4:
+                row["args"] = [
+                    {
+                        "index": source.randrange(2),
+                        "value": source.choice(values),
+                        "valueTwo": source.choice(values),
+                        "op": "SCMP_CMP_" + source.choice(operators),
+                    }
+                    for _ in range(source.randrange(1, 4))
+                ]
+            calls.append(row)
+        profile = {"defaultAction": source.choice(sorted(RETURNS)), "syscalls": calls}
+        if turn % 2:
+            profile["architectures"] = list(CONVENTIONS["x86_64"])
+        program = dockerd.compile_seccomp(profile, set(), "x86_64", "6.1")
+        conventions = CONVENTIONS["x86_64"] if turn % 2 else ("SCMP_ARCH_X86_64",)
+        check_program(profile, program, set(), "x86_64", "6.1", probes(*values), conventions)
+        if not turn % 2:
+            assert run_bpf(program, 0x40000000, AUDIT["SCMP_ARCH_X32"], (0,) * 6) == 0
+            assert run_bpf(program, 4, AUDIT["SCMP_ARCH_X86"], (0,) * 6) == 0
+
+
+def test_seccomp_multiplexed_calls() -> None:
+    """What is forbidden by name cannot be had through i386's socketcall and ipc, whatever the upper half."""
+    profile = {
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "architectures": ["SCMP_ARCH_X86"],
+        "syscalls": [
+            {"name": "socket", "action": "SCMP_ACT_ERRNO"},
+            {"name": "shmat", "action": "SCMP_ACT_ERRNO"},
+        ],
+    }
+    program = dockerd.compile_seccomp(profile, set(), "x86_64", "6.1")
+    for number, first, allowed in (
+        (359, 2, False),
+        (102, 1, False),
+        (102, 2, True),
+        (117, 21, False),
+        (117, 0x10015, False),
+        (117, 22, True),
+    ):
+        answer = run_bpf(program, number, AUDIT["SCMP_ARCH_X86"], (first, 0, 0, 0, 0, 0))
+        assert answer == (RETURNS["SCMP_ACT_ALLOW"] if allowed else RETURNS["SCMP_ACT_ERRNO"] | 1), (
+            number,
+            first,
+        )
+
+
+@pytest.mark.parametrize(
+    "profile, text",
+    [
+        (
+            {"defaultAction": "SCMP_ACT_MAYBE", "syscalls": []},
+            "string SCMP_ACT_MAYBE is not a valid action for seccomp",
+        ),
+        (
+            {
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "syscalls": [
+                    {"names": ["read"], "action": "SCMP_ACT_ERRNO", "args": [{"index": 0, "op": "EQ"}]}
+                ],
+            },
+            "string EQ is not a valid operator for seccomp",
+        ),
+        (
+            {"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["VAX"]},
+            "string VAX is not a valid arch for seccomp",
+        ),
+        (
+            {"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86"], "archMap": [{}]},
+            "use either 'architectures' or",
+        ),
+        (
+            {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [{"name": "read", "names": ["read"]}]},
+            "use either 'name' or 'names'",
+        ),
+        (
+            {
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "syscalls": [
+                    {"name": "read", "action": "SCMP_ACT_ERRNO", "args": [{"index": 6, "op": "SCMP_CMP_EQ"}]}
+                ],
+            },
+            "argument 6",
+        ),
+        ({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": 5}, "Decoding seccomp profile failed"),
+        ({"defaultAction": 3, "syscalls": []}, "Decoding seccomp profile failed"),
+        ("[", "Decoding seccomp profile failed"),
+        ("[]", "Decoding seccomp profile failed"),
+        ("[" * 100000, "Decoding seccomp profile failed"),
+        (
+            {
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "syscalls": [
+                    {
+                        "name": "read",
+                        "action": "SCMP_ACT_ERRNO",
+                        "args": [{"index": 0, "op": "SCMP_CMP_EQ", "value": value} for value in range(2000)],
+                    }
+                ],
+            },
+            "the kernel takes 4096",
+        ),
+    ],
+)
+def test_seccomp_bad_profiles(profile: Any, text: str) -> None:
+    with pytest.raises(dockerd.BadParameter, match=text.replace("(", r"\(")):
+        dockerd.compile_seccomp(profile, set(), "x86_64", "6.1")
+
+
+def test_seccomp_empty_profile_confines_nothing() -> None:
+    assert dockerd.compile_seccomp({}, set(), "x86_64", "6.1") == b""
+    assert dockerd.compile_seccomp(None, set(), "vax", "6.1") == b""
+
+
+def test_seccomp_flags() -> None:
+    assert dockerd.seccomp_flags() == 4
+    assert dockerd.seccomp_flags({"flags": ["SECCOMP_FILTER_FLAG_LOG", "SECCOMP_FILTER_FLAG_TSYNC"]}) == 3
+    assert dockerd.seccomp_flags({"flags": []}) == 0
+    with pytest.raises(dockerd.BadParameter, match="SECCOMP_FILTER_FLAG_X"):
+        dockerd.seccomp_flags({"flags": ["SECCOMP_FILTER_FLAG_X"]})
+
+
+# mov eax, edi; mov ebx, esi; mov ecx, edx; int 0x80; cdqe; ret, with rbx kept
+INT_80 = bytes.fromhex("53 89f8 89f3 89d1 cd80 4898 5b c3".replace(" ", ""))
+
+
+def confined_answers(program: bytes, calls: list[tuple[str, int, int, int]]) -> list[int]:
+    """The results (or minus errno) of (entry, number, first, second) calls in a child under `program`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    page.write(INT_80)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    int_80 = ctypes.CFUNCTYPE(ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_long)(address)
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            dockerd.seccomp_load(program, dockerd.seccomp_flags())
+            results = []
+            for entry, number, first, second in calls:
+                if entry == "int80":
+                    results.append(int_80(number, first, second))
+                else:
+                    result = libc.syscall(
+                        ctypes.c_long(number), ctypes.c_long(first), ctypes.c_long(second), 0, 0, 0
+                    )
+                    results.append(-ctypes.get_errno() if result == -1 else result)
+            os.write(write, json.dumps(results).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        text = pipe.read()
+    assert os.waitpid(pid, 0)[1] == 0
+    return json.loads(text)
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="machine code of x86-64")
+def test_seccomp_for_real() -> None:
+    """The kernel takes the program, and 32-bit and x32 entries are no way around it (pitfall 23)."""
+    program = dockerd.compile_seccomp(None, DEFAULT_NAMES)
+    calls = [
+        ("syscall", 39, 0, 0),
+        ("syscall", 272, 0, 0),
+        ("syscall", 135, 0xFFFFFFFF, 0),
+        ("syscall", 135, 4, 0),
+        ("syscall", 41, 40, 1),
+        ("syscall", 56, 0x10000000, 0),
+        ("syscall", 435, 0, 0),
+        ("syscall", 169, 0, 0),
+        ("syscall", 500, 0, 0),
+        ("int80", 20, 0, 0),
+        ("int80", 310, 0, 0),
+        ("int80", 88, 0, 0),
+        ("int80", 435, 0, 0),
+        ("syscall", 0x40000000 | 272, 0, 0),
+        ("syscall", 0x40000000 | 435, 0, 0),
+        ("syscall", 0x40000000 | 900, 0, 0),
+    ]
+    answers = confined_answers(program, calls)
+    assert answers[0] > 0 and answers[2] >= 0 and answers[9] > 0, answers
+    refused = [-errno.EPERM, -errno.EPERM, -errno.EPERM, -errno.ENOSYS, -errno.EPERM, -errno.ENOSYS]
+    assert [answers[3], answers[4], answers[5], answers[6], answers[7], answers[8]] == refused
+    assert answers[1] == answers[10] == answers[11] == answers[13] == -errno.EPERM
+    assert answers[12] == answers[14] == answers[15] == -errno.ENOSYS
+
+
+def test_capabilities() -> None:
+    everything = set(range(len(dockerd.CAPABILITIES)))
+    number = dockerd.CAPABILITIES.index
+    sets = dockerd.capability_sets
+    default = set(dockerd.DEFAULT_CAPABILITIES)
+    assert len(dockerd.CAPABILITIES) == 41 and len(default) == 14
+    assert sets([], [], False, everything) == default
+    assert sets(["net_admin"], ["CAP_KILL"], False, everything) == default - {number("CAP_KILL")} | {
+        number("CAP_NET_ADMIN")
+    }
+    assert sets(["ALL"], ["kill"], False, everything) == everything - {number("CAP_KILL")}
+    assert sets(["ALL"], ["ALL"], False, everything) == everything
+    assert sets(["CHOWN"], ["all"], False, everything) == {number("CAP_CHOWN")}
+    assert sets([], ["ALL"], False, everything) == set()
+    lacking = everything - {number("CAP_SYS_RESOURCE")}
+    assert sets([], [], True, lacking) == lacking == sets(["ALL"], [], False, lacking)
+    for add, drop, text in (
+        (["X"], [], 'invalid CapAdd: unknown capability: "CAP_X"'),
+        ([], ["CAP_Y"], 'invalid CapDrop: unknown capability: "CAP_Y"'),
+        (["SYS_RESOURCE"], [], "not available in the current environment"),
+    ):
+        with pytest.raises(dockerd.BadParameter, match=text):
+            sets(add, drop, False, lacking)
+    with open("/proc/self/status") as status:
+        masks = dict(line.split(":\t") for line in status.read().splitlines() if line.startswith("Cap"))
+    assert sum(1 << bit for bit in dockerd.bounding_capabilities()) == int(masks["CapBnd"], 16) & int(
+        masks["CapPrm"], 16
+    )
+
+
+PASSWD = (b"root:x:0:0:root:/root:/bin/sh\nweb:x:33:34::/var/www:/bin/sh\n\n2000:x:7:8::/odd:\n"
+          b"toor:x:0:5::/toor:\nbad\n")
+GROUP = b"root:x:0:\nweb:x:34:\naudio:x:29:web,mail\nmail:x:8:web\nnum:x:50:2000"
+
+
+@pytest.mark.parametrize(
+    "spec, extra, wanted",
+    [
+        ("", [], (0, 0, [0], "/root")),
+        ("0", [], (0, 0, [0], "/root")),
+        ("web", [], (33, 34, [34, 29, 8], "/var/www")),
+        ("33", ["audio", "4000"], (33, 34, [34, 29, 8, 4000], "/var/www")),
+        ("web:audio", [], (33, 29, [29], "/var/www")),
+        ("web:99", [], (33, 99, [99], "/var/www")),
+        ("1000", [], (1000, 0, [0], "/")),
+        ("1000:1000", ["50"], (1000, 1000, [1000, 50], "/")),
+        ("2000", [], (2000, 0, [0], "/")),
+        ("toor", [], (0, 5, [5], "/root")),
+        ("bad", [], (0, 0, [0], "/root")),
+    ],
+)
+def test_users(spec: str, extra: list[str], wanted: tuple) -> None:
+    assert dockerd.lookup_user(spec, PASSWD, GROUP, extra) == wanted
+
+
+@pytest.mark.parametrize(
+    "spec, extra, text",
+    [
+        ("nobody", [], "unable to find user nobody: no matching entries in passwd file"),
+        ("web:nobody", [], "unable to find group nobody: no matching entries in group file"),
+        ("", ["nobody"], "Unable to find group nobody: no matching entries in group file"),
+        ("-1", [], "uids and gids must be in range 0-2147483647"),
+        ("2147483648", [], "uids and gids must be in range 0-2147483647"),
+        ("1:2147483648", [], "uids and gids must be in range 0-2147483647"),
+    ],
+)
+def test_users_not_found(spec: str, extra: list[str], text: str) -> None:
+    with pytest.raises(dockerd.BadParameter, match=text):
+        dockerd.lookup_user(spec, PASSWD, GROUP, extra)
+    if spec != "web:nobody":
+        with pytest.raises(dockerd.BadParameter, match=text):
+            dockerd.lookup_user(spec, None, None, extra)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Storage drivers
+# ------------------------------------------------------------------------------------------------------------
+
+
+def new_id() -> str:
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def mounted(driver: Any, cache_id: str, readonly: bool = False) -> Iterator[Path]:
+    """A layer's mount, by its descriptor alone."""
+    fd = driver.mount(cache_id, readonly=readonly)
+    try:
+        yield Path(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def btrfs(tmp_path: Path) -> Iterator[Path]:
+    """A btrfs of our own, on a loop device."""
+    image, target = tmp_path / "btrfs.img", tmp_path / "btrfs"
+    with open(image, "wb") as file:
+        file.truncate(256 << 20)
+    target.mkdir()
+    subprocess.run(["mkfs.btrfs", "-q", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(target)], check=True)
+    yield target
+    subprocess.run(["umount", "-l", str(target)], check=True)
+
+
+@pytest.fixture(params=["overlay2", "btrfs", "vfs"])
+def driver(request: pytest.FixtureRequest, tmp_path: Path) -> dockerd.StorageDriver:
+    """Each driver, on a root of its own."""
+    root = request.getfixturevalue("btrfs") if request.param == "btrfs" else tmp_path
+    return select_driver(str(root), request.param, [], IdMap())
+
+
+def make_layer(driver: dockerd.StorageDriver, parent: str | None = None, **files: str) -> str:
+    cache_id = new_id()
+    driver.create(cache_id, parent)
+    for name, content in files.items():
+        Path(driver.diff_dir(cache_id), name).write_text(content)
+    return cache_id
+
+
+def test_a_stack_of_layers_and_a_container_on_it(driver: dockerd.StorageDriver) -> None:
+    base = make_layer(driver, lower="1", both="1")
+    os.link(Path(driver.diff_dir(base), "lower"), Path(driver.diff_dir(base), "link"))
+    top = make_layer(driver, base, both="2")
+    container = new_id()
+    driver.create(container + "-init", top, writable=True)
+    driver.create(container, container + "-init", writable=True)
+    before = Path("/proc/self/mountinfo").read_text()
+    with mounted(driver, container) as root:
+        assert {name: (root / name).read_text() for name in os.listdir(root)} == {
+            "lower": "1",
+            "link": "1",
+            "both": "2",
+        }
+        assert (root / "lower").stat().st_ino == (root / "link").stat().st_ino
+        (root / "new").write_text("3")
+        (root / "lower").unlink()
+        assert Path("/proc/self/mountinfo").read_text() == before  # detached: in no mount table
+    with mounted(driver, container) as root:
+        assert sorted(os.listdir(root)) == ["both", "link", "new"]
+    with mounted(driver, top) as root:
+        assert sorted(os.listdir(root)) == ["both", "link", "lower"]
+    with mounted(driver, container, readonly=True) as root, pytest.raises(OSError, match="Read-only"):
+        (root / "x").write_text("")
+    assert stat.S_IMODE(os.stat(driver.home).st_mode) == 0o710
+    assert sorted(driver.ids()) == sorted([base, top, container, container + "-init"])
+    for cache_id in (container, container + "-init", top, base, base):
+        driver.remove(cache_id)
+    assert not driver.exists(base) and driver.ids() == []
+    left = {name for name in os.listdir(driver.layers()) if name != "l"}
+    assert not left and not (driver.name == "overlay2" and os.listdir(os.path.join(driver.home, "l")))
+
+
+def test_what_moby_finds_on_disk(tmp_path: Path) -> None:
+    driver = select_driver(str(tmp_path), "overlay2", [], IdMap())
+    one = make_layer(driver)
+    two = make_layer(driver, one)
+    three = make_layer(driver, two)
+    home = tmp_path / "overlay2"
+    links = {cache_id: (home / cache_id / "link").read_text() for cache_id in (one, two, three)}
+    assert all(
+        len(link) == 26 and os.readlink(home / "l" / link) == f"../{cache_id}/diff"
+        for cache_id, link in links.items()
+    )
+    assert sorted(os.listdir(home / one)) == ["committed", "diff", "link"]
+    assert sorted(name for name in os.listdir(home / three) if "previous" not in name) == [
+        "diff",
+        "link",
+        "lower",
+        "work",
+    ]
+    assert (home / three / "lower").read_text() == f"l/{links[two]}:l/{links[one]}"
+    data = driver.metadata(three)
+    assert data == {"LowerDir": f"{home}/{two}/diff:{home}/{one}/diff", "MergedDir": f"{home}/{three}/merged",
+                    "UpperDir": f"{home}/{three}/diff", "WorkDir": f"{home}/{three}/work"}
+    assert driver.metadata(one) and "LowerDir" not in (driver.metadata(one) or {})
+    assert [[name, value] for name, value in driver.status()][1] == ["Supports d_type", "true"]
+
+
+@pytest.mark.parametrize("new_api", [True, False])
+def test_128_layers(tmp_path: Path, new_api: bool) -> None:
+    driver = select_driver(str(tmp_path), "overlay2", [], IdMap())
+    assert isinstance(driver, dockerd.Overlay) and driver.appends
+    driver.appends = new_api
+    parent = None
+    for number in range(128):
+        parent = make_layer(driver, parent, **{f"f{number}": str(number)})
+    top = new_id()
+    driver.create(top, parent, writable=True)
+    before = Path("/proc/self/mountinfo").read_text()
+    with mounted(driver, top) as root:
+        assert len(os.listdir(root)) == 128
+        (root / "f0").write_text("changed")
+    assert Path("/proc/self/mountinfo").read_text() == before
+    assert os.listdir(driver.diff_dir(top)) == ["f0"] and not os.path.exists(
+        os.path.join(driver.home, top, "merged")
+    )
+    with pytest.raises(BadParameter, match="^max depth exceeded$"):
+        driver.create(new_id(), top)
+    assert len(driver.ids()) == 129
+
+
+def test_a_hostile_id_or_a_missing_parent_makes_nothing(driver: dockerd.StorageDriver) -> None:
+    for cache_id in ("../x", "", "a/b", ".", "x\n"):
+        with pytest.raises(BadParameter, match="invalid layer id"):
+            driver.create(cache_id)
+        with pytest.raises(BadParameter):
+            driver.remove(cache_id)
+    with pytest.raises(DockerError, match="does not exist"):
+        driver.create(new_id(), new_id())
+    with pytest.raises(BadParameter, match="--storage-opt"):
+        driver.create(new_id(), size=1 << 20, writable=True)
+    assert driver.ids() == []
+
+
+def test_what_a_failed_or_killed_creation_and_removal_leave(driver: dockerd.StorageDriver,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_layer(driver, f="1")
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dockerd, "make_directory" if driver.name != "btrfs" else "failpoint", fail)
+    with pytest.raises(OSError, match="No space left"):
+        driver.create(new_id(), base)
+    monkeypatch.undo()
+    assert driver.ids() == [base]
+    monkeypatch.setattr(driver, "destroy", lambda path: None)
+    driver.remove(base)
+    assert driver.ids() == [] and any(name.endswith("-removing") for name in os.listdir(driver.layers()))
+    monkeypatch.undo()
+    again = select_driver(os.path.dirname(driver.home), driver.name, [], IdMap())
+    assert not any(name.endswith("-removing") for name in os.listdir(again.layers()))
+
+
+def test_remapped_roots_own_their_directories(tmp_path: Path) -> None:
+    ranges = [(0, 100_000, 65536)]
+    for name in ("overlay2", "vfs"):
+        driver = select_driver(str(tmp_path), name, [], IdMap(ranges, ranges))
+        layer = make_layer(driver, make_layer(driver))
+        assert os.stat(driver.diff_dir(layer)).st_uid == 100_000 and os.stat(driver.home).st_gid == 100_000
+        with mounted(driver, layer) as root:
+            assert os.stat(root).st_uid == 100_000
+
+
+def test_vfs_copies_every_attribute(tmp_path: Path) -> None:
+    driver = select_driver(str(tmp_path), "vfs", [], IdMap())
+    base = new_id()
+    driver.create(base)
+    os.rmdir(driver.diff_dir(base))
+    make_tree(Path(driver.diff_dir(base)))
+    top = new_id()
+    driver.create(top, base)
+    assert snapshot(driver.diff_dir(top)) == snapshot(driver.diff_dir(base))
+    assert os.stat(os.path.join(driver.diff_dir(top), "sparse")).st_blocks * 512 < 1 << 20
+
+
+def test_a_subvolume_inside_a_layer_is_removed_with_it(btrfs: Path) -> None:
+    driver = select_driver(str(btrfs), "", [], IdMap())
+    assert driver.name == "btrfs" or driver.name == "overlay2"
+    driver = select_driver(str(btrfs), "btrfs", [], IdMap())
+    base = make_layer(driver, f="1")
+    subprocess.run(["btrfs", "-q", "subvolume", "create", driver.diff_dir(base) + "/nested"], check=True)
+    Path(driver.diff_dir(base), "nested/f").write_text("1")
+    driver.remove(base)
+    assert os.listdir(driver.layers()) == []
+
+
+# Selection
+
+
+def test_detection_takes_overlay_first_and_prior_state_before_it(tmp_path: Path) -> None:
+    assert select_driver(str(tmp_path), "", [], IdMap()).name == "overlay2"
+    fresh = tmp_path / "other"
+    fresh.mkdir()
+    make_layer(select_driver(str(fresh), "vfs", [], IdMap()))
+    assert (
+        select_driver(str(fresh), "", [], IdMap()).name == "overlay2"
+    )  # moby leaves vfs out of what counts as prior
+    (fresh / "btrfs/subvolumes").mkdir(parents=True)
+    with pytest.raises(
+        DockerError,
+        match="contains several valid graphdrivers: overlay2, btrfs; cleanup or explicitly "
+        r"choose storage driver \(-s <DRIVER>\)$",
+    ):
+        select_driver(str(fresh), "", [], IdMap())
+    assert select_driver(str(fresh), "overlay2", [], IdMap()).name == "overlay2"
+
+
+def test_a_prior_driver_that_fails_stops_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "btrfs/subvolumes").mkdir(parents=True)
+    with (
+        caplog.at_level(logging.ERROR),
+        pytest.raises(DockerError, match="prerequisites for driver not satisfied"),
+    ):
+        select_driver(str(tmp_path), "", [], IdMap())
+    assert (
+        "[graphdriver] prior storage driver btrfs failed: prerequisites for driver not satisfied"
+        in caplog.text
+    )
+
+
+def test_overlay_on_overlay_and_on_tmpfs(tmp_path: Path) -> None:
+    driver = select_driver(str(tmp_path), "overlay2", [], IdMap())
+    layer = make_layer(driver, make_layer(driver))
+    fd = driver.mount(layer)
+    target = tmp_path / "target"
+    target.mkdir()
+    dockerd.move_mount(fd, "", dockerd.AT_FDCWD, str(target), dockerd.MOVE_MOUNT_F_EMPTY_PATH)
+    os.close(fd)
+    try:
+        with pytest.raises(DockerError, match=r"driver not supported: overlay2 \(failed to mount overlay: "):
+            select_driver(str(target), "overlay2", [], IdMap())
+        nested = select_driver(str(target), "", [], IdMap())
+        assert nested.name == "vfs" and nested.backing == "overlayfs"
+        assert sorted(os.listdir(target)) == ["vfs"]
+    finally:
+        dockerd.umount(str(target), dockerd.MNT_DETACH)
+
+
+@pytest.mark.parametrize(
+    "name, options, text",
+    [
+        ("aufs", [], "the aufs storage-driver has been deprecated and removed"),
+        ("zfs", [], "driver not supported: zfs"),
+        (
+            "btrfs",
+            [],
+            r"driver not supported: btrfs \(prerequisites for driver not satisfied \(wrong filesystem\?\)\)",
+        ),
+        (
+            "overlay2",
+            ["overlay2.size=10G"],
+            "Storage Option overlay2.size only supported for backingFS XFS.* Found ",
+        ),
+        ("overlay2", ["dm.fs=xfs"], "overlay2: unknown option dm.fs$"),
+        ("overlay2", ["nothing"], "unable to parse storage-opt key/value: nothing$"),
+        ("vfs", ["x=y"], "unknown option x for vfs$"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, name: str, options: list[str], text: str) -> None:
+    with pytest.raises(DockerError, match="^error initializing graphdriver: .*" + text):
+        select_driver(str(tmp_path), name, options, IdMap())
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_option_of_old_is_accepted(tmp_path: Path) -> None:
+    assert (
+        select_driver(str(tmp_path), "overlay2", ["overlay2.override_kernel_check=true"], IdMap()).name
+        == "overlay2"
+    )
+
+
+# State
+
+
+def test_state_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_state(str(path), {"a": [1, "ü"]})
+    assert json.loads(read_state(str(path))) == {"a": [1, "ü"]}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    write_state(str(path), b"plain", mode=0o644, durable=False)
+    assert read_state(str(path)) == path.read_bytes() == b"plain"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    dockerd.STATE_SYNC.flush()
+    assert os.listdir(tmp_path) == ["state.json"]
+    with pytest.raises(FileNotFoundError):
+        read_state(str(tmp_path / "absent"))
+
+
+def test_an_unsynced_version_keeps_the_synced_one_beside_it_for_100_ms(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    write_state(str(path), b"synced")
+    for number in range(3):
+        write_state(str(path), b"%d" % number, durable=False)
+    assert Path(f"{path}.previous").read_bytes() == b"synced"
+    deadline = time.monotonic() + 2
+    while os.path.exists(f"{path}.previous") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert os.listdir(tmp_path) == ["s"] and read_state(str(path)) == b"2"
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 100, b"{\"half", None])
+def test_a_power_cut_finds_the_version_before(tmp_path: Path, damage: bytes | None) -> None:
+    path = tmp_path / "s"
+    write_state(str(path), b"whole")
+    write_state(str(path), b"newer", durable=False)
+    with open(path, "r+b") as file:  # the name and the attribute reached the disk, the content did not
+        if damage is None:
+            file.truncate(3)
+        else:
+            file.truncate(0)
+            file.write(damage)
+    assert read_state(str(path)) == b"whole"
+    dockerd.STATE_SYNC.flush()
+    with pytest.raises(OSError, match="the file is damaged"):
+        read_state(str(path))
+
+
+def test_a_record_that_goes_away_does_not_stop_the_sync(tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    write_state(str(tmp_path / "d/s"), b"1", durable=False)
+    write_state(str(tmp_path / "kept"), b"1", durable=False)
+    dockerd.remove_tree(str(tmp_path / "d"))
+    dockerd.STATE_SYNC.flush()
+    assert os.listdir(tmp_path) == ["kept"] and not dockerd.STATE_SYNC._pending
+
+
+WRITER = """
+import sys
+import dockerd
+dockerd.write_state(sys.argv[1], b"old" * 1000)
+try:
+    dockerd.write_state(sys.argv[1], b"new" * 1000, durable=sys.argv[2] == "durable")
+except OSError as error:
+    print(error.strerror)
+"""
+
+
+@pytest.mark.parametrize("durable", ["durable", "grouped"])
+@pytest.mark.parametrize("point", ["state-write", "state-rename"])
+@pytest.mark.parametrize("action", ["kill", "enospc"])
+def test_failing_at_every_step_leaves_the_old_version(
+    tmp_path: Path, point: str, action: str, durable: str
+) -> None:
+    path = tmp_path / "s"
+    environment = {**os.environ, "DOCKERD_FAILPOINTS": f"{point}={action}@2",
+                   "PYTHONPATH": os.path.dirname(os.path.abspath(dockerd.__file__))}
+    done = subprocess.run(
+        [sys.executable, "-c", WRITER, str(path), durable], env=environment, capture_output=True, text=True
+    )
+    assert read_state(str(path)) == b"old" * 1000
+    left = [name for name in os.listdir(tmp_path) if name != "s"]
+    if action == "kill":
+        assert done.returncode == -signal.SIGKILL and all(name.startswith(".tmp-s") for name in left)
+    else:
+        assert done.stdout == "No space left on device\n" and left == [], done.stderr
