@@ -2316,10 +2316,8 @@ def parse_signal(text: str) -> int:
 CHUNK = 1 << 19  # bytes read or written at a time
 TAR_BLOCK = 512
 TAR_HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12s")
-TAR_SPECIAL_LIMIT = (
-    1 << 20
-)  # bytes of one extended header, long name or sparse map, as Go's archive/tar has it
-TAR_NUMERIC_ERROR = "archive/tar: invalid tar header"
+TAR_SPECIAL_LIMIT = 1 << 20  # bytes of an extended header, long name or sparse map, as in Go's archive/tar
+INVALID_TAR_HEADER = "archive/tar: invalid tar header"
 TAR_ZEROES = bytes(TAR_BLOCK)
 WHITEOUT = b".wh."
 WHITEOUT_OPAQUE = b".wh..wh..opq"
@@ -2347,9 +2345,8 @@ class IdMap:
 
     `uids` and `gids` are (first in the container, first on the host, count) triples; none is identity."""
 
-    def __init__(
-        self, uids: Iterable[tuple[int, int, int]] = (), gids: Iterable[tuple[int, int, int]] = ()
-    ) -> None:
+    def __init__(self, uids: Iterable[tuple[int, int, int]] = (),
+                 gids: Iterable[tuple[int, int, int]] = ()) -> None:
         self.uids, self.gids = list(uids), list(gids)
 
     def __bool__(self) -> bool:
@@ -2456,9 +2453,8 @@ def read_chunk(stream: Any, size: int = CHUNK) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def start_confined(
-    root: Union[str, int], failed: Callable[[BaseException], None], function: Callable[[], Any]
-) -> Callable[[], Any]:
+def start_confined(root: Union[str, int], failed: Callable[[BaseException], None],
+                   function: Callable[[], Any]) -> Callable[[], Any]:
     """Start confined(root, function) and return at once; the result is a function that waits for the outcome
     and returns or raises it.  `failed(error)` is called as soon as the outcome is an error."""
     outcome: list[Any] = []
@@ -2591,34 +2587,11 @@ class TarEntry:
     code, times are in nanoseconds, `size` is the file's length and `stored` how many bytes of it the archive
     holds; `sparse` lists (offset, length) of what those are, or is None when they are the whole file."""
 
-    __slots__ = (
-        "name",
-        "kind",
-        "mode",
-        "uid",
-        "gid",
-        "size",
-        "mtime",
-        "atime",
-        "link",
-        "device",
-        "xattrs",
-        "sparse",
-        "stored",
-    )
+    __slots__ = ("name", "kind", "mode", "uid", "gid", "size", "mtime", "atime", "link", "device", "xattrs",
+                 "sparse", "stored")
 
-    def __init__(
-        self,
-        name: bytes,
-        kind: int = ord("0"),
-        mode: int = 0o644,
-        uid: int = 0,
-        gid: int = 0,
-        size: int = 0,
-        mtime: int = 0,
-        link: bytes = b"",
-        device: tuple[int, int] = (0, 0),
-    ) -> None:
+    def __init__(self, name: bytes, kind: int = ord("0"), mode: int = 0o644, uid: int = 0, gid: int = 0,
+                 size: int = 0, mtime: int = 0, link: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
         self.name, self.kind, self.mode, self.uid, self.gid, self.size = name, kind, mode, uid, gid, size
         self.mtime, self.atime, self.link, self.device = mtime, 0, link, device
         self.xattrs: dict[bytes, bytes] = {}
@@ -2627,8 +2600,9 @@ class TarEntry:
 
 
 REGULAR, HARD_LINK, SYMLINK, CHARACTER, BLOCK, DIRECTORY, FIFO = b"0123456"
-REGULAR_KINDS = b"\x000S"  # old tar's and GNU's sparse files among them
 HEADER_ONLY = b"123456"
+TAR_KINDS = {stat.S_IFREG: REGULAR, stat.S_IFDIR: DIRECTORY, stat.S_IFLNK: SYMLINK, stat.S_IFCHR: CHARACTER,
+             stat.S_IFBLK: BLOCK, stat.S_IFIFO: FIFO}
 
 
 def _number(field: bytes) -> int:
@@ -2683,9 +2657,8 @@ class TarReader:
     follows the end, so that the stream can be rebuilt from it and the files.  BadParameter with Go's texts on
     damage."""
 
-    def __init__(
-        self, stream: Any, observer: Optional[Callable[[Optional[TarEntry], bytes], None]] = None
-    ) -> None:
+    def __init__(self, stream: Any,
+                 observer: Optional[Callable[[Optional[TarEntry], bytes], None]] = None) -> None:
         self._stream, self._observer = stream, observer
         self._buffer, self._view, self._at = b"", memoryview(b""), 0
         self._entry: Optional[TarEntry] = None
@@ -2768,7 +2741,7 @@ class TarReader:
         try:
             return self._parse()
         except (ValueError, OverflowError) as error:
-            raise BadParameter(TAR_NUMERIC_ERROR) from error
+            raise BadParameter(INVALID_TAR_HEADER) from error
 
     def _parse(self) -> Optional[TarEntry]:
         """The next entry with its extended headers; None at the archive's end; ValueError when it is no
@@ -2872,9 +2845,7 @@ class TarReader:
             pairs.append(block[:504])
             more = block[504]
         extents = [chunk[at:at + 24] for chunk in pairs for at in range(0, len(chunk), 24)]
-        self._set_sparse(
-            entry, [(_number(extent[:12]), _number(extent[12:])) for extent in extents if extent[0]]
-        )
+        self._set_sparse(entry, [(_number(pair[:12]), _number(pair[12:])) for pair in extents if pair[0]])
 
     def _pax_sparse(self, entry: TarEntry, records: list[tuple[bytes, bytes]]) -> None:
         """GNU's pax sparse formats: 0.0 (repeated keywords), 0.1 (one keyword) and 1.0 (the map before the
@@ -2894,9 +2865,7 @@ class TarReader:
 
     def _sparse_map_in_content(self, entry: TarEntry) -> list[int]:
         data, lines = b"", [b""]
-        while (
-            len(lines) < 2 or len(lines) < 2 * int(lines[0]) + 2
-        ):  # the count, its pairs, and what follows the last
+        while len(lines) < 2 or len(lines) < 2 * int(lines[0]) + 2:  # the count, its pairs, what follows
             block = self._take(TAR_BLOCK)
             data += block
             self._left -= len(block)
@@ -2951,14 +2920,8 @@ class Unpacker:
         self.refused: set[str] = set()
         self._directories: dict[bytes, tuple[int, int]] = {}
         self._makers: dict[int, Callable[[bytes, TarEntry], None]] = {
-            REGULAR: self._file,
-            HARD_LINK: self._hard_link,
-            SYMLINK: self._symlink,
-            DIRECTORY: self._directory,
-            CHARACTER: self._node,
-            BLOCK: self._node,
-            FIFO: self._node,
-        }
+            REGULAR: self._file, HARD_LINK: self._hard_link, SYMLINK: self._symlink,
+            DIRECTORY: self._directory, CHARACTER: self._node, BLOCK: self._node, FIFO: self._node}
 
     def run(self) -> LayerStats:
         """Unpack everything; the modes of what is made are as asked, whatever the daemon's umask is."""
@@ -3147,12 +3110,10 @@ class Unpacker:
     def _node(self, name: bytes, entry: TarEntry) -> None:
         if self.idmap and entry.kind != FIFO:
             return  # a remapped root may not make devices, and an image must not make them for it
-        kind = {CHARACTER: stat.S_IFCHR, BLOCK: stat.S_IFBLK, FIFO: stat.S_IFIFO}[entry.kind]
+        kind = {number: mode for mode, number in TAR_KINDS.items()}[entry.kind]
         if not all(0 <= number < 1 << 32 for number in entry.device):
-            raise BadParameter(TAR_NUMERIC_ERROR)
-        device = os.makedev(
-            entry.device[0] & 0xFFF, entry.device[1] & 0xFFFFF
-        )  # what the kernel's numbers hold
+            raise BadParameter(INVALID_TAR_HEADER)
+        device = os.makedev(entry.device[0] & 0xFFF, entry.device[1] & 0xFFFFF)  # the kernel's widths
         self._place(name, os.mknod, name, kind | entry.mode & 0o777, device)
         self._attributes(name, entry)
         if entry.mode & 0o7000:
@@ -3168,9 +3129,8 @@ class Unpacker:
     def _set_xattr(self, target: Union[bytes, int], key: bytes, value: bytes, entry: TarEntry) -> None:
         """Set one attribute.  Those of overlay itself could make a layer show what is not the image's."""
         if key.startswith(b"trusted.overlay.") and defended("overlay-xattrs"):
-            raise BadParameter(
-                f"invalid xattr {quoted(key)} of {quoted(entry.name)}: it belongs to the storage driver"
-            )
+            raise BadParameter(f"invalid xattr {quoted(key)} of {quoted(entry.name)}: "
+                               "it belongs to the storage driver")
         try:
             os.setxattr(target, key, value, **({} if isinstance(target, int) else {"follow_symlinks": False}))
         except PermissionError:
@@ -3307,12 +3267,9 @@ def tar_header(entry: TarEntry) -> bytes:
         return _tar_block(entry, name, prefix)
     data = b"".join(_pax_record(key, value) for key, value in sorted(records.items()))
     directory, base = os.path.split(name)
-    extended = TarEntry(
-        os.path.join(directory, b"PaxHeaders.0", base).rstrip(b"/"), ord("x"), 0, 0, 0, len(data)
-    )
-    return (
-        _tar_block(extended, extended.name) + data + bytes(-len(data) % TAR_BLOCK) + _tar_block(entry, name)
-    )
+    beside = os.path.join(directory, b"PaxHeaders.0", base).rstrip(b"/")
+    extended = _tar_block(TarEntry(beside, ord("x"), 0, 0, 0, len(data)), beside)
+    return extended + data + bytes(-len(data) % TAR_BLOCK) + _tar_block(entry, name)
 
 
 def _split_name(name: bytes) -> Optional[tuple[bytes, bytes]]:
@@ -3346,23 +3303,9 @@ def _tar_block(entry: TarEntry, name: bytes, prefix: bytes = b"") -> bytes:
         return value if len(value) <= size else value[:size].rstrip(b"/")  # a slash would make it a directory
 
     device = (b"", b"") if entry.kind == ord("x") else tuple(octal(number, 7) for number in entry.device)
-    fields = [
-        text(name),
-        octal(entry.mode, 7),
-        octal(entry.uid, 7),
-        octal(entry.gid, 7),
-        octal(entry.size, 11),
-        octal(entry.mtime // 1_000_000_000, 11),
-        b" " * 8,
-        bytes([entry.kind]),
-        text(entry.link),
-        b"ustar\00000",
-        b"",
-        b"",
-        *device,
-        prefix,
-        b"",
-    ]
+    fields = [text(name), octal(entry.mode, 7), octal(entry.uid, 7), octal(entry.gid, 7),
+              octal(entry.size, 11), octal(entry.mtime // 1_000_000_000, 11), b" " * 8, bytes([entry.kind]),
+              text(entry.link), b"ustar\00000", b"", b"", *device, prefix, b""]
     total = sum(TAR_HEADER.pack(*fields))
     fields[6] = b"%06o\0 " % total
     return TAR_HEADER.pack(*fields)
@@ -3423,14 +3366,7 @@ class TreePacker:
     def _add(self, name: bytes) -> bool:
         """Pack one name; whether it is a directory."""
         facts = os.lstat(name)
-        kind = {
-            stat.S_IFREG: REGULAR,
-            stat.S_IFDIR: DIRECTORY,
-            stat.S_IFLNK: SYMLINK,
-            stat.S_IFCHR: CHARACTER,
-            stat.S_IFBLK: BLOCK,
-            stat.S_IFIFO: FIFO,
-        }.get(stat.S_IFMT(facts.st_mode))
+        kind = TAR_KINDS.get(stat.S_IFMT(facts.st_mode))
         if kind is None:  # a socket
             return False
         if self.whiteouts == "overlay" and is_whiteout(facts):
@@ -3442,11 +3378,8 @@ class TreePacker:
         else:
             self._put(tar_header(entry))
         if kind == DIRECTORY and self.whiteouts == "overlay" and _xattr(name, OVERLAY_OPAQUE) == b"y":
-            self._put(
-                tar_header(
-                    TarEntry(entry.name + WHITEOUT_OPAQUE, REGULAR, entry.mode & 0o777, entry.uid, entry.gid)
-                )
-            )
+            opaque = entry.name + WHITEOUT_OPAQUE
+            self._put(tar_header(TarEntry(opaque, REGULAR, entry.mode & 0o777, entry.uid, entry.gid)))
         return kind == DIRECTORY
 
     def _entry(self, name: bytes, kind: int, facts: os.stat_result) -> TarEntry:
@@ -3472,15 +3405,8 @@ class TreePacker:
     @staticmethod
     def _whiteout(name: bytes, facts: os.stat_result) -> TarEntry:
         directory, base = os.path.split(name)
-        return TarEntry(
-            os.path.join(directory, WHITEOUT + base),
-            REGULAR,
-            0o600,
-            facts.st_uid,
-            facts.st_gid,
-            0,
-            int(facts.st_mtime_ns),
-        )
+        return TarEntry(os.path.join(directory, WHITEOUT + base), REGULAR, 0o600, facts.st_uid, facts.st_gid,
+                        mtime=int(facts.st_mtime_ns))
 
     def _add_file(self, name: bytes, entry: TarEntry) -> None:
         """A file's header and content: as long as the header says, whatever is written to it meanwhile."""
@@ -3529,9 +3455,7 @@ class StateSync(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="state-sync", daemon=True)
-        self._locks = [
-            threading.Lock() for _ in range(64)
-        ]  # by path, so that no two records wait for each other
+        self._locks = [threading.Lock() for _ in range(64)]  # by path: no two records wait for each other
         self._pending: dict[str, int] = {}
         self._versions = itertools.count()
         self._wanted = threading.Event()
@@ -3616,10 +3540,8 @@ def write_state(path: str, data: Union[bytes, dict[str, Any], list[Any]], mode: 
     if not isinstance(data, bytes):
         data = json.dumps(data, separators=(",", ":")).encode()
     directory, base = os.path.split(os.path.abspath(path))
-    path, temporary = (
-        os.path.join(directory, base),
-        os.path.join(directory, f".tmp-{base}{secrets.token_hex(4)}"),
-    )
+    path = os.path.join(directory, base)
+    temporary = os.path.join(directory, f".tmp-{base}{secrets.token_hex(4)}")
     try:
         durable = _write_whole(temporary, data, mode, durable)
         failpoint("state-rename")
@@ -3770,9 +3692,8 @@ class StorageDriver:
         """Where a layer is unpacked, and what is packed of it."""
         return self._path(cache_id)
 
-    def create(
-        self, cache_id: str, parent: Optional[str] = None, writable: bool = False, size: int = 0
-    ) -> None:
+    def create(self, cache_id: str, parent: Optional[str] = None, writable: bool = False,
+               size: int = 0) -> None:
         """Make the directories of a layer on top of `parent`; `size` limits a writable one's bytes (0: no
         limit).
 
@@ -3898,32 +3819,19 @@ class Overlay(StorageDriver):
             return new_mount("overlay", 0, "overlay", [("lowerdir+", lower) for lower in lowers] + [
                 ("upperdir", upper), ("workdir", work)])
         self.appends = False
-        return in_thread(
-            self._mount_by_options,
-            os.path.dirname(merged),
-            "merged",
-            f"lowerdir={':'.join(lowers)},upperdir={upper},workdir={work}",
-        )
+        options = f"lowerdir={':'.join(lowers)},upperdir={upper},workdir={work}"
+        return in_thread(self._mount_by_options, os.path.dirname(merged), "merged", options)
 
     def _no_types(self) -> str:
-        hint = {
-            "xfs": " Reformat the filesystem with ftype=1 to enable d_type support.",
-            "extfs": " Reformat the filesystem (or use tune2fs) with -O filetype to enable d_type support.",
-        }
-        return (
-            f"overlay2: the backing {self.backing} filesystem is formatted without d_type support, which "
-            f"leads to incorrect behavior.{hint.get(self.backing, '')} Backing filesystems without d_type "
-            "support are not supported."
-        )
+        hint = {"xfs": " Reformat the filesystem with ftype=1 to enable d_type support.",
+                "extfs": " Reformat the filesystem (or use tune2fs) with -O filetype to enable it."}
+        return (f"overlay2: the backing {self.backing} filesystem is formatted without d_type support, which "
+                f"leads to incorrect behavior.{hint.get(self.backing, '')} Backing filesystems without "
+                "d_type support are not supported.")
 
     def status(self) -> list[list[str]]:
-        return [
-            ["Backing Filesystem", self.backing],
-            ["Supports d_type", "true"],
-            ["Using metacopy", "false"],
-            ["Native Overlay Diff", "true"],
-            ["userxattr", "false"],
-        ]
+        return [["Backing Filesystem", self.backing], ["Supports d_type", "true"],
+                ["Using metacopy", "false"], ["Native Overlay Diff", "true"], ["userxattr", "false"]]
 
     def diff_dir(self, cache_id: str) -> str:
         return os.path.join(self._path(cache_id), "diff")
@@ -4057,9 +3965,8 @@ class Btrfs(StorageDriver):
     def destroy(self, path: str) -> None:
         """In one step where no other subvolume is in it, else file by file."""
         with contextlib.suppress(OSError):
-            self._ioctl(
-                BTRFS_IOC_SNAP_DESTROY, struct.pack("=q4088s", 0, os.fsencode(os.path.basename(path)))
-            )
+            name = os.fsencode(os.path.basename(path))
+            self._ioctl(BTRFS_IOC_SNAP_DESTROY, struct.pack("=q4088s", 0, name))
         remove_tree(path)
 
 
@@ -8423,6 +8330,11 @@ class ShimClient:
         self._waiting: dict[int, list[Any]] = {}
         self._condition = threading.Condition()
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is a shim to talk to."""
+        return self._socket is not None
+
     def open(self) -> None:
         """Connect to the shim that runs, else start one; raises DockerError when neither works."""
         self._begin(self._connect() or self._spawn())
@@ -8509,6 +8421,24 @@ class ShimClient:
             self._socket = None
             self._condition.notify_all()
         connection.close()
+        self._watch_orphans()
+
+    def _watch_orphans(self) -> None:
+        """The shim is gone, its processes run on: the kernel tells their ends, and since 6.15 how they ended
+        (else 255 is recorded)."""
+        orphans = {process.pidfd: process for process in self.processes.values()
+                   if process.end is None and process.pidfd >= 0}
+        if orphans:
+            log.error("the shim is gone: %d containers run on without it", len(orphans))
+        poll = select.poll()
+        for fd in orphans:
+            poll.register(fd, select.POLLIN)
+        while orphans:
+            for fd, _ in poll.poll():
+                poll.unregister(fd)
+                process, status = orphans.pop(fd), pidfd_exit_code(fd)
+                code = 255 if status is None else os.waitstatus_to_exitcode(status)
+                process.finish({"status": code if code >= 0 else 128 - code, "time": time.time_ns()})
 
     def _ended(self, end: dict[str, Any]) -> None:
         process = self.processes.get(end["exit"])
@@ -8571,6 +8501,7 @@ class ExecutionDriver:
     def __init__(self, exec_root: str) -> None:
         os.makedirs(exec_root, 0o711, exist_ok=True)
         self.shim = ShimClient(exec_root)
+        self._reopening = threading.Lock()
         self.root_place = os.path.join(exec_root, "rootfs")
         os.makedirs(self.root_place, 0o700, exist_ok=True)
 
@@ -8580,6 +8511,9 @@ class ExecutionDriver:
         `streams` are the process's own stdin, stdout and stderr (none with a terminal), `keep` the daemon's
         ends of them, which the shim holds too.  With a terminal the result's `console` is its master.  Raises
         StartError, CommandError (exit codes 126 and 127) or DockerError; then no process is left."""
+        with self._reopening:
+            if not self.shim.connected:
+                self.shim.open()
         process = self.shim.processes[spec.key] = Process(spec.key)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         plan = os.memfd_create("plan", os.MFD_CLOEXEC)
@@ -9900,6 +9834,8 @@ class Container:
         """The steps of a start; each leaves its undo, and a failure runs the undos of what was done."""
         parts = self.parts
         with contextlib.ExitStack() as undo:
+            if self.host_config["NetworkMode"] == "bridge":
+                log.warning("container %s has loopback only: the bridge is not supported yet", self.id[:12])
             write_network_files(self.directory, self._hostname(), self.host_config, parts.config)
             self._root_fd = parts.layers.mount_rw(self.id)
             undo.callback(self._close_root)
@@ -9969,46 +9905,60 @@ class Container:
         values.setdefault("HOME", home)
         return [f"{key}={value}" for key, value in values.items()]
 
-    def _spec(self, user: Any) -> Spec:
-        """What the execution driver must know, from the record."""
+    def _namespaces(self) -> int:
+        """The CLONE_NEW* flags of what the container does not share with the host."""
         host = self.host_config
-        uid, gid, groups, home = user
-        options = parse_security_options(host.get("SecurityOpt") or [])
-        privileged = host["Privileged"]
-        capabilities = capability_sets(host.get("CapAdd") or [], host.get("CapDrop") or [], privileged,
-                                       bounding_capabilities())
-        seccomp, seccomp_mode = b"", 0
-        if not privileged and options.seccomp != "unconfined":
-            profile = options.seccomp if options.seccomp is not None else self.parts.seccomp_profile
-            if profile != "unconfined":
-                seccomp = compile_seccomp(profile, {CAPABILITIES[number] for number in capabilities})
-                seccomp_mode = seccomp_flags(profile)
-        readonly = MOUNT_ATTR_RDONLY if host["ReadonlyRootfs"] else 0
-        files = [
-            {"from": self.record[key], "to": to, "attributes": readonly}
-            for key, to in (
-                ("ResolvConfPath", "/etc/resolv.conf"),
-                ("HostnamePath", "/etc/hostname"),
-                ("HostsPath", "/etc/hosts"),
-            )
-        ]
-        shared_ipc = host["IpcMode"] == "host"
-        namespaces = CLONE_NEWNS
-        for flag, shared in (
-            (CLONE_NEWPID, host["PidMode"] == "host"),
-            (CLONE_NEWIPC, shared_ipc),
-            (CLONE_NEWUTS, host["UTSMode"] == "host"),
-            (CLONE_NEWNET, host["NetworkMode"] == "host"),
-        ):
-            namespaces |= 0 if shared else flag
-        check_sysctls(host)
-        sysctls = dict(host.get("Sysctls") or {})
+        shared = {
+            CLONE_NEWPID: host["PidMode"],
+            CLONE_NEWIPC: host["IpcMode"],
+            CLONE_NEWUTS: host["UTSMode"],
+            CLONE_NEWNET: host["NetworkMode"],
+        }
+        return CLONE_NEWNS | sum(flag for flag, mode in shared.items() if mode != "host")
+
+    def _seccomp(self, options: SecurityOptions, capabilities: set[int]) -> tuple[bytes, int]:
+        """The filter's program and flags: the container's own profile, else the daemon's; none when
+        privileged."""
+        profile = self.parts.seccomp_profile if options.seccomp is None else options.seccomp
+        if self.host_config["Privileged"] or profile == "unconfined":
+            return b"", 0
+        names = {CAPABILITIES[number] for number in capabilities}
+        return compile_seccomp(profile, names), seccomp_flags(profile)
+
+    def _sysctls(self, namespaces: int) -> list[tuple[str, str]]:
+        """Those asked for, and Docker's for a network namespace of the container's own."""
+        check_sysctls(self.host_config)
+        sysctls = dict(self.host_config.get("Sysctls") or {})
         if namespaces & CLONE_NEWNET:
             if os.path.exists("/proc/sys/net/ipv6"):
                 sysctls.setdefault("net.ipv6.conf.all.disable_ipv6", "1")
             sysctls.setdefault("net.ipv4.ip_unprivileged_port_start", "0")
             sysctls.setdefault("net.ipv4.ping_group_range", "0 2147483647")
-        shm = [{"from": "/dev/shm", "to": "/dev/shm"}] if shared_ipc else []
+        return sorted(sysctls.items())
+
+    def _mounts(self) -> list[dict[str, Any]]:
+        """What is bound from the host: its shared memory where that is shared, and the three network
+        files."""
+        readonly = MOUNT_ATTR_RDONLY if self.host_config["ReadonlyRootfs"] else 0
+        places = {
+            "ResolvConfPath": "/etc/resolv.conf",
+            "HostnamePath": "/etc/hostname",
+            "HostsPath": "/etc/hosts",
+        }
+        files = [{"from": self.record[key], "to": to, "attributes": readonly} for key, to in places.items()]
+        shm = [{"from": "/dev/shm", "to": "/dev/shm"}] if self.host_config["IpcMode"] == "host" else []
+        return shm + files
+
+    def _spec(self, user: Any) -> Spec:
+        """What the execution driver must know, from the record."""
+        host = self.host_config
+        uid, gid, groups, home = user
+        options = parse_security_options(host.get("SecurityOpt") or [])
+        privileged, namespaces = host["Privileged"], self._namespaces()
+        capabilities = capability_sets(
+            host.get("CapAdd") or [], host.get("CapDrop") or [], privileged, bounding_capabilities())
+        seccomp, seccomp_mode = self._seccomp(options, capabilities)
+        own_names = bool(namespaces & CLONE_NEWUTS)
         return Spec(
             key=self.id,
             args=[self.record["Path"], *self.record["Args"]],
@@ -10021,14 +9971,14 @@ class Container:
             root_fd=self._root_fd,
             tty=self.config["Tty"],
             console_size=tuple(host.get("ConsoleSize") or (0, 0)),
-            hostname=self._hostname() if namespaces & CLONE_NEWUTS else "",
-            domainname=self.config.get("Domainname") or "" if namespaces & CLONE_NEWUTS else "",
+            hostname=self._hostname() if own_names else "",
+            domainname=(self.config.get("Domainname") or "") if own_names else "",
             namespaces=namespaces,
             cgroup_join=self.cgroup.join,
             cgroup_fd=self.cgroup.directory_fd,
             cgroup_namespace=host["CgroupnsMode"] == "private",
             cgroup_mounts=self.cgroup.mounts(host["CgroupnsMode"] == "private", not privileged),
-            mounts=shm + files,
+            mounts=self._mounts(),
             devices=container_devices(host),
             privileged=privileged,
             readonly_root=host["ReadonlyRootfs"],
@@ -10038,9 +9988,9 @@ class Container:
             seccomp_flags=seccomp_mode,
             no_new_privileges=options.no_new_privileges or self.parts.config.no_new_privileges,
             rlimits=container_limits(host, self.parts.config),
-            sysctls=sorted(sysctls.items()),
+            sysctls=self._sysctls(namespaces),
             oom_score_adj=host["OomScoreAdj"] or None,
-            shm_size=0 if shared_ipc or host["IpcMode"] == "none" else host["ShmSize"],
+            shm_size=0 if host["IpcMode"] in ("host", "none") else host["ShmSize"],
         )
 
     def _close_root(self) -> None:
@@ -11135,6 +11085,7 @@ class Daemon:
 
     def __init__(self, config: Config, engine: Engine) -> None:
         check_host_system()
+        check_configuration(config)
         self.config, self.engine = config, engine
         self._prepare_directories()
         self.id = self._engine_id()
@@ -11348,6 +11299,20 @@ class Daemon:
             default=0,
         )
         return max(10, self.config.shutdown_timeout, longest + 5)
+
+
+def check_configuration(config: Config) -> None:
+    """DockerError for options that contradict each other, in Docker 1.2.0's words; a warning where all name
+    servers of the host are on its loopback."""
+    if config.bridge and config.bip:
+        raise DockerError("You specified -b & --bip, mutually exclusive options. Please specify only one.")
+    if not config.iptables and not config.icc:
+        raise DockerError("You specified --iptables=false with --icc=false. ICC uses iptables to function. "
+                          "Please set --icc or --iptables to true.")
+    servers = re.findall(r"^nameserver\s+(\S+)", read_text("/etc/resolv.conf"), re.M)
+    if not config.dns and all(map(_is_loopback, servers)):
+        log.warning("Local (127.0.0.1) DNS resolver found in resolv.conf and containers can't use it. "
+                    "Using default external servers: %s", ", ".join(DEFAULT_NAME_SERVERS))
 
 
 def check_host_system() -> None:
@@ -13388,7 +13353,6 @@ def load_daemon(config: Config, engine: Engine) -> None:
     try:
         daemon = Daemon(config, engine)
         daemon.install()
-        engine.shutdown_timeout = daemon.shutdown_timeout()
         engine.job("acceptconnections").run()
     except (DockerError, OSError) as error:
         fatal(f"failed to start daemon: {error}")
@@ -13425,6 +13389,32 @@ def main(argv: Optional[list[str]] = None) -> int:
     return serve(config)
 
 
+def reload_configuration(config: Config) -> None:
+    """SIGHUP: take over what daemon.json says by now of the options that can change; a bad one is refused."""
+    try:
+        changes = changed_options(config)
+    except DockerError as error:
+        log.error("the configuration is not reloaded: %s", error)
+        return
+    for name, value in changes.items():
+        setattr(config, name, value)
+    set_up_logging(config)
+    log.info("reloaded the configuration: %s", ", ".join(sorted(changes)) or "nothing has changed")
+
+
+def start_watchdog() -> None:
+    """Send WATCHDOG=1 twice in each period that the service manager asks for; sd_watchdog_enabled(3)."""
+    period = os.environ.get("WATCHDOG_USEC", "")
+    if not period.isdigit() or os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return
+
+    def beat() -> None:
+        while sd_notify("WATCHDOG=1"):
+            time.sleep(int(period) / 2e6)
+
+    threading.Thread(target=beat, name="watchdog", daemon=True).start()
+
+
 def serve(config: Config) -> int:
     """Start the daemon that `config` describes and serve until a signal ends it."""
     global native
@@ -13442,12 +13432,16 @@ def serve(config: Config) -> int:
 
     def clean_up() -> None:
         sd_notify("STOPPING=1")
+        daemon = engine.variables.get("httpapi.daemon")
+        if daemon is not None:
+            engine.shutdown_timeout = daemon.shutdown_timeout()
         engine.shutdown()
         if pidfile:
             with contextlib.suppress(OSError):
                 os.unlink(pidfile)
 
-    SignalTrap(clean_up).install()
+    SignalTrap(clean_up, functools.partial(reload_configuration, config)).install()
+    start_watchdog()
     register_builtins(engine)
     threading.Thread(target=load_daemon, args=(config, engine), name="load", daemon=True).start()
     log.info("compiled helper: %s", "in use" if native is not None else "none, its Python twins are in use")
