@@ -58,6 +58,7 @@ import struct
 import sys
 import threading
 import time
+import types
 import zlib
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple, Optional, Union
 
@@ -67,6 +68,8 @@ VERSION = "28.2.2"
 GIT_COMMIT = "dockerd.py"
 API_VERSION = "1.51"
 MIN_API_VERSION = "1.12"
+
+SOURCE = os.path.realpath((lambda: None).__code__.co_filename)  # this file, also when run from its bytecode
 
 log = logging.getLogger("dockerd")
 
@@ -601,6 +604,12 @@ def syncfs(fd: int) -> None:
     _check(_libc.syncfs(fd))
 
 
+def trim_memory() -> None:
+    """Give the kernel back what the C library keeps of freed memory; malloc_trim(3), which only glibc has."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(ctypes.c_size_t(0))
+
+
 def umount(path: str, flags: int = 0) -> None:
     """umount2(2)."""
     _check(_libc.umount2(os.fsencode(path), flags), path)
@@ -660,6 +669,8 @@ def load_native() -> Any:
     here."""
     if os.environ.get("DOCKERD_NATIVE") == "0":
         return None
+    if os.path.dirname(SOURCE) not in sys.path:  # run from bytecode, which lies elsewhere
+        sys.path.append(os.path.dirname(SOURCE))
     try:
         from _native import lib
     except ImportError:
@@ -8032,7 +8043,7 @@ def shim_main(listener_fd: int) -> None:
     prctl(PR_SET_DUMPABLE, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    for real_time in (32, 33):  # the C library's posix_spawn leaves its own ignored; containers would too
+    for real_time in (32, 33):  # posix_spawn leaves the C library's own ignored; containers would too
         reset_signal(real_time)
     shim = Shim(socket.socket(fileno=listener_fd))
     gc.collect()
@@ -8245,22 +8256,24 @@ def shim_source(text: str) -> str:
 
 def shim_bytecode(directory: str) -> str:
     """The path of the shim's bytecode in `directory`, compiled when this source and interpreter have none
-    there.
-
-    A .pyc is run directly (pitfall 1); PEP 552 for its head.  It is readable by root alone."""
-    import importlib.util
-    with open(os.path.realpath(__file__), encoding="utf-8") as file:
+    there (pitfall 1)."""
+    with open(SOURCE, encoding="utf-8") as file:
         text = file.read()
     digest = hashlib.sha256(text.encode() + sys.version.encode()).hexdigest()[:16]
     path = os.path.join(directory, f"shim-{digest}.pyc")
     if not os.path.exists(path):
-        import marshal
         for stale in os.listdir(directory):
             if re.fullmatch(r"shim-[0-9a-f]{16}\.pyc", stale):
                 os.unlink(os.path.join(directory, stale))
-        code = compile(shim_source(text), os.path.realpath(__file__), "exec", dont_inherit=True, optimize=2)
-        write_state(path, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code), durable=False)
+        write_bytecode(path, compile(shim_source(text), SOURCE, "exec", dont_inherit=True, optimize=2))
     return path
+
+
+def write_bytecode(path: str, code: types.CodeType) -> None:
+    """A .pyc file that Python runs directly, readable by root alone; PEP 552 for its head."""
+    import importlib.util
+    import marshal
+    write_state(path, importlib.util.MAGIC_NUMBER + bytes(12) + marshal.dumps(code), durable=False)
 
 
 def sealed_interpreter() -> int:
@@ -13354,6 +13367,7 @@ def load_daemon(config: Config, engine: Engine) -> None:
         daemon = Daemon(config, engine)
         daemon.install()
         engine.job("acceptconnections").run()
+        trim_memory()  # compiling this file has left more garbage than all that the daemon holds
     except (DockerError, OSError) as error:
         fatal(f"failed to start daemon: {error}")
     except Exception:
@@ -13368,8 +13382,24 @@ def fatal(text: str) -> None:
     os._exit(1)
 
 
-def main(argv: Optional[list[str]] = None) -> int:
-    """Run the daemon with the command line `argv` (without the program's name); the exit code."""
+def restart_from_bytecode(exec_root: str, code: types.CodeType) -> None:
+    """Go on as a fresh image of this process that runs the compiled `code` of this file.
+
+    To compile it leaves 30 MiB behind that no allocator gives back; this process has done it, the next image
+    need not.  Where that fails it is a matter of memory alone, and the process goes on as it is."""
+    path = os.path.join(exec_root, "dockerd.pyc")
+    try:
+        os.makedirs(exec_root, 0o711, exist_ok=True)
+        write_bytecode(path, code)
+        os.execv(sys.executable, [sys.executable, path, *sys.argv[1:]])
+    except OSError as error:
+        log.warning("cannot restart from bytecode, and go on with more memory: %s", error)
+
+
+def main(argv: Optional[list[str]] = None, code: Optional[types.CodeType] = None) -> int:
+    """Run the daemon with the command line `argv` (without the program's name); the exit code.
+
+    `code` is this module's, when it has been compiled by this very process."""
     try:
         config = parse_options(sys.argv[1:] if argv is None else argv)
         if answer_at_once(config):
@@ -13384,9 +13414,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         sys.stderr.write(str(error) + "\n")
         return 1
     set_up_logging(config)
-    for warning in config.warnings:
-        log.warning("%s", warning)
-    return serve(config)
+    return serve(config, code)
 
 
 def reload_configuration(config: Config) -> None:
@@ -13415,7 +13443,7 @@ def start_watchdog() -> None:
     threading.Thread(target=beat, name="watchdog", daemon=True).start()
 
 
-def serve(config: Config) -> int:
+def serve(config: Config, code: Optional[types.CodeType] = None) -> int:
     """Start the daemon that `config` describes and serve until a signal ends it."""
     global native
     native = load_native()
@@ -13427,8 +13455,12 @@ def serve(config: Config) -> int:
         check_host_system()
         if pidfile:
             hold_pidfile(pidfile)
+        if code is not None:
+            restart_from_bytecode(config.exec_root, code)
     except DockerError as error:
         fatal(str(error))
+    for warning in config.warnings:
+        log.warning("%s", warning)
 
     def clean_up() -> None:
         sd_notify("STOPPING=1")
@@ -13470,4 +13502,4 @@ def serve(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(code=None if __file__.endswith(".pyc") else sys._getframe().f_code))
