@@ -28,7 +28,8 @@ PEER_PATH = $(CURDIR)/$(CACHE)/peer/usr/sbin:$(CURDIR)/$(CACHE)/peer/usr/bin:$(C
 test: peer $(CACHE)/debian.tar native lint
 	@for environment in $$(cat $(CACHE)/environments); do \
 	    echo "== pytest, $$($$environment/bin/python -V)"; \
-	    $$environment/bin/python -m pytest -q -p test_dockerd test_dockerd.py || exit 1; \
+	    files=$$(mktemp -d) && $$environment/bin/python -m pytest -q -p test_dockerd --basetemp=$$files/tests \
+	        test_dockerd.py; code=$$?; rm -rf $$files; [ $$code = 0 ] || exit 1; \
 	done
 
 lint: environments
@@ -73,15 +74,15 @@ $(CACHE)/debian.tar: | tools
 	@rm -rf $(CACHE)/debian && mv $@.new $@
 
 environments: tools
-	@mkdir -p $(CACHE); : >$(CACHE)/environments; \
+	@mkdir -p $(CACHE); list=$$(mktemp $(CACHE)/environments.XXXXXX); \
 	{ $(LIST_PYTHONS); } | sed -n '1p;$$p' | uniq | while read -r minor python; do \
-	    environment=.venv-3.$$minor; echo $$environment >>$(CACHE)/environments; \
+	    environment=.venv-3.$$minor; echo $$environment >>$$list; \
 	    [ "$$(cat $$environment/.complete 2>/dev/null)" = "$$python $(PIP_PACKAGES)" ] || { \
 	        echo "== $$environment from $$python"; rm -rf $$environment; \
 	        "$$python" -m venv $$environment && $$environment/bin/pip install -qq $(PIP_PACKAGES) && \
 	        echo "$$python $(PIP_PACKAGES)" >$$environment/.complete; \
 	    } || exit 1; \
-	done
+	done && mv $$list $(CACHE)/environments
 
 # Everything but the file itself is printed by the file.
 install:

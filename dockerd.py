@@ -9149,7 +9149,7 @@ _STRUCTS = {
         BlkioDeviceWriteBps []ThrottleDevice  BlkioDeviceReadIOps []ThrottleDevice
         BlkioDeviceWriteIOps []ThrottleDevice  CpuPeriod int64  CpuQuota int64  CpuRealtimePeriod int64
         CpuRealtimeRuntime int64  CpusetCpus string  CpusetMems string  Devices []DeviceMapping
-        DeviceCgroupRules []string  DeviceRequests []DeviceRequest  KernelMemory int64
+        DeviceCgroupRules []string  DeviceRequests []DeviceRequest  KernelMemory int64?
         KernelMemoryTCP int64  MemoryReservation int64  MemorySwap int64  MemorySwappiness *int64
         OomKillDisable *bool  PidsLimit *int64  Ulimits []Ulimit  CpuCount int64  CpuPercent int64
         IOMaximumIOps uint64  IOMaximumBandwidth uint64  Mounts []object?  MaskedPaths []string
@@ -9307,7 +9307,7 @@ RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     (lambda c: "" in (c["Annotations"] or ()),
      "invalid Annotations: the empty string is not permitted as an annotation key"),
     (lambda c: c["Memory"] < 0, "Minimum memory limit allowed is 6MB"),
-    (lambda c: 0 < c["KernelMemory"] < MINIMUM_MEMORY, "Minimum kernel memory limit allowed is 6MB"),
+    (lambda c: 0 < c.get("KernelMemory", 0) < MINIMUM_MEMORY, "Minimum kernel memory limit allowed is 6MB"),
     (lambda c: 0 < c["NanoCpus"] < 10**7,
      "Range of CPUs is from 0.01 to {cpus}.00, as there are only {cpus} CPUs available"),
     (lambda c: c["CpuRealtimePeriod"], "Your kernel does not support cgroup cpu real-time period"),
