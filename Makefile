@@ -23,7 +23,7 @@ OLDEST = $$(head -n 1 $(CACHE)/environments)
 NEWEST = $$(tail -n 1 $(CACHE)/environments)
 PEER_PATH = $(CURDIR)/$(CACHE)/peer/usr/sbin:$(CURDIR)/$(CACHE)/peer/usr/bin:$(CURDIR)/$(CACHE)/peer/bin
 
-.PHONY: native test lint bench conformance install clean tools peer environments
+.PHONY: native test lint bench conformance torture install clean tools peer environments
 
 test: peer $(CACHE)/debian.tar native lint
 	@for environment in $$(cat $(CACHE)/environments); do \
@@ -44,6 +44,9 @@ bench: peer environments
 conformance: peer environments
 	@[ -d "$(SPECS)" ] || { echo "make conformance SPECS=DIR: a folder with the published vX.Y.yaml" >&2; exit 2; }
 	@DOCKERD_SPECS="$(abspath $(SPECS))" $(NEWEST)/bin/python -m pytest -q -p test_dockerd -m conformance test_dockerd.py
+
+torture: peer native
+	@$(NEWEST)/bin/python -m pytest -q -p test_dockerd -m torture test_dockerd.py
 
 # Programs of the machine that the tests call.
 tools:
