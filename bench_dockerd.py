@@ -17,6 +17,7 @@ import http.client
 import io
 import json
 import os
+import selectors
 import shutil
 import signal
 import socket
@@ -372,6 +373,31 @@ def measure_running(daemons: list[Daemon], count: int = 20) -> Rows:
     yield "memory, each further container", "MiB", figures
 
 
+def measure_stats(daemons: list[Daemon], count: int = 30, seconds: float = 6) -> Rows:
+    """CPU time of a daemon while a client follows the stats of each of `count` containers."""
+    figures = []
+    for daemon in daemons:
+        call = daemon.connection.call
+        identities = [daemon.create({"Image": "one", "Cmd": ["sleep", "100000"]}) for _ in range(count)]
+        with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+            for identity in identities:
+                call("POST", f"/containers/{identity}/start")
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                sock.connect(f"{daemon.directory}/sock")
+                sock.sendall(f"GET /containers/{identity}/stats HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+                selector.register(sock, selectors.EVENT_READ)
+            begin, before = time.monotonic(), 0.0
+            while time.monotonic() < begin + 3 + seconds:
+                for key, _ in selector.select(0.1):
+                    key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
+                if not before and time.monotonic() > begin + 3:
+                    before = daemon.cpu()
+            figures.append((daemon.cpu() - before) / count / seconds * 1e3)
+        for identity in identities:
+            call("DELETE", f"/containers/{identity}?force=1")
+    yield "CPU of stats, a container and second", "ms", figures
+
+
 def measure_after(daemons: list[Daemon]) -> Rows:
     """Memory of a daemon after all that."""
     settle(daemons)
@@ -429,6 +455,7 @@ def main() -> None:
             functools.partial(measure_steady_state, count=options.n),
             functools.partial(measure_cpu, count=max(5, options.n // 10)),
             measure_running,
+            measure_stats,
             measure_after,
             measure_start,
         ):

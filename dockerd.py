@@ -6763,7 +6763,6 @@ _DISCARDS: tuple[tuple[str, str, str, str, Any], ...] = (
     ("CpuShares", "CPUShares", "CPU shares", "Shares", 0),
     ("CpuPeriod", "CpuCfsPeriod", "CPU CFS scheduler", "Period", 0),
     ("CpuQuota", "CpuCfsQuota", "CPU CFS scheduler", "Quota", 0),
-    ("CpuRealtimePeriod CpuRealtimeRuntime", "RealTime", "CPU real-time scheduler", "Real-time limits", 0),
     ("CpusetCpus CpusetMems", "CPUSet", "cpuset", "Cpuset", ""),
     ("BlkioWeight", "BlkioWeight", "Block I/O weight", "Weight", 0),
     ("BlkioWeightDevice", "BlkioWeight", "Block I/O weight_device", "Weight-device", []),
@@ -6777,12 +6776,25 @@ _BLKIO_RATES = (("BlkioDeviceReadBps", "blkio.throttle.read_bps_device", "rbps")
                 ("BlkioDeviceWriteBps", "blkio.throttle.write_bps_device", "wbps"),
                 ("BlkioDeviceReadIOps", "blkio.throttle.read_iops_device", "riops"),
                 ("BlkioDeviceWriteIOps", "blkio.throttle.write_iops_device", "wiops"))
-# (name, v1's controller and file, v2's file) of the plain numbers of `usage`
-_USAGE = (("memory", "memory", "memory.usage_in_bytes", "memory.current"),
-          ("memory_limit", "memory", "memory.limit_in_bytes", "memory.max"),
-          ("memory_peak", "memory", "memory.max_usage_in_bytes", "memory.peak"),
-          ("pids", "pids", "pids.current", "pids.current"), ("pids_limit", "pids", "pids.max", "pids.max"),
-          ("cpu", "cpuacct", "cpuacct.usage", ""))
+# The members of the memory_stats.stats of GET /containers/ID/stats: of v1 each also as total_*, of v2
+_V1_MEMORY = tuple(f"{prefix}{name}" for prefix in ("", "total_") for name in (
+    "active_anon active_file cache dirty inactive_anon inactive_file mapped_file pgfault pgmajfault pgpgin "
+    "pgpgout rss rss_huge unevictable writeback").split()) + tuple(
+    f"hierarchical_{name}_limit" for name in ("memory", "memsw"))
+_V2_MEMORY = tuple("""
+    active_anon active_file anon anon_thp file file_dirty file_mapped file_writeback inactive_anon
+    inactive_file kernel_stack pgactivate pgdeactivate pgfault pglazyfree pglazyfreed pgmajfault pgrefill
+    pgscan pgsteal shmem slab slab_reclaimable slab_unreclaimable sock thp_collapse_alloc thp_fault_alloc
+    unevictable workingset_activate workingset_nodereclaim workingset_refault""".split())
+_BLKIO_STATS = ("io_service_bytes_recursive", "io_serviced_recursive", "io_queue_recursive",
+                "io_service_time_recursive", "io_wait_time_recursive", "io_merged_recursive",
+                "io_time_recursive", "sectors_recursive")
+NO_CPU_STATS: dict[str, Any] = {
+    "cpu_usage": {"total_usage": 0, "usage_in_kernelmode": 0, "usage_in_usermode": 0},
+    "throttling_data": {"periods": 0, "throttled_periods": 0, "throttled_time": 0}}
+NO_STATS: dict[str, Any] = {  # of a container that does not run
+    "pids_stats": {}, "blkio_stats": dict.fromkeys(_BLKIO_STATS), "num_procs": 0, "storage_stats": {},
+    "cpu_stats": NO_CPU_STATS, "memory_stats": {}}
 
 
 class Setting(NamedTuple):
@@ -6830,10 +6842,33 @@ def read_hierarchies(mountinfo: str, membership: str) -> list[Hierarchy]:
 def _read_file(path: str) -> str:
     """The text of a kernel's file; "" where there is none."""
     try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            return file.read()
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # a third of what open() takes: stats reads many
     except OSError:
         return ""
+    try:
+        return b"".join(iter(lambda: os.read(fd, 1 << 16), b"")).decode("ascii", "replace")
+    except OSError:  # ENODEV: the cgroup went away meanwhile
+        return ""
+    finally:
+        os.close(fd)
+
+
+def _read_number(path: str, unlimited: int = 0) -> int:
+    """The number in a kernel's file; `unlimited` for "max", 0 where there is none."""
+    text = _read_file(path).strip()
+    return int(text) if text.isdigit() else unlimited if text == "max" else 0
+
+
+def _read_numbers(path: str) -> dict[str, int]:
+    """The numbers in a kernel's file of lines "KEY NUMBER"."""
+    words = _read_file(path).split()
+    return dict(zip(words[::2], map(int, words[1::2])))
+
+
+@functools.cache
+def machine_memory() -> int:
+    """Bytes of memory in this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _write_file(path: str, *texts: str) -> None:
@@ -6930,8 +6965,8 @@ def _cpu_time(resources: dict[str, Any]) -> tuple[int, int]:
 
 
 def _pids_limit(resources: dict[str, Any]) -> str:
-    limit = resources.get("PidsLimit") or 0
-    return str(limit) if limit > 0 else "max" if limit else ""
+    limit = resources.get("PidsLimit")
+    return "" if limit is None else str(limit) if limit > 0 else "max"
 
 
 def v1_settings(resources: dict[str, Any]) -> list[Setting]:
@@ -7044,12 +7079,17 @@ class Cgroup:
         for path, text in late:
             _write_file(path, text)
 
-    def update(self, resources: dict[str, Any]) -> None:
-        """Change limits of a running container to those set in `resources` (HostConfig's keys)."""
+    def update(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """Change the limits of a running container from those of the HostConfig `before` to those of `after`;
+        all or none.  DockerError with what the kernel refused."""
+        old, new = self.manager.settings(before), self.manager.settings(after)
         try:
-            self.apply(self.manager.settings(resources))
+            self.apply(setting for setting in new if setting not in old)
         except OSError as error:
-            raise DockerError(f"Cannot update the container's limits: {error}")
+            files = {setting.file for setting in new}
+            with contextlib.suppress(OSError):
+                self.apply(setting for setting in old if setting.file in files and setting not in new)
+            raise DockerError(f"{error.strerror}: {error.filename}") from None
 
     def processes(self) -> list[int]:
         """The pids of all processes in the container, also in cgroups that it made itself."""
@@ -7103,20 +7143,48 @@ class Cgroup:
         match = re.search(r"^oom_kill (\d+)", text, re.MULTILINE)
         return bool(match and int(match[1]))
 
-    def usage(self) -> dict[str, int]:
-        """What it uses: memory, memory_limit and memory_peak in bytes, pids, pids_limit, cpu in nanoseconds.
+    def stats(self) -> dict[str, Any]:
+        """What it uses now: the members of GET /containers/ID/stats that are about cgroups.
 
-        What has no limit or is not known here is absent."""
-        numbers = {}
-        for name, controller, v1_file, v2_file in _USAGE:
-            text = _read_file(f"{self.of[controller]}/{v1_file}" if controller in self.of else
-                              f"{self.of.get('', '')}/{v2_file}" if v2_file else "").strip()
-            if text.isdigit() and int(text) < 1 << 62:
-                numbers[name] = int(text)
-        match = re.search(r"^usage_usec (\d+)", _read_file(self.of.get("", "") + "/cpu.stat"), re.MULTILINE)
-        if match:
-            numbers.setdefault("cpu", int(match[1]) * 1000)
-        return numbers
+        As containerd's metrics become Docker's: with v2 less is known, and memory has other names."""
+        if self.manager.version == 2:
+            return self._v2_stats(self.of[""])
+        pids, memory, cpu, blkio, accounting = (
+            self.of.get(name, "") for name in ("pids", "memory", "cpu", "blkio", "cpuacct"))
+        times, throttled = _read_numbers(accounting + "/cpuacct.stat"), _read_numbers(cpu + "/cpu.stat")
+        each = list(map(int, _read_file(accounting + "/cpuacct.usage_percpu").split()))
+        operations = [_blkio_entries(f"{blkio}/blkio.throttle.{name}")
+                      for name in ("io_service_bytes", "io_serviced")]
+        return _stats(
+            (_read_number(pids + "/pids.current"), _read_number(pids + "/pids.max")),
+            {name: operations.pop(0) if operations else [] for name in _BLKIO_STATS},
+            (sum(each), times.get("system", 0) * 10**7, times.get("user", 0) * 10**7),  # of USER_HZ, 100
+            tuple(throttled.get(name, 0) for name in ("nr_periods", "nr_throttled", "throttled_time")),
+            {"usage": _read_number(memory + "/memory.usage_in_bytes"),
+             "max_usage": _read_number(memory + "/memory.max_usage_in_bytes"),
+             "failcnt": _read_number(memory + "/memory.failcnt"),
+             "limit": _read_number(memory + "/memory.limit_in_bytes")},
+            _V1_MEMORY, _read_numbers(memory + "/memory.stat"), each)
+
+    @staticmethod
+    def _v2_stats(directory: str) -> dict[str, Any]:
+        cpu = _read_numbers(directory + "/cpu.stat")
+        transferred = []
+        for line in _read_file(directory + "/io.stat").splitlines():
+            device, *pairs = line.split()
+            values = dict(pair.partition("=")[::2] for pair in pairs)
+            major, minor = map(int, device.split(":"))
+            transferred += [{"major": major, "minor": minor, "op": operation, "value": int(values[key])}
+                            for operation, key in (("read", "rbytes"), ("write", "wbytes")) if key in values]
+        return _stats(
+            (_read_number(directory + "/pids.current"), _read_number(directory + "/pids.max", (1 << 64) - 1)),
+            {**dict.fromkeys(_BLKIO_STATS), _BLKIO_STATS[0]: transferred or None},
+            tuple(cpu.get(name, 0) * 1000 for name in ("usage_usec", "system_usec", "user_usec")),
+            (cpu.get("nr_periods", 0), cpu.get("nr_throttled", 0), cpu.get("throttled_usec", 0) * 1000),
+            {"usage": _read_number(directory + "/memory.current"),
+             "failcnt": _read_numbers(directory + "/memory.events").get("oom", 0),
+             "limit": _read_number(directory + "/memory.max", 1 << 64)},
+            _V2_MEMORY, _read_numbers(directory + "/memory.stat"), [])
 
     def mounts(self, private: bool, readonly: bool) -> list[dict[str, Any]]:
         """The mounts of /sys/fs/cgroup inside the container, for the init's plan.
@@ -7151,6 +7219,28 @@ class Cgroup:
         busy = [directory for directory in self.directories.values() if not _remove_directory(directory)]
         if busy:
             self.manager.remove_later(self, busy)
+
+
+def _blkio_entries(path: str) -> list[dict[str, Any]]:
+    """The lines "MAJOR:MINOR OPERATION NUMBER" of a v1 file."""
+    lines = (line.split() for line in _read_file(path).splitlines())
+    return [{"major": int(words[0].split(":")[0]), "minor": int(words[0].split(":")[1]), "op": words[1],
+             "value": int(words[2])} for words in lines if len(words) == 3]
+
+
+def _stats(pids: tuple[int, int], blkio: dict[str, Any], cpu: tuple[int, ...], throttling: tuple[int, ...],
+           memory: dict[str, int], names: tuple[str, ...], stat: dict[str, int],
+           each: list[int]) -> dict[str, Any]:
+    """Docker's shape of a sample; limits of 0 and other members that Go's encoder omits are left out."""
+    memory["limit"] = min(memory["limit"], machine_memory())
+    usage = dict(zip(NO_CPU_STATS["cpu_usage"], cpu))
+    return {
+        "pids_stats": {key: number for key, number in zip(("current", "limit"), pids) if number},
+        "blkio_stats": blkio, "num_procs": 0, "storage_stats": {},
+        "cpu_stats": {"cpu_usage": {**usage, "percpu_usage": each} if each else usage,
+                      "throttling_data": dict(zip(NO_CPU_STATS["throttling_data"], throttling))},
+        "memory_stats": {**{key: number for key, number in memory.items() if number},
+                         **({"stats": {name: stat.get(name, 0) for name in names}} if stat else {})}}
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
@@ -7361,9 +7451,9 @@ class CgroupManager:
         return ["WARNING: " + entry.warning for entry in _SUPPORT
                 if entry.warning and not self.support[entry.flag] and (self.version == 1 or entry.unified)]
 
-    def adapt(self, host_config: dict[str, Any]) -> list[str]:
+    def adapt(self, host_config: dict[str, Any], update: bool = False) -> list[str]:
         """Check HostConfig's resources, take out what this host cannot do, and set what follows from the
-        rest.
+        rest; with `update` they are changes to those of a container.
 
         Returns Docker's warnings; BadParameter with Docker's text for what no host can do."""
         warnings = self._discard(host_config)
@@ -7374,8 +7464,11 @@ class CgroupManager:
             host_config["MemorySwap"] = -1
             warnings.append("Your kernel does not support swap limit capabilities or the cgroup is not "
                             "mounted. Memory limited without swap.")
-        check_resources(host_config)
-        if memory > 0 and not host_config.get("MemorySwap"):
+        check_resources(host_config, update)
+        for key in ("CpuRealtimePeriod", "CpuRealtimeRuntime"):
+            if host_config.get(key) and not self.support["RealTime"]:
+                raise BadParameter(f"Your kernel does not support cgroup cpu real-time {key[11:].lower()}")
+        if memory > 0 and not host_config.get("MemorySwap") and not update:
             host_config["MemorySwap"] = 2 * memory
         if host_config.get("OomKillDisable") and not memory:
             warnings.append("OOM killer is disabled for the container, but no memory limit is set, this can "
@@ -7394,7 +7487,7 @@ class CgroupManager:
         return warnings
 
 
-def check_resources(host_config: dict[str, Any]) -> None:
+def check_resources(host_config: dict[str, Any], update: bool = False) -> None:
     """BadParameter with Docker's text for resources that no host can give."""
     def number(key: str) -> int:
         return host_config.get(key) or 0
@@ -7405,23 +7498,26 @@ def check_resources(host_config: dict[str, Any]) -> None:
     swappiness = host_config.get("MemorySwappiness")
     processors = os.cpu_count() or 1
     for wrong, text in (
-        (0 < memory < _MINIMUM_MEMORY, "Minimum memory limit allowed is 6MB"),
+        (memory and memory < _MINIMUM_MEMORY, "Minimum memory limit allowed is 6MB"),
         (memory > 0 and 0 < swap < memory,
          "Minimum memoryswap limit should be larger than memory limit, see usage"),
-        (memory == 0 and swap > 0,
+        (memory == 0 and swap > 0 and not update,
          "You should always set the Memory limit when using Memoryswap limit, see usage"),
         (swappiness is not None and not -1 <= swappiness <= 100,
          f"Invalid value: {swappiness}, valid memory swappiness range is 0-100"),
         (0 < reservation < _MINIMUM_MEMORY, "Minimum memory reservation allowed is 6MB"),
         (0 < memory < reservation,
          "Minimum memory limit can not be less than memory reservation limit, see usage"),
+        (0 < number("KernelMemory") < _MINIMUM_MEMORY, "Minimum kernel memory limit allowed is 6MB"),
         (nano > 0 and period > 0, "Conflicting options: Nano CPUs and CPU Period cannot both be set."),
         (nano > 0 and quota > 0, "Conflicting options: Nano CPUs and CPU Quota cannot both be set."),
-        (not 0 <= nano <= processors * 10**9,
-         f"range of CPUs is from 0.01 to {processors}.00, as there are only {processors} CPUs available"),
+        (nano and not 10**7 <= nano <= processors * 10**9,
+         f"Range of CPUs is from 0.01 to {processors}.00, as there are only {processors} CPUs available"),
         (period and not 1000 <= period <= 1000000,
          "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"),
         (0 < quota < 1000, "CPU cfs quota can not be less than 1ms (i.e. 1000)"),
+        (number("CpuRealtimeRuntime") > number("CpuRealtimePeriod") > 0,
+         "cpu real-time runtime cannot be higher than cpu real-time period"),
         (weight and not 10 <= weight <= 1000, "Range of blkio weight is from 10 to 1000"),
     ):
         if wrong:
@@ -7438,7 +7534,7 @@ def _check_list(asked: str, key: str, what: str, available: str) -> None:
     try:
         missing = _number_set(asked) - _number_set(available)
     except ValueError:
-        raise BadParameter(f"Invalid value {asked} for cpuset {key[6:].lower()}")
+        raise BadParameter(f"Invalid value {asked} for cpuset {key[6:].lower()}: invalid format: {asked}")
     if missing:
         raise BadParameter(f"Requested {what} are not available - requested {asked}, available: {available}")
 
@@ -9154,6 +9250,11 @@ _STRUCTS = {
         OomKillDisable *bool  PidsLimit *int64  Ulimits []Ulimit  CpuCount int64  CpuPercent int64
         IOMaximumIOps uint64  IOMaximumBandwidth uint64  Mounts []object?  MaskedPaths []string
         ReadonlyPaths []string  Init *bool?""",
+    "UpdateConfig": """
+        CpuShares int64  Memory int64  NanoCpus int64  BlkioWeight uint16  CpuPeriod int64  CpuQuota int64
+        CpuRealtimePeriod int64  CpuRealtimeRuntime int64  CpusetCpus string  CpusetMems string
+        KernelMemory int64?  MemoryReservation int64  MemorySwap int64  MemorySwappiness *int64
+        OomKillDisable *bool  PidsLimit *int64  CpuPercent int64  RestartPolicy RestartPolicy""",
     "LogConfig": "Type string  Config map[string]string",
     "PortBinding": "HostIp string  HostPort string",
     "RestartPolicy": "Name string  MaximumRetryCount int",
@@ -9282,11 +9383,35 @@ def _parse_profile(text: str) -> Any:
 
 # The rules: what a configuration may not be, and what Docker says then
 
-MINIMUM_MEMORY = 6 << 20        # bytes
 RESTART_POLICIES = ("no", "always", "on-failure", "unless-stopped")
 _JSON_FILE_OPTIONS = ("compress env env-regex labels labels-regex max-buffer-size max-file max-size mode "
                       "tag").split()
 _UNLANDED_LOG_DRIVERS = ("awslogs", "fluentd", "gcplogs", "gelf", "journald", "local", "splunk", "syslog")
+
+POLICY_RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
+    (lambda c: c["RestartPolicy"]["Name"] not in RESTART_POLICIES,
+     "invalid restart policy '{RestartPolicy[Name]}'"),
+    (lambda c: c["RestartPolicy"]["Name"] != "on-failure" and c["RestartPolicy"]["MaximumRetryCount"],
+     "maximum retry count cannot be used with restart policy '{RestartPolicy[Name]}'"),
+    (lambda c: c["RestartPolicy"]["MaximumRetryCount"] < 0, "maximum retry count cannot be negative"),
+)
+# What an update changes, beside PidsLimit and RestartPolicy; it checks more than that
+UPDATED = """BlkioWeight CpuShares NanoCpus CpuPeriod CpuQuota CpuRealtimePeriod CpuRealtimeRuntime CpusetCpus
+    CpusetMems Memory MemoryReservation MemorySwap""".split()
+# (what an update sets, what the container has, the text) of updates that contradict what is there
+UPDATE_CONFLICTS: tuple[tuple[Callable[[dict[str, Any], dict[str, Any]], Any], str], ...] = (
+    *((lambda new, old, to=to, has=has: new[to] > 0 and old[has] > 0,
+       f"Conflicting options: {what} cannot be updated as {other} has already been set")
+      for to, what, has, other in (("NanoCpus", "Nano CPUs", "CpuPeriod", "CPU Period"),
+                                   ("NanoCpus", "Nano CPUs", "CpuQuota", "CPU Quota"),
+                                   ("CpuPeriod", "CPU Period", "NanoCpus", "NanoCPUs"),
+                                   ("CpuQuota", "CPU Quota", "NanoCpus", "NanoCPUs"))),
+    (lambda new, old: 0 != new["Memory"] > old["MemorySwap"] and not new["MemorySwap"],
+     "Memory limit should be smaller than already set memoryswap limit, update the memoryswap at the same "
+     "time"),
+    (lambda new, old: old["AutoRemove"] and new["RestartPolicy"]["Name"] not in ("", "no"),
+     "Restart policy cannot be updated because AutoRemove is enabled for the container"),
+)
 
 # (what is wrong, the text), in the order in which Docker looks; `c` is Config and HostConfig in one.
 # What the cgroups are asked for is checked where they are (CgroupManager.adapt).
@@ -9297,21 +9422,11 @@ RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     (lambda c: c["StopTimeout"] is not None and c["StopTimeout"] < -1, "invalid stop timeout: {StopTimeout}"),
     (lambda c: c["AutoRemove"] and c["RestartPolicy"]["Name"] != "no",
      "can't create 'AutoRemove' container with restart policy"),
-    (lambda c: c["RestartPolicy"]["Name"] not in RESTART_POLICIES,
-     "invalid restart policy '{RestartPolicy[Name]}'"),
-    (lambda c: c["RestartPolicy"]["Name"] != "on-failure" and c["RestartPolicy"]["MaximumRetryCount"],
-     "maximum retry count cannot be used with restart policy '{RestartPolicy[Name]}'"),
-    (lambda c: c["RestartPolicy"]["MaximumRetryCount"] < 0, "maximum retry count cannot be negative"),
+    *POLICY_RULES,
     (lambda c: c["Isolation"].lower() not in ("", "default"),
      "Invalid isolation: \"{Isolation}\" - linux only supports 'default'"),
     (lambda c: "" in (c["Annotations"] or ()),
      "invalid Annotations: the empty string is not permitted as an annotation key"),
-    (lambda c: c["Memory"] < 0, "Minimum memory limit allowed is 6MB"),
-    (lambda c: 0 < c.get("KernelMemory", 0) < MINIMUM_MEMORY, "Minimum kernel memory limit allowed is 6MB"),
-    (lambda c: 0 < c["NanoCpus"] < 10**7,
-     "Range of CPUs is from 0.01 to {cpus}.00, as there are only {cpus} CPUs available"),
-    (lambda c: c["CpuRealtimePeriod"], "Your kernel does not support cgroup cpu real-time period"),
-    (lambda c: c["CpuRealtimeRuntime"], "Your kernel does not support cgroup cpu real-time runtime"),
     (lambda c: c["IOMaximumIOps"] or c["IOMaximumBandwidth"],
      "Invalid QoS settings: linux does not support Maximum IO Bandwidth or Maximum IO IOps"),
     (lambda c: c["IpcMode"] not in ("none", "private", "shareable", "host"), "invalid IPC mode: {IpcMode}"),
@@ -9370,14 +9485,19 @@ def container_config(body: dict[str, Any], image_config: Optional[dict[str, Any]
         if asked(everything):
             feature = text.format_map(everything)
             raise NotSupported(f"{feature} cannot be used: this version of the daemon does not have it yet")
-    for wrong, text in RULES:
-        if wrong(everything):
-            raise BadParameter(text.format_map(everything))
+    check_rules(RULES, everything)
     _check_config(config)
     _check_host_config(host)
     if config["WorkingDir"]:
         config["WorkingDir"] = "/" + os.path.normpath(config["WorkingDir"]).lstrip("/")
     return config, host, networking, _warnings(host)
+
+
+def check_rules(rules: Iterable[tuple[Callable[..., Any], str]], members: dict[str, Any]) -> None:
+    """BadParameter with the text of the first rule that `members` break."""
+    for wrong, text in rules:
+        if wrong(members):
+            raise BadParameter(text.format_map(members))
 
 
 def _merge_image(config: dict[str, Any], image: dict[str, Any]) -> None:
@@ -9529,7 +9649,7 @@ def check_sysctls(host: dict[str, Any]) -> None:
 def _warnings(host: dict[str, Any]) -> list[str]:
     """What the client is to know of a configuration that is otherwise good."""
     warnings = []
-    if host["NetworkMode"] == "host" and host["PortBindings"]:
+    if host.get("NetworkMode") == "host" and host["PortBindings"]:
         warnings.append("Published ports are discarded when using host network mode")
     if host["CpuPercent"]:
         host["CpuPercent"] = 0
@@ -9777,7 +9897,7 @@ class Container:
             os.mkdir(directory, 0o710)
             parts.layers.create_rw(container_id, image.chain_id, _fill_init_layer)
             undo.callback(parts.layers.remove_rw, container_id)
-            write_state(os.path.join(directory, "hostconfig.json"), host_config, durable=False)
+            container._save_host_config()
             container.save()
             undo.pop_all()
         return container
@@ -9811,6 +9931,9 @@ class Container:
         """Write the record: renamed at once, synced with the next group."""
         self.record["State"] = self.state.to_disk()
         write_state(os.path.join(self.directory, "config.v2.json"), self.record, durable=False)
+
+    def _save_host_config(self) -> None:
+        write_state(os.path.join(self.directory, "hostconfig.json"), self.host_config, durable=False)
 
     def event(self, action: str, **attributes: str) -> None:
         """Tell the daemon's listeners."""
@@ -10063,6 +10186,40 @@ class Container:
         except DockerError as error:
             log.warning("cannot remove the container %s: %s", self.id, error)
 
+    # Changes
+
+    def update(self, body: dict[str, Any]) -> list[str]:
+        """Change resources and restart policy as `body`, of POST /containers/ID/update, asks, at once if it
+        runs; returns Docker's warnings.  A refused change changes nothing."""
+        changes = decode_struct(body, "UpdateConfig")
+        if changes["RestartPolicy"]["Name"]:
+            check_rules(POLICY_RULES, changes)
+        warnings = _warnings(changes) + self.parts.cgroups.adapt(changes, update=True)
+        with self.lock:
+            try:
+                self._update(changes)
+            except DockerError as error:
+                raise type(error)(f"Cannot update container {self.id}: {error}") from None
+            self.event("update")
+        return warnings
+
+    def _update(self, changes: dict[str, Any]) -> None:
+        old = self.host_config
+        if self.state.removing or self.state.dead:
+            raise Conflict('container is marked for removal and cannot be "update"')
+        for conflicts, text in UPDATE_CONFLICTS:
+            if conflicts(changes, old):
+                raise Conflict(text)
+        new = {**old, **{key: changes[key] for key in UPDATED if changes.get(key)}}
+        if changes["PidsLimit"] is not None:
+            new["PidsLimit"] = max(changes["PidsLimit"], 0)
+        if changes["RestartPolicy"]["Name"]:
+            new["RestartPolicy"] = changes["RestartPolicy"]
+        if self.cgroup is not None:
+            self.cgroup.update(old, new)
+        self.host_config = new
+        self._save_host_config()
+
     # Signals
 
     def _require_running(self, what: str) -> Process:
@@ -10307,6 +10464,18 @@ class Container:
             shown["SizeRw"], shown["SizeRootFs"] = self.parts.layers.rw_size(self.id)
         return shown
 
+    def usage(self, system: dict[str, int]) -> dict[str, Any]:
+        """One sample of what it uses, in the shape of GET /containers/ID/stats, with `system` among its
+        cpu_stats; nothing but zeros when it does not run."""
+        who = {"name": self.record["Name"], "id": self.id}
+        process, cgroup = self.process, self.cgroup
+        if process is None or cgroup is None:
+            return {"read": ZERO_TIME, **NO_STATS, **who}
+        sample = {"read": rfc3339nano(time.time_ns()), **cgroup.stats(), **who}
+        sample["cpu_stats"].update(system)
+        networks = self.host_config["NetworkMode"] != "host" and interface_counters(process.pid)
+        return {**sample, "networks": networks} if networks else sample
+
     def _network_settings(self) -> dict[str, Any]:
         settings = {
             **network_settings(self.host_config, self.parts.networks),
@@ -10342,6 +10511,18 @@ class Container:
         if size:
             listed["SizeRw"], listed["SizeRootFs"] = self.parts.layers.rw_size(self.id)
         return listed
+
+
+NETWORK_STATS = ("rx_bytes", "rx_packets", "rx_errors", "rx_dropped",
+                 "tx_bytes", "tx_packets", "tx_errors", "tx_dropped")
+
+
+def interface_counters(pid: int) -> dict[str, dict[str, int]]:
+    """What has gone through each network interface that a process sees, but for those that Docker has not
+    given it; proc_pid_net(5)."""
+    rows = (line.split() for line in read_text(f"/proc/{pid}/net/dev").replace(":", " ").splitlines()[2:])
+    return {row[0]: dict(zip(NETWORK_STATS, map(int, row[1:5] + row[9:13])))
+            for row in rows if row[0].startswith("eth")}
 
 
 def _shell_word(word: str) -> str:
@@ -10885,6 +11066,11 @@ class ContainerJobs:
         """Thaw its processes."""
         self.table.find(job.args[0]).unpause()
 
+    @job("update")
+    def update(self, job: Job) -> None:
+        """Change its resources and restart policy to those of env `body`."""
+        job.reply({"Warnings": self.table.find(job.args[0]).update(job.env.get("body") or {}) or None})
+
     @job("wait")
     def wait(self, job: Job) -> None:
         """Wait for env `condition`; the reply is the exit code."""
@@ -10947,6 +11133,102 @@ class ContainerJobs:
             return container.image_id
 
 
+class Statistics:
+    """The job `stats`: one thread takes a sample of every container that somebody listens to, once a second,
+    and only while somebody does.  A slow listener misses samples, and holds up nobody."""
+
+    def __init__(self, table: ContainerTable) -> None:
+        self.table = table
+        self._changed = threading.Condition()
+        self._listened: collections.Counter[Container] = collections.Counter()
+        self._samples: dict[Container, dict[str, Any]] = {}
+        self._sampling = False
+
+    @job("stats")
+    def stats(self, job: Job) -> None:
+        """Write a sample a second; without env `stream` one, which knows the one before it, and with env
+        `one-shot` one at once, which does not."""
+        container = self.table.find(job.args[0])
+        stream, once = job.env.get_bool("stream"), job.env.get_bool("one-shot")
+        if stream and once:
+            raise BadParameter("cannot have stream=true and one-shot=true")
+        if once or not (stream or container.state.running):
+            self._write(job, container.usage(system_cpu()), {})
+            return
+        job.on_cancel(self._wake)
+        if stream:
+            job.ready()
+        before: dict[str, Any] = {}
+        with self._listening(container):
+            for sample in self._follow(container, job.cancelled):
+                if stream or before:
+                    self._write(job, sample, before)
+                if before and not stream:
+                    return
+                before = sample
+
+    @staticmethod
+    def _write(job: Job, sample: dict[str, Any], before: dict[str, Any]) -> None:
+        line = {**sample, "preread": before.get("read", ZERO_TIME),
+                "precpu_stats": before.get("cpu_stats", NO_CPU_STATS)}
+        job.stdout.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+    @contextlib.contextmanager
+    def _listening(self, container: Container) -> Iterator[None]:
+        with self._changed:
+            self._listened[container] += 1
+            if not self._sampling:
+                self._sampling = True
+                threading.Thread(target=self._sample, name="stats", daemon=True).start()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._listened[container] -= 1
+                self._listened += collections.Counter()  # forgets who has no listener
+
+    def _follow(self, container: Container, cancelled: threading.Event) -> Iterator[dict[str, Any]]:
+        """The container's samples as they come, until it is removed or the listener has gone."""
+        seen: dict[str, Any] = {}
+        while True:
+            with self._changed:
+                while not (cancelled.is_set() or container.state.removed
+                           or self._samples.get(container, seen) is not seen):
+                    self._changed.wait()
+                seen = self._samples.get(container, seen)
+            if cancelled.is_set() or container.state.removed:
+                return
+            yield seen
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _sample(self) -> None:
+        while True:
+            begin, system = time.monotonic(), system_cpu()
+            with self._changed:
+                containers = list(self._listened)
+            samples = {}
+            for container in containers:
+                with contextlib.suppress(OSError, ValueError, LookupError):  # it ends at this moment
+                    samples[container] = container.usage(system)
+            with self._changed:
+                self._samples = samples
+                self._sampling = bool(self._listened)
+                self._changed.notify_all()
+                if not self._sampling:
+                    return
+            time.sleep(max(0.1, begin + 1 - time.monotonic()))
+
+
+def system_cpu() -> dict[str, int]:
+    """Nanoseconds that all processors have worked and waited, and how many there are; proc_stat(5)."""
+    total, *rest = read_text("/proc/stat").splitlines()
+    return {"system_cpu_usage": sum(map(int, total.split()[1:8])) * 10**7,
+            "online_cpus": sum(line.startswith("cpu") for line in rest)}
+
+
 class SystemJobs:
     """The jobs about the daemon itself: info and version."""
 
@@ -10993,7 +11275,7 @@ class SystemJobs:
                 "IndexServerAddress": "https://index.docker.io/v1/",
                 "RegistryConfig": _registry_config(config),
                 "NCPU": len(os.sched_getaffinity(0)),
-                "MemTotal": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+                "MemTotal": machine_memory(),
                 "GenericResources": None,
                 "DockerRootDir": config.data_root,
                 "HttpProxy": config.http_proxy,
@@ -11133,6 +11415,7 @@ class Daemon:
             self.events,
             self.images,
             ContainerJobs(self.parts, self.images, self.containers),
+            Statistics(self.containers),
             SystemJobs(self),
         ):
             self.engine.install(part)
@@ -12402,6 +12685,13 @@ def flat_event(event: Any) -> Any:
     return {name: event[name] for name in names if name in event}
 
 
+def one_network_in_stats(item: Any) -> None:
+    """Before 1.21 all interfaces were one, and the container was not named."""
+    networks = item.pop("networks", {}).values()
+    item["network"] = {name: sum(counters[name] for counters in networks) for name in NETWORK_STATS}
+    del item["name"], item["id"]
+
+
 def with_filter(request: Request, name: str, value: str) -> None:
     """Put one more value of a filter into the query."""
     filters = request.parameters("filters:json").get("filters") or {}
@@ -12586,7 +12876,8 @@ PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
         shape_until("1.15", exactly(CONTAINER_1_14))),
     ("GET", "/containers/{name}/top", runs("top", "ps_args")),
     ("GET", "/containers/{name}/changes", runs("container_changes")),
-    ("GET", "/containers/{name}/stats", follows("stats", "stream:bool one-shot:bool", stream=True)),
+    ("GET", "/containers/{name}/stats", follows("stats", "stream:bool one-shot:bool", stream=True),
+        until("1.41", ignores("one-shot")), shape_until("1.21", one_network_in_stats)),
     ("GET", "/containers/{name}/export", downloads("export", "application/octet-stream")),
     ("PUT", "/containers/{name}/archive", runs(
         "archive_put", "path noOverwriteDirNonDir:bool copyUIDGID:bool", reply=False, stdin=True)),

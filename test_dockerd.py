@@ -1462,6 +1462,132 @@ def test_cli_out_of_memory(docker: Docker) -> None:
     assert docker.host.inspect("greedy")["State"]["OOMKilled"] is True
 
 
+def shape_of(value: Any) -> Any:
+    """What a JSON value is made of: the keys of objects, the shape of a list's first element, types."""
+    if isinstance(value, dict):
+        return {key: shape_of(member) for key, member in value.items()}
+    return [shape_of(item) for item in value[:1]] if isinstance(value, list) else type(value).__name__
+
+
+@pytest.mark.parametrize("version", ["/v1.41", "/v1.20"])
+def test_stats_have_the_real_daemons_shape(host: Host, peer: Host, version: str) -> None:
+    found = []
+    for daemon in (host, peer):
+        limits = {"Memory": 64 << 20, "PidsLimit": 9}
+        identity = daemon.create("sleep", NEVER, version="/v1.41", HostConfig=limits)
+        path = f"{version}/containers/{identity}/stats?stream=0"
+        stopped = daemon.http("GET", path.replace("1.20", "1.41")).json
+        daemon.api("POST", f"/containers/{identity}/start")
+        running = daemon.http("GET", path).json
+        daemon.http("DELETE", f"/v1.41/containers/{identity}?force=1")
+        assert stopped.pop("id", identity) == identity and stopped.pop("name", "/x")[0] == "/"
+        found.append((stopped, shape_of(running)))
+        assert running["memory_stats"]["limit"] == 64 << 20
+        assert running["pids_stats"] == {"current": 1, "limit": 9}
+        gone = running["cpu_stats"]["system_cpu_usage"] - running["precpu_stats"]["system_cpu_usage"]
+        assert 0.5e9 < gone / running["cpu_stats"]["online_cpus"] < 5e9
+    assert found[0] == found[1]
+
+
+def test_stats_follow_a_container_until_it_is_removed(host: Host) -> None:
+    identity = host.create("sleep", NEVER, name="measured")
+    stream = host.hijack(f"{API}/containers/measured/stats", "GET", upgrade=False)
+    refused = host.http("GET", f"{API}/containers/measured/stats?one-shot=1")
+    assert refused.status == 400 and refused.json["message"] == "cannot have stream=true and one-shot=true"
+
+    def sample() -> Any:
+        stream.read_until(b"\r\n")
+        return json.loads(stream.read_until(b"\r\n"))
+
+    assert sample()["read"] == "0001-01-01T00:00:00Z"  # it does not run yet
+    host.api("POST", "/containers/measured/start")
+    first = wait_for(lambda: next(line for line in iter(sample, None) if line["pids_stats"]))
+    assert first["precpu_stats"] == dockerd.NO_CPU_STATS
+    second = sample()
+    assert second["preread"] == first["read"] and second["precpu_stats"] == first["cpu_stats"]
+    once = host.api("GET", "/containers/measured/stats?stream=0&one-shot=1")
+    assert once["id"] == identity and once["preread"] == "0001-01-01T00:00:00Z" and once["read"][:3] == "202"
+    host.api("DELETE", "/containers/measured?force=1")
+    stream.read_until(b"0\r\n\r\n")
+    stream.close()
+    assert host.process
+    threads = f"/proc/{host.process.pid}/task"
+    wait_for(lambda: all(read_text(f"{threads}/{task}/comm") != "stats\n" for task in os.listdir(threads)))
+
+
+# (what changes, the answer's status and message; "" for an update that is taken) of a container with a memory
+# limit of 64 MB and a memory and swap limit of 128 MB, each as dockerd 20.10.24 answers it
+UPDATES: list[tuple[dict[str, Any], int, str]] = [
+    ({}, 200, ""), ({"Memory": 4 << 20}, 400, "Minimum memory limit allowed is 6MB"),
+    ({"Memory": -1}, 400, "Minimum memory limit allowed is 6MB"),
+    ({"Memory": 256 << 20}, 409, "Cannot update container ID: Memory limit should be smaller than already "
+     "set memoryswap limit, update the memoryswap at the same time"),
+    ({"Memory": 64 << 20, "MemorySwap": 32 << 20}, 400,
+     "Minimum memoryswap limit should be larger than memory limit, see usage"),
+    ({"Memory": 96 << 20, "MemoryReservation": 32 << 20, "MemorySwap": 192 << 20}, 200, ""),
+    ({"MemoryReservation": 1000}, 400, "Minimum memory reservation allowed is 6MB"),
+    ({"NanoCpus": 10**15}, 400,
+     "Range of CPUs is from 0.01 to {cpus}.00, as there are only {cpus} CPUs available"),
+    ({"NanoCpus": 10**9}, 200, ""),
+    ({"CpuQuota": 50000}, 409, "Cannot update container ID: Conflicting options: CPU Quota cannot be "
+     "updated as NanoCPUs has already been set"),
+    ({"CpuShares": 512, "CpusetCpus": "0", "CpusetMems": "0", "PidsLimit": 33}, 200, ""),
+    ({"CpusetCpus": "0,999"}, 400, "Requested CPUs are not available - requested 0,999, available: {online}"),
+    ({"CpusetCpus": "x"}, 400, "Invalid value x for cpuset cpus: invalid format: x"),
+    ({"RestartPolicy": {"Name": "bogus"}}, 400, "invalid restart policy 'bogus'"),
+    ({"RestartPolicy": {"Name": "on-failure", "MaximumRetryCount": 3}}, 200, ""),
+    ({"CpuRealtimePeriod": 1000, "CpuRealtimeRuntime": 2000}, 400,
+     "cpu real-time runtime cannot be higher than cpu real-time period"),
+    ({"PidsLimit": -1}, 200, ""),
+]
+
+
+def test_update_changes_what_the_kernel_enforces(host: Host) -> None:
+    resources = {"Memory": 64 << 20, "MemorySwap": 128 << 20}
+    identity = host.create("sleep", NEVER, name="changing", HostConfig=resources)
+    host.api("POST", "/containers/changing/start")
+    facts = {"cpus": os.cpu_count(), "online": read_text("/sys/devices/system/cpu/online").strip()}
+    for change, status, text in UPDATES:
+        answer = host.http("POST", f"{API}/containers/changing/update", change)
+        message = text.format_map(facts).replace("ID", identity)
+        assert answer.status == status, (change, answer)
+        assert answer.json == dict([("message", message) if text else ("Warnings", None)]), change
+    directories = [directory for directory in host.cgroups() if directory.endswith(identity)]
+    for names, values in (
+        (("memory.limit_in_bytes", "memory.max"), {str(96 << 20)}),
+        (("memory.memsw.limit_in_bytes", "memory.swap.max"), {str(192 << 20), str(96 << 20)}),
+        (("memory.soft_limit_in_bytes", "memory.low"), {str(32 << 20)}),
+        (("cpu.cfs_quota_us", "cpu.max"), {"100000", "100000 100000"}),
+        (("cpu.shares", "cpu.weight"), {"512", "20", "59"}), (("cpuset.cpus",), {"0"}),
+        (("pids.max",), {"max"}),
+    ):
+        found = {read_text(f"{directory}/{name}").strip() for directory in directories for name in names}
+        assert found - {""} and found - {""} <= values, (names, found)
+    config = host.inspect("changing")["HostConfig"]
+    assert (config["NanoCpus"], config["MemorySwap"], config["PidsLimit"]) == (10**9, 192 << 20, 0)
+    assert config["RestartPolicy"] == {"Name": "on-failure", "MaximumRetryCount": 3}
+    wrong = {"MemorySwap": 64 << 20, "CpuShares": 9}
+    refused = host.http("POST", f"{API}/containers/changing/update", wrong)
+    assert refused.status == 500 and "Invalid argument" in refused.json["message"]  # less than Memory
+    assert host.inspect("changing")["HostConfig"] == config
+    host.api("POST", "/containers/changing/update", {"RestartPolicy": {"Name": "no"}})
+
+
+def test_update_of_what_removes_itself(host: Host) -> None:
+    identity = host.create("true", name="own", HostConfig={"AutoRemove": True})
+    answer = host.http("POST", f"{API}/containers/own/update", {"RestartPolicy": {"Name": "always"}})
+    assert answer.status == 409 and answer.json["message"] == (
+        f"Cannot update container {identity}: Restart policy cannot be updated because AutoRemove is "
+        "enabled for the container")
+
+
+def test_cli_update_and_stats(docker: Docker) -> None:
+    docker("run", "-d", "--name", "seen", *NONE, "-m", "64m", "busybox", "sleep", NEVER)
+    assert docker("update", "--memory", "32m", "--memory-swap", "32m", "--cpus", "0.5", "seen") == "seen"
+    assert docker("stats", "--no-stream", "--format", "{{.Name}} {{.MemUsage}} {{.PIDs}}", "seen").endswith(
+        "/ 32MiB 1")
+
+
 def test_cli_users_and_directories(docker: Docker) -> None:
     run = ("run", "--rm", *NONE)
     assert (
@@ -4940,7 +5066,9 @@ def test_device_program_does_what_the_rules_say() -> None:
         ({"MemorySwappiness": 101}, "Invalid value: 101, valid memory swappiness range is 0-100"),
         ({"Memory": 64 << 20, "MemoryReservation": 65 << 20}, "can not be less than memory reservation"),
         ({"NanoCpus": 10**9, "CpuQuota": 5000}, "Nano CPUs and CPU Quota cannot both be set"),
-        ({"NanoCpus": 10**13}, "range of CPUs is from 0.01 to"),
+        ({"NanoCpus": 10**13}, "Range of CPUs is from 0.01 to"),
+        ({"Memory": -1}, "Minimum memory limit allowed is 6MB"),
+        ({"KernelMemory": 1}, "Minimum kernel memory limit allowed is 6MB"),
         ({"CpuPeriod": 10}, "CPU cfs period can not be less than 1ms"),
         ({"CpuQuota": 10}, "CPU cfs quota can not be less than 1ms"),
         ({"BlkioWeight": 5}, "Range of blkio weight is from 10 to 1000"),
@@ -4984,7 +5112,7 @@ def test_a_host_without_cgroups_is_told_of_and_never_a_crash(tmp_path: Path) -> 
         cgroup.join == []
         and cgroup.directory_fd is None
         and cgroup.processes() == []
-        and cgroup.usage() == {}
+        and cgroup.stats()["cpu_stats"] == dockerd.NO_CPU_STATS
     )
     assert not cgroup.oom_killed()
     cgroup.kill()
@@ -5036,6 +5164,33 @@ def test_version_2(tmp_path: Path) -> None:
     cgroup = dockerd.Cgroup(manager, "/docker", "x")
     assert cgroup.join == []
     assert [mount["type"] for mount in cgroup.mounts(True, True)] == ["cgroup2"]
+
+
+def test_stats_of_version_2(tmp_path: Path) -> None:
+    """The texts are those of a Debian 12; the shape is what dockerd makes of containerd's v2 metrics."""
+    cgroup = dockerd.Cgroup(fake_v2(tmp_path), "/docker", "x")
+    directory = Path(cgroup.of[""])
+    directory.mkdir(parents=True)
+    for name, text in {
+        "cpu.stat": "usage_usec 36\nuser_usec 12\nsystem_usec 24\nnr_periods 3\nnr_throttled 2\n"
+                    "throttled_usec 5\n", "pids.current": "2\n", "pids.max": "max\n",
+        "memory.current": "8192\n", "memory.max": "max\n", "memory.events": "low 0\noom 1\noom_kill 1\n",
+        "memory.stat": "anon 4096\nfile 2048\nsomething_new 7\n",
+        "io.stat": "8:0 rbytes=10 wbytes=20 rios=1 wios=2 dbytes=0 dios=0\n7:1 \n"}.items():
+        (directory / name).write_text(text)
+    stats = cgroup.stats()
+    assert stats["cpu_stats"] == {
+        "cpu_usage": {"total_usage": 36000, "usage_in_kernelmode": 24000, "usage_in_usermode": 12000},
+        "throttling_data": {"periods": 3, "throttled_periods": 2, "throttled_time": 5000}}
+    assert stats["pids_stats"] == {"current": 2, "limit": 18446744073709551615}
+    memory = stats["memory_stats"]
+    assert (memory["usage"], memory["limit"], memory["failcnt"]) == (8192, dockerd.machine_memory(), 1)
+    assert len(memory["stats"]) == 31 and memory["stats"]["anon"] == 4096
+    assert "something_new" not in memory["stats"] and "max_usage" not in memory
+    assert stats["blkio_stats"]["io_service_bytes_recursive"] == [
+        {"major": 8, "minor": 0, "op": "read", "value": 10},
+        {"major": 8, "minor": 0, "op": "write", "value": 20}]
+    assert stats["blkio_stats"]["io_serviced_recursive"] is None
 
 
 # The real kernel's
@@ -5105,20 +5260,18 @@ def test_limits_are_the_kernels(manager: Any) -> None:
             assert text_of(cgroup, controller, file) == wanted, file
         assert {os.path.dirname(place) for place in places("limits")} == set(places(PARENT[1:]))
         assert len(places("limits")) == len(manager.hierarchies)
-        cgroup.update({"Memory": 256 << 20, "MemorySwap": 512 << 20, "PidsLimit": -1})
+        more = {**resources, "Memory": 256 << 20, "MemorySwap": 512 << 20, "PidsLimit": 0}
+        cgroup.update(resources, more)
         assert text_of(cgroup, "memory", "memory.limit_in_bytes") == str(256 << 20)
-        cgroup.update({"Memory": 32 << 20, "MemorySwap": 32 << 20})
+        less = {**more, "Memory": 32 << 20, "MemorySwap": 32 << 20}
+        cgroup.update(more, less)
         assert text_of(cgroup, "memory", "memory.memsw.limit_in_bytes") == str(32 << 20)
         assert text_of(cgroup, "pids", "pids.max") == "max"
-        usage = cgroup.usage()
-        assert (
-            usage["memory_limit"] == 32 << 20
-            and usage["pids"] == 0
-            and "cpu" in usage
-            and "pids_limit" not in usage
-        )
-        with pytest.raises(dockerd.DockerError, match="Cannot update the container's limits.*cpuset.cpus"):
-            cgroup.update({"CpusetCpus": "4000"})
+        stats = cgroup.stats()
+        assert stats["memory_stats"]["limit"] == 32 << 20 and stats["pids_stats"] == {}
+        with pytest.raises(dockerd.DockerError, match="cannot write '4000': .*cpuset.cpus"):
+            cgroup.update(less, {**less, "CpuShares": 100, "CpusetCpus": "4000"})
+        assert text_of(cgroup, "cpu", "cpu.shares") == "512"  # all or none
     finally:
         cgroup.remove()
     assert places("limits") == []
@@ -5587,8 +5740,6 @@ def test_config_that_is_no_object():
      "HostConfig.Memory of type int64"),
     ({"BlkioWeight": 1 << 16}, "json: cannot unmarshal number 65536 into Go struct field "
      "HostConfig.HostConfig.BlkioWeight of type uint16"),
-    ({"Memory": -1}, "Minimum memory limit allowed is 6MB"),
-    ({"KernelMemory": 1}, "Minimum kernel memory limit allowed is 6MB"),
     ({"OomScoreAdj": 2000}, "Invalid value 2000, range for oom score adj is [-1000, 1000]"),
     ({"ShmSize": -1}, "SHM size can not be less than 0"),
     ({"PortBindings": {"99999/tcp": []}, "NetworkMode": "host"}, 'invalid port specification: "99999"'),
