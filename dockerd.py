@@ -2121,7 +2121,7 @@ class Engine:
         """Whether the job `name` has a handler of its own."""
         return name in self._handlers
 
-    def job(self, name: str, *arguments: str, **env: Any) -> Job:
+    def job(self, name: str, /, *arguments: str, **env: Any) -> Job:
         """A new job, not yet run."""
         new = Job(self, name, arguments, env)
         if self.logging:
@@ -4214,6 +4214,17 @@ def parse_filters(value: Any, accepted: Optional[Iterable[str]] = None) -> dict[
         if not isinstance(values, (list, dict)) or (accepted is not None and name not in accepted):
             raise BadParameter(f"invalid filter '{name}'")
     return {name: [str(text) for text in values] for name, values in filters.items()}
+
+
+def until_filter(filters: dict[str, list[str]]) -> int:
+    """What the filter `until` of a prune allows at most as the time of making, in nanoseconds since 1970."""
+    texts = filters.get("until") or []
+    if len(texts) > 1:
+        raise BadParameter("more than one until filter specified")
+    try:
+        return parse_timestamp(texts[0]) if texts else 1 << 63
+    except BadParameter:
+        raise BadParameter(f"failed to parse value as time or duration: {go_quote(texts[0])}") from None
 
 
 def matches_labels(wanted: Iterable[str], labels: Optional[dict[str, str]]) -> bool:
@@ -9744,14 +9755,18 @@ def check_container_filters(filters: dict[str, list[str]]) -> dict[str, list[str
 
 
 def _descends(container: Any, name: str, images: Any) -> bool:
-    """Whether the container's image is the one called `name`."""
-    try:
-        return bool(images.resolve(name).id == container.image_id)
-    except DockerError:
-        return False
+    """Whether the container's image is the one called `name`, or made from it."""
+    with contextlib.suppress(DockerError):
+        wanted, image_id = images.resolve(name).id, container.image_id
+        while image_id and image_id != wanted:
+            image_id = images.resolve(image_id).parent
+        return bool(image_id)
+    return False
 
 
 CONTAINER_STOP_TIMEOUT = 10     # seconds between the stop signal and SIGKILL
+RESTART_DELAY = (0.1, 60.0)     # seconds until a first restart, doubled at each, and the longest
+RESTART_RESET = 10              # seconds of running after which a restart is a first one again
 STOPPED, RUNNING, PAUSED, REMOVING, DEAD = "stopped", "running", "paused", "removing", "dead"
 
 
@@ -9766,6 +9781,7 @@ class Parts(NamedTuple):
     seccomp_profile: Any                        # None for the built-in, "unconfined", or a document
     log_event: Callable[..., None]              # (action, container, **attributes)
     background: Callable[..., None]             # run a function soon, on a worker thread
+    later: Callable[..., Callable[[], None]]    # the same in so many seconds; call the result to give that up
     networks: dict[str, str]                  # network names to ids
     removed: Callable[[Container], None]      # takes a removed container out of the table
 
@@ -9821,7 +9837,7 @@ class State:
 
     def from_disk(self, disk: dict[str, Any]) -> None:
         """Take over what to_disk wrote."""
-        self.running, self.paused = disk["Running"], disk["Paused"]
+        self.running, self.paused, self.restarting = disk["Running"], disk["Paused"], disk["Restarting"]
         self.oom_killed, self.dead, self.pid = disk["OOMKilled"], disk["Dead"], disk["Pid"]
         self.removing = disk["RemovalInProgress"]
         self.exit_code, self.error = disk["ExitCode"], disk["Error"]
@@ -9849,7 +9865,11 @@ class Container:
         driver = JsonFileLog(record["LogPath"]) if record["LogPath"] else None
         self.streams = Streams(parts.pump, driver)
         self.streams.on_finished = self._streams_finished
-        self._stopping = False
+        self._stopping = False      # this run is to be the last, whatever the restart policy says
+        self._clearing = False      # the last run has ended, and what it has left is being cleared away
+        self._kept = False          # "restart" stops it: no time for --rm
+        self._delay = 0.0           # seconds before the last restart
+        self._give_up_restart: Callable[[], None] = lambda: None
 
     # The record
 
@@ -9947,24 +9967,30 @@ class Container:
         NotModified when it runs, Conflict when it is paused or being removed, CommandError when the command
         cannot be executed.  A failure leaves nothing of the run behind and is kept in the state."""
         with self.lock:
+            self._await_clearing()
             if self.state.paused:
                 raise Conflict("cannot start a paused container, try unpause instead")
             if self.state.running:
                 raise NotModified(f"container {self.id} is already started")
             if self.state.removing or self.state.dead:
                 raise Conflict("container is marked for removal and cannot be started")
-            try:
-                self._start()
-            except Exception as error:
-                self.state.exit_code = getattr(error, "code", 128)
-                self.state.error = str(error)
-                self.save()
-                self.event("die", exitCode=str(self.state.exit_code))
-                self._end_waiters()
-                if self.host_config["AutoRemove"]:
-                    self._auto_remove()
-                raise
-            self.event("start")
+            self.record["RestartCount"], self._delay = 0, 0.0
+            self._start_or_fail()
+
+    def _start_or_fail(self) -> None:
+        """Start; a failure leaves the container stopped, with the reason in its state."""
+        try:
+            self._start()
+        except Exception as error:
+            self.state.exit_code = getattr(error, "code", 128)
+            self.state.error = str(error)
+            self.state.running = self.state.restarting = False
+            self.save()
+            self._end_waiters()
+            if self.host_config["AutoRemove"]:
+                self._auto_remove()
+            raise
+        self.event("start")
 
     def _start(self) -> None:
         """The steps of a start; each leaves its undo, and a failure runs the undos of what was done."""
@@ -9988,9 +10014,9 @@ class Container:
                 ours = {"stdout": process.console, "stdin": os.dup(process.console)}
             undo.pop_all()
         self.process = process
-        self.state.running, self.state.pid = True, process.pid
+        self.state.running, self.state.restarting, self.state.pid = True, False, process.pid
         self.state.exit_code, self.state.error, self.state.oom_killed = 0, "", False
-        self.state.started_at, self.state.finished_at = rfc3339nano(time.time_ns()), ZERO_TIME
+        self.state.started_at = rfc3339nano(time.time_ns())
         self.record["HasBeenStartedBefore"] = True
         self.record["HasBeenManuallyStopped"] = False
         self._stopping = False
@@ -10155,26 +10181,72 @@ class Container:
             self.process = None
             state = self.state
             state.oom_killed = self.cgroup.oom_killed()
-            state.running = state.paused = False
             state.pid, state.exit_code = 0, process.end["status"]
             state.finished_at = rfc3339nano(process.end["time"])
+            ran = max(0, process.end["time"] - parse_timestamp(state.started_at)) // 10**9
             self.streams.close_stdin()
+            state.paused, state.restarting = False, not self._stopping and self.wants_restart()
+            state.running = state.restarting  # Docker's: what comes back has not stopped
+            self.record["RestartCount"] += state.restarting
             self.save()
             if state.oom_killed:
                 self.event("oom")
-            self.event(
-                "die",
-                exitCode=str(state.exit_code),
-                execDuration=str(max(0, (process.end["time"] - parse_timestamp(state.started_at)) // 10**9)),
-            )
+            self.event("die", exitCode=str(state.exit_code), execDuration=str(ran))
             cgroup, self.cgroup, root, self._root_fd = self.cgroup, None, self._root_fd, -1
             self._end_waiters()
             self.streams.end_subscribers()
-        self.parts.driver.shim.forget(process)
-        os.close(root)
-        cgroup.remove()
-        if self.host_config["AutoRemove"]:
+            remove, self._clearing = self.host_config["AutoRemove"] and not self._kept, True
+        try:
+            self.parts.driver.shim.forget(process)
+            os.close(root)
+            cgroup.remove()
+        finally:
+            with self.lock:
+                self._clearing = False
+                self.changed.notify_all()
+                self._plan_restart(state.finished_at, ran)
+        if remove:
             self._auto_remove()
+
+    # Restarts: the daemon's timer calls _restart; whoever stops the container before gives it up
+
+    def wants_restart(self) -> bool:
+        """Whether the policy asks for a start after this end of the container."""
+        policy = self.host_config["RestartPolicy"]
+        most = policy["MaximumRetryCount"]
+        return {"always": True, "unless-stopped": not self.record["HasBeenManuallyStopped"],
+                "on-failure": self.state.exit_code != 0 and not 0 < most <= self.record["RestartCount"],
+                }.get(policy["Name"], False)
+
+    def _plan_restart(self, finished_at: str, ran: int) -> None:
+        """Start again after the delay, if the policy wanted that at this end; `ran` in seconds."""
+        if self._awaits_restart(finished_at):
+            first, longest = RESTART_DELAY
+            self._delay = min(2 * self._delay, longest) if self._delay and ran < RESTART_RESET else first
+            self._give_up_restart = self.parts.later(self._delay, self._restart, finished_at)
+
+    def _awaits_restart(self, finished_at: str) -> bool:
+        return self.state.restarting and self.state.finished_at == finished_at
+
+    def _restart(self, finished_at: str) -> None:
+        """The delay is over: start, unless the container has been stopped meanwhile."""
+        with self.lock:
+            if self._awaits_restart(finished_at):
+                try:
+                    self._start_or_fail()
+                except DockerError as error:
+                    log.error("cannot restart the container %s: %s", self.id, error)
+
+    def _stop_restarting(self) -> None:
+        """The restart that is waited for will not come."""
+        self._give_up_restart()
+        self.state.running = self.state.restarting = False
+        self.save()
+        self._end_waiters()
+
+    def _await_clearing(self) -> None:
+        """Wait, with the lock given up, until what the last run has left behind is gone."""
+        self.changed.wait_for(lambda: not self._clearing)
 
     def _end_waiters(self) -> None:
         self.state.runs += 1
@@ -10183,6 +10255,8 @@ class Container:
     def _auto_remove(self) -> None:
         try:
             self.remove(force=True)
+        except Conflict:  # a client removes it
+            pass
         except DockerError as error:
             log.warning("cannot remove the container %s: %s", self.id, error)
 
@@ -10227,38 +10301,53 @@ class Container:
             raise Conflict(f"{what}Container {self.id} is not running")
         return self.process
 
+    def _signal(self, number: int, last: bool, manually: bool = True) -> None:
+        """Send a signal to the container's process and tell of it.  After one that is to be the `last` thing
+        of the run, a paused container goes on, to end, and none is started again."""
+        self._stopping |= last
+        if manually:
+            self.record["HasBeenManuallyStopped"] = True
+            self.save()
+        if self.state.restarting:
+            if last:
+                self._stop_restarting()
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._require_running("").send_signal(number)
+        self.event("kill", signal=str(int(number)))
+        if last and self.state.paused:
+            self.cgroup.thaw()
+            self.state.paused = False
+            if number != signal.SIGKILL:
+                self.event("unpause")
+
     def kill(self, number: int) -> None:
         """Send the signal to the container's process; with SIGKILL wait for its end.  Conflict when it does
         not run."""
         with self.lock:
-            process = self._require_running(f"Cannot kill container: {self.name}: ")
-            if self.state.paused and number == signal.SIGKILL:
-                self.cgroup.thaw()
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
-            self.event("kill", signal=str(number))
+            if not self.state.restarting:
+                self._require_running(f"Cannot kill container: {self.name}: ")
+            own = self.config.get("StopSignal")
+            self._signal(number, number == signal.SIGKILL or not own or number == parse_signal(own))
             if number == signal.SIGKILL:
                 self._wait_end(10)
 
-    def stop(self, number: Optional[int] = None, timeout: Optional[int] = None) -> None:
+    def stop(self, number: Optional[int] = None, timeout: Optional[int] = None, manually: bool = True) \
+            -> None:
         """Send the stop signal and, after `timeout` seconds (-1: never), SIGKILL.  NotModified when it does
-        not run."""
+        not run.  One that is not stopped `manually` runs again when the daemon does."""
         number = number or parse_signal(self.config.get("StopSignal") or "SIGTERM")
         timeout = self.stop_timeout if timeout is None else timeout
         with self.lock:
-            if not self.state.running or self.process is None:
+            if not self.state.running:
                 raise NotModified(f"container {self.id} is already stopped")
-            self.record["HasBeenManuallyStopped"] = True
             process = self.process
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(number)
-            self.event("kill", signal=str(number))
+            self._signal(number, True, manually)
             if not self._wait_end(None if timeout < 0 else timeout):
                 log.info("Container %s failed to exit within %d s of signal %d - using the force",
                          self.id, timeout, number)
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGKILL)
-                self.event("kill", signal=str(int(signal.SIGKILL)))
+                if self.process is process:
+                    self._signal(signal.SIGKILL, True, manually)
                 if not self._wait_end(10):
                     raise DockerError(
                         f"cannot stop container {self.name}: it did not die of SIGKILL within 10 s"
@@ -10278,14 +10367,22 @@ class Container:
 
     def restart(self, number: Optional[int] = None, timeout: Optional[int] = None) -> None:
         """Stop it if it runs, and start it."""
-        with contextlib.suppress(NotModified):
-            self.stop(number, timeout)
-        self.start()
-        self.event("restart")
+        with self.lock:
+            self._kept = True
+            try:
+                with contextlib.suppress(NotModified):
+                    self.stop(number, timeout)
+            finally:
+                self._kept = False
+            with contextlib.suppress(NotModified):  # somebody else has been quicker
+                self.start()
+            self.event("restart")
 
     def pause(self) -> None:
         """Freeze all its processes; Conflict when it does not run or is paused."""
         with self.lock:
+            if self.state.restarting:
+                raise Conflict(f"Container {self.id} is restarting, wait until the container is running")
             self._require_running("")
             if self.state.paused:
                 raise Conflict(f"Container {self.id} is already paused")
@@ -10304,6 +10401,17 @@ class Container:
             self.save()
             self.event("unpause")
 
+    def top(self, arguments: str) -> dict[str, Any]:
+        """Its processes, as the host's ps shows them with these arguments; the API's answer."""
+        if self.state.restarting:
+            raise Conflict(f"Container {self.id} is restarting, wait until the container is running")
+        with self.lock:
+            self._require_running("")
+            pids = self.cgroup.processes()
+        titles, rows = list_processes(arguments or "-ef", pids)
+        self.event("top")
+        return {"Titles": titles, "Processes": rows or None}
+
     def resize(self, height: int, width: int) -> None:
         """Set the terminal's size in characters; Conflict when the container does not run."""
         with self.lock:
@@ -10319,7 +10427,7 @@ class Container:
         with self.lock:
             runs = self.state.runs
             conditions: dict[str, Callable[[], bool]] = {
-                "not-running": lambda: not self.state.running or self.state.removed,
+                "not-running": lambda: not self.state.running or self.state.runs > runs or self.state.removed,
                 "next-exit": lambda: self.state.runs > runs or self.state.removed,
                 "removed": lambda: self.state.removed or bool(self.state.removal_error),
             }
@@ -10348,40 +10456,42 @@ class Container:
         with self.lock:
             if self.state.removing:
                 raise Conflict(f"removal of container {self.name} is already in progress")
-            if self.state.running:
-                self._stop_for_removal(force)
-            self.state.removing = True
+            if self.state.running and not force:
+                advice = "unpause and then stop the container" if self.state.paused else "stop the container"
+                raise Conflict(f"cannot remove container \"/{self.name}\": container is {self.state.status}: "
+                               f"{advice} before removing or force remove")
+            self.state.removing = True  # from here on nobody starts it
             try:
+                if self.state.running:
+                    self._kill_for_removal()
+                self._await_clearing()
                 self.save()
                 self.parts.layers.remove_rw(self.id)
                 remove_tree(self.directory)
             except OSError as error:
-                self.state.removing, self.state.dead = False, True
-                with contextlib.suppress(OSError):
-                    self.save()
-                self.state.removal_error = (
-                    f"unable to remove filesystem for {self.id}: {error.strerror}: {error.filename}"
-                )
-                self.changed.notify_all()
-                raise DockerError(self.state.removal_error) from None
+                self.state.dead = True
+                self._removal_failed(f"unable to remove filesystem for {self.id}: {error.strerror}: "
+                                     f"{error.filename}")
+            except DockerError as error:
+                self._removal_failed(str(error))
             self.state.removed = True
             self.parts.removed(self)
             self.event("destroy")
             self.changed.notify_all()
 
-    def _stop_for_removal(self, force: bool) -> None:
-        if not force:
-            state = "paused" if self.state.paused else "running"
-            advice = "unpause and then stop the container" if self.state.paused else "stop the container"
-            raise Conflict(
-                f"cannot remove container \"/{self.name}\": container is {state}: {advice} before removing "
-                "or force remove"
-            )
+    def _kill_for_removal(self) -> None:
         self.kill(signal.SIGKILL)
         if self.state.running:
             raise DockerError(
-                f"cannot remove container \"/{self.name}\": it did not die of SIGKILL within 10 s"
-            )
+                f"cannot remove container \"/{self.name}\": it did not die of SIGKILL within 10 s")
+
+    def _removal_failed(self, text: str) -> None:
+        """Leave what is there to another attempt, and tell why."""
+        self.state.removing, self.state.removal_error = False, text
+        with contextlib.suppress(OSError):
+            self.save()
+        self.changed.notify_all()
+        raise DockerError(text) from None
 
     # Streams
 
@@ -10523,6 +10633,72 @@ def interface_counters(pid: int) -> dict[str, dict[str, int]]:
     rows = (line.split() for line in read_text(f"/proc/{pid}/net/dev").replace(":", " ").splitlines()[2:])
     return {row[0]: dict(zip(NETWORK_STATS, map(int, row[1:5] + row[9:13])))
             for row in rows if row[0].startswith("eth")}
+
+
+def list_processes(arguments: str, pids: list[int]) -> tuple[list[str], list[list[str]]]:
+    """(titles, rows) of the processes `pids` from ps with `arguments`, which must show a column PID.
+
+    Where ps is missing or too small to know the common arguments, /proc tells what `ps -ef` would."""
+    for key, title in re.findall(r"\s+([^\s]*)=\s*(PID[^\s]*)", arguments):
+        if key != "pid":
+            raise BadParameter(f'specifying "{key}={title}" is not allowed')
+    try:
+        chosen = "-q" + ",".join(map(str, pids))
+        text = _ps([*arguments.split(" "), chosen]) or _ps(arguments.split(" "))  # some do not go with -q
+    except (DockerError, OSError) as error:
+        if arguments == "-ef":
+            return PROCESS_TITLES, list(filter(None, map(_process_row, pids)))
+        raise DockerError(f"ps: {getattr(error, 'strerror', None) or error}") from None
+    head, *lines = text.split("\n")
+    titles = head.split()
+    if "PID" not in titles:
+        raise DockerError("Couldn't find PID field in ps output")
+    column, last, rows, wanted = titles.index("PID"), len(titles) - 1, [], False
+    for fields in filter(None, map(str.split, lines)):
+        pid = fields[column] if column < len(fields) else ""
+        if pid != "-":  # with "m" the lines below a process are its threads
+            wanted = pid.isdecimal() and int(pid) in pids
+        if wanted:
+            rows.append([*fields[:last], " ".join(fields[last:])])
+    return titles, rows
+
+
+def _ps(arguments: list[str]) -> str:
+    """What ps prints; "" when it takes no -q among `arguments`, else DockerError with the first line of its
+    complaint."""
+    import subprocess
+    done = subprocess.run(["ps", *arguments], stdin=subprocess.DEVNULL, capture_output=True, errors="replace",
+                          check=False)
+    if done.returncode and arguments[-1].startswith("-q"):
+        return ""
+    if done.returncode:
+        raise DockerError(done.stderr.partition("\n")[0] or f"exit status {done.returncode}")
+    return done.stdout
+
+
+PROCESS_TITLES = ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"]
+
+
+def _process_row(pid: int) -> Optional[list[str]]:
+    """A line of `ps -ef`, from proc(5); None when the process has ended."""
+    import pwd
+    name, _, text = read_text(f"/proc/{pid}/stat").rpartition(")")
+    if not text:
+        return None
+    fields = text.split()
+    uid = re.search(r"^Uid:\s+\d+\s+(\d+)", read_text(f"/proc/{pid}/status"), re.MULTILINE)
+    user = uid[1] if uid else "?"
+    with contextlib.suppress(KeyError, ValueError):
+        user = pwd.getpwuid(int(user)).pw_name
+    terminal, ticks = int(fields[4]), os.sysconf("SC_CLK_TCK")
+    used = (int(fields[11]) + int(fields[12])) // ticks
+    age = max(1, int(time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / ticks))
+    started = time.localtime(time.time() - age)
+    words = read_text(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
+    return [user, str(pid), fields[1], str(100 * used // age),
+            time.strftime("%H:%M" if age < 86400 else "%b%d", started),
+            f"pts/{os.minor(terminal)}" if 136 <= os.major(terminal) <= 143 else "?",
+            f"{used // 3600:02}:{used // 60 % 60:02}:{used % 60:02}", words or f"[{name.partition('(')[2]}]"]
 
 
 def _shell_word(word: str) -> str:
@@ -10765,15 +10941,37 @@ PREDEFINED_NETWORKS = ("bridge", "host", "none")
 
 
 class Workers:
-    """A few threads that do what no client waits for: ends of containers, clearing up."""
+    """A few threads that do what no client waits for: ends of containers, clearing up; and one that hands
+    them what is to be done later: restarts, probes."""
 
     def __init__(self, count: int) -> None:
         import queue
+        import sched
         self._tasks: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
         self._idle = threading.Condition()
         self._unfinished = 0
+        self._timers = sched.scheduler(time.monotonic)
+        self._numbers = itertools.count()  # no two timers are equal
+        self._earlier = threading.Event()
         for number in range(count):
             threading.Thread(target=self._run, name=f"worker-{number}", daemon=True).start()
+        threading.Thread(target=self._run_timers, name="timers", daemon=True).start()
+
+    def later(self, seconds: float, function: Callable[..., None], *arguments: Any) -> Callable[[], None]:
+        """Submit `function(*arguments)` in so many seconds; a call of the result gives that up."""
+        timer = self._timers.enter(seconds, next(self._numbers), self.submit, (function, *arguments))
+        self._earlier.set()
+
+        def cancel() -> None:
+            with contextlib.suppress(ValueError):  # its time has come
+                self._timers.cancel(timer)
+
+        return cancel
+
+    def _run_timers(self) -> None:
+        while True:
+            self._earlier.clear()
+            self._earlier.wait(self._timers.run(blocking=False))
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run `function(*arguments)` soon."""
@@ -10812,7 +11010,7 @@ class Events:
         event: dict[str, Any] = {
             "Type": kind,
             "Action": action,
-            "Actor": {"ID": actor, "Attributes": attributes},
+            "Actor": {"ID": actor, "Attributes": dict(sorted(attributes.items()))},
             "scope": "local",
             "time": now // 10**9,
             "timeNano": now,
@@ -10952,16 +11150,43 @@ class ContainerTable:
         return matching[0]
 
     def reserve(self, name: str, container_id: str) -> None:
-        """Take `name` for a container that is being made; Conflict when it is taken."""
+        """Take `name`, perhaps with a slash, for a container; BadParameter when it is none, Conflict when it
+        is taken."""
+        bare = name[name.startswith("/"):]
+        if not NAME_PATTERN.fullmatch(bare):
+            raise BadParameter(
+                f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
         with self._lock:
-            holder = self._names.setdefault(name, container_id)
+            holder = self._names.setdefault(bare, container_id)
         if holder != container_id:
-            raise name_conflict(name, holder)
+            raise name_conflict(bare, holder)
 
     def release(self, name: str) -> None:
         """Give a reserved name back."""
         with self._lock:
             self._names.pop(name, None)
+
+    def rename(self, container: Container, name: str) -> None:
+        """Give it another name; Conflict when that is taken."""
+        with container.lock:
+            old = container.name
+            if container.state.removing or container.state.dead:
+                raise Conflict("container is marked for removal and cannot be renamed")
+            if name == old:
+                raise BadParameter("Renaming a container with the same name as its current name")
+            try:
+                self.reserve("/" + name, container.id)
+            except (BadParameter, Conflict) as error:
+                raise type(error)(f"Error when allocating new name: {error}") from None
+            container.record["Name"] = "/" + name
+            try:
+                container.save()
+            except OSError:
+                container.record["Name"] = "/" + old
+                self.release(name)
+                raise
+            self.release(old)
+            container.event("rename", oldName="/" + old)
 
     def add(self, container: Container) -> None:
         """Let the container be found."""
@@ -10987,16 +11212,15 @@ class ContainerTable:
 class ContainerJobs:
     """The jobs about containers: each finds its container and lets it act."""
 
-    def __init__(self, parts: Parts, images: Any, table: ContainerTable) -> None:
-        self.parts, self.images, self.table = parts, images, table
+    def __init__(self, parts: Parts, images: Any, table: ContainerTable, events: Events) -> None:
+        self.parts, self.images, self.table, self.events = parts, images, table, events
+        self._pruning = threading.Lock()
 
     @job("create")
     def create(self, job: Job) -> None:
         """Make a container of env `body`, the body of POST /containers/create; args: perhaps its name."""
         body = job.env.get("body") or {}
         name = (job.args[0] if job.args else "").lstrip("/")
-        if name and not NAME_PATTERN.fullmatch(name):
-            raise BadParameter(f"Invalid container name ({name}), only [a-zA-Z0-9][a-zA-Z0-9_.-] are allowed")
         image = self.images.resolve(body.get("Image") or "")
         config, host_config, _, warnings = container_config(body, image.config, self.parts.config)
         warnings = warnings + self.parts.cgroups.adapt(host_config)
@@ -11071,6 +11295,46 @@ class ContainerJobs:
         """Change its resources and restart policy to those of env `body`."""
         job.reply({"Warnings": self.table.find(job.args[0]).update(job.env.get("body") or {}) or None})
 
+    @job("top")
+    def top(self, job: Job) -> None:
+        """Its processes; env `ps_args`."""
+        job.reply(self.table.find(job.args[0]).top(job.env.get("ps_args") or ""))
+
+    @job("rename")
+    def rename(self, job: Job) -> None:
+        """Give it env `name`."""
+        container, name = self.table.find(job.args[0]), job.env.get("name") or ""
+        if not name:
+            raise BadParameter("Neither old nor new names may be empty")
+        self.table.rename(container, name[name.startswith("/"):])
+
+    @job("container_prune")
+    def prune(self, job: Job) -> None:
+        """Remove what does not run and matches env `filters`: until, label, label!."""
+        filters = parse_filters(job.env.get("filters"), ("label", "label!", "until"))
+        latest = until_filter(filters)
+        if not self._pruning.acquire(blocking=False):
+            raise Conflict("a prune operation is already running")
+        deleted, reclaimed = [], 0
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._pruning.release)
+            for container in self.table.all():
+                if job.cancelled.is_set():
+                    break
+                if container.state.running or parse_timestamp(container.record["Created"]) > latest \
+                        or not container_matches(container, filters, self.images):
+                    continue
+                try:
+                    size = container.parts.layers.rw_size(container.id)[0]
+                    container.remove()
+                except DockerError as error:  # started or removed meanwhile
+                    log.warning("failed to prune container %s: %s", container.id, error)
+                    continue
+                deleted.append(container.id)
+                reclaimed += size
+        self.events.publish("container", "prune", "", {"reclaimed": str(reclaimed)})
+        job.reply({"ContainersDeleted": deleted or None, "SpaceReclaimed": reclaimed})
+
     @job("wait")
     def wait(self, job: Job) -> None:
         """Wait for env `condition`; the reply is the exit code."""
@@ -11112,8 +11376,8 @@ class ContainerJobs:
             if env.get(key):
                 filters.setdefault(key, []).append(env[key])
         limit = env.get_int("limit", 0)
-        everything = env.get_bool("all") or limit > 0 or any(
-            key in filters for key in ("status", "exited", "since", "before"))
+        everything = env.get_bool("all") or limit > 0 or "status" in filters or any(
+            env.get(key) for key in ("since", "before"))  # before 1.20 these were no filters
         bounds = {key: max(self.table.find(name).record["Created"] for name in filters.pop(key))
                   for key in ("since", "before") if key in filters}
         listed = [container for container in self.table.all()
@@ -11401,12 +11665,14 @@ class Daemon:
             self._seccomp_profile(),
             self.events.container_event,
             self.workers.submit,
+            self.workers.later,
             self.networks,
             self.containers.discard,
         )
         self._stop_old_processes()
         self._load_containers()
         self.driver.shim.open()
+        self._start_wanted()
         engine.on_shutdown(self.shutdown)
 
     def install(self) -> None:
@@ -11414,7 +11680,7 @@ class Daemon:
         for part in (
             self.events,
             self.images,
-            ContainerJobs(self.parts, self.images, self.containers),
+            ContainerJobs(self.parts, self.images, self.containers, self.events),
             Statistics(self.containers),
             SystemJobs(self),
         ):
@@ -11549,10 +11815,12 @@ class Daemon:
         """Bring one loaded container into the state that holds after a restart of the daemon."""
         state = container.state
         if state.running:
-            self.cgroups.kill_leftover(container.id, container.host_config.get("CgroupParent") or "")
-            state.exit_code = self.ends.get(container.id, 137)
-            state.running = state.paused = False
-            state.pid, state.finished_at = 0, rfc3339nano(time.time_ns())
+            if not state.restarting:
+                self.cgroups.kill_leftover(container.id, container.host_config.get("CgroupParent") or "")
+                state.exit_code = self.ends.get(container.id, 137)
+                state.finished_at = rfc3339nano(time.time_ns())
+            state.running = state.paused = state.restarting = False
+            state.pid = 0
             container.save()
         if state.removing or container.host_config["AutoRemove"]:
             state.removing = False
@@ -11560,6 +11828,45 @@ class Daemon:
                 container.remove()
             except DockerError as error:
                 log.warning("cannot remove the container %s: %s", container.id, error)
+
+    def _start_wanted(self) -> None:
+        """Start the containers whose policy asks for it, at the same time, but each after those it needs."""
+        wanted = {container.id: container for container in self.containers.all()
+                  if container.record["HasBeenStartedBefore"] and not container.state.running
+                  and container.wants_restart()}
+        waiting = {key: self._needs(container) & set(wanted) for key, container in wanted.items()}
+        unfinished = set(waiting)
+        ended: queue.SimpleQueue[str] = queue.SimpleQueue()
+        while unfinished:
+            ready = [key for key, needs in waiting.items() if not needs & unfinished]
+            if not ready and len(waiting) == len(unfinished):  # they need each other: somebody is to be first
+                ready = list(waiting)
+            for key in ready:
+                del waiting[key]
+                self.workers.submit(self._start_one, wanted[key], ended)
+            unfinished.discard(ended.get())
+
+    def _needs(self, container: Container) -> set[str]:
+        """The ids of the containers that must run before this one, which is linked to them or shares their
+        namespaces."""
+        host = container.host_config
+        modes = (host[key].partition(":") for key in ("NetworkMode", "IpcMode", "PidMode"))
+        names = [name for kind, _, name in modes if kind == "container"]
+        names += [link.partition(":")[0] for link in host["Links"] or ()]
+        found = set()
+        for name in names:
+            with contextlib.suppress(DockerError):
+                found.add(self.containers.find(name).id)
+        return found - {container.id}
+
+    @staticmethod
+    def _start_one(container: Container, ended: queue.SimpleQueue[str]) -> None:
+        try:
+            container.start()
+        except DockerError as error:
+            log.error("failed to start container %s: %s", container.id, error)
+        finally:
+            ended.put(container.id)
 
     def shutdown(self) -> None:
         """Stop all containers at the same time, each within its own time; write everything out; end the
@@ -11582,9 +11889,7 @@ class Daemon:
     def _stop_one(container: Container) -> None:
         try:
             with contextlib.suppress(NotModified):
-                if container.state.paused:
-                    container.unpause()
-                container.stop()
+                container.stop(manually=False)
         except DockerError as error:
             log.error("cannot stop the container %s: %s", container.id, error)
 
@@ -12235,7 +12540,7 @@ class Request:
         except (ValueError, BadParameter):
             return {}
 
-    def job(self, name: str, *arguments: str, **env: Any) -> Job:
+    def job(self, name: str, /, *arguments: str, **env: Any) -> Job:
         """A job of the engine; NotSupported while no part of the daemon has registered its handler."""
         engine = self.server.engine
         if engine.handler(name) is None:
@@ -12661,7 +12966,17 @@ def listed_in_1_14(item: Any) -> Any:
     """Docker 1.2.0's list: sizes only when asked for, and no status of a container that was never started."""
     sizes = {name: item[name] for name in ("SizeRw", "SizeRootFs") if name in item}
     status = "" if item["Status"] == "Created" else item["Status"]
-    return {**exactly(CONTAINERS_1_14)(item), "Status": status, **sizes}
+    name = item["Image"]
+    if HEX64.match(name):
+        name = name[:12]
+    elif ":" not in name.rpartition("/")[2]:
+        name += ":latest"
+    return {**exactly(CONTAINERS_1_14)(item), "Image": name, "Status": status, **sizes}
+
+
+def uncounted(item: Any) -> None:
+    """Before 1.51 the containers of a listed image were not counted."""
+    item["Containers"] = -1
 
 
 def warnings_or_null(item: Any) -> None:
@@ -12899,7 +13214,8 @@ PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
         until("1.47", ignores("manifests")), until("1.42", ignores("shared-size")),
         until("1.41", filter_is_reference),
         shape_until("1.48", drops("Descriptor")), shape_until("1.47", drops("Manifests")),
-        shape_until("1.44", virtual_size), shape_until("1.43", untagged_names),
+        shape_until("1.51", uncounted), shape_until("1.44", virtual_size),
+        shape_until("1.43", untagged_names),
         shape_until("1.25", drops("SharedSize", "Containers")), shape_until("1.22", plain_ids),
         shape_until("1.18", drops("RepoDigests", "Labels")), shape_until("1.15", exactly(IMAGES_1_14))),
     ("GET", "/images/{name}/json", runs("image_inspect", "manifests:bool platform:json"),

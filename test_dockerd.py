@@ -46,6 +46,7 @@ import termios
 import threading
 import time
 import types
+import urllib.parse
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Optional
 
@@ -2014,6 +2015,318 @@ def test_a_lost_shim_is_survived(new_host: Callable[..., Host], busybox: bytes) 
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Lifecycle
+#
+# The actions on a container, their events, restart policies, health.  The events and the states of each step
+# are those that the real dockerd 20.10.24 was seen to give (without a network's connect and disconnect).
+# ------------------------------------------------------------------------------------------------------------
+
+
+def events_since(host: Host, start: float, **filters: list[str]) -> list[tuple[str, dict[str, str]]]:
+    """(action, attributes without image and name) of the events of containers from `start` to now."""
+    query = f"since={start:.6f}&until={time.time():.6f}&filters=" + urllib.parse.quote(
+        json.dumps({"type": ["container"], **filters}))
+    events = host.http("GET", f"{API}/events?{query}").lines
+    return [(event["Action"], {key: value for key, value in event["Actor"]["Attributes"].items()
+                               if key not in ("image", "name", "execDuration")}) for event in events]
+
+
+def until_restarting(host: Host, name: str, count: int = 4) -> Any:
+    """The container's inspection when it waits for its restart number `count` or a later one."""
+    return wait_for(lambda: (shown := host.inspect(name))["RestartCount"] >= count
+                    and shown["State"]["Status"] == "restarting" and shown)
+
+
+DIE = ("die", {"exitCode": "137"})
+TERM, KILL = ("kill", {"signal": "15"}), ("kill", {"signal": "9"})
+
+
+@pytest.mark.parametrize("steps, expected", [
+    (["restart?t=0"], [TERM, KILL, DIE, ("stop", {}), ("start", {}), ("restart", {})]),
+    (["pause", "unpause", "kill?signal=USR1", "top"],
+     [("pause", {}), ("unpause", {}), ("kill", {"signal": "10"}), ("top", {})]),
+    (["pause", "stop?t=0"], [("pause", {}), TERM, ("unpause", {}), KILL, DIE, ("stop", {})]),
+    (["pause", "kill?signal=HUP"], [("pause", {}), ("kill", {"signal": "1"}), ("unpause", {})]),
+    (["pause", "kill"], [("pause", {}), KILL, DIE]),
+    (["stop?t=0", "restart", "rename?name=other"],
+     [TERM, KILL, DIE, ("stop", {}), ("start", {}), ("restart", {}), ("rename", {"oldName": "/one"})]),
+])
+def test_events_of_the_actions(host: Host, steps: list[str], expected: list[Any]) -> None:
+    identity = host.create("sleep", NEVER, name="one")
+    host.api("POST", f"/containers/{identity}/start")
+    start = time.time()
+    for step in steps:
+        host.api("GET" if step == "top" else "POST", f"/containers/{identity}/{step}")
+    assert events_since(host, start) == expected
+
+
+def test_a_restart_keeps_what_rm_would_remove(host: Host) -> None:
+    identity = host.create("sleep", NEVER, HostConfig={"AutoRemove": True})
+    for _ in range(2):
+        host.api("POST", f"/containers/{identity}/restart?t=0")
+    assert host.inspect(identity)["State"]["Running"]
+    host.api("POST", f"/containers/{identity}/stop?t=0")
+    wait_for(lambda: host.http("GET", f"{API}/containers/{identity}/json").status == 404)
+
+
+def test_on_failure_restarts_so_many_times(host: Host) -> None:
+    policy = {"Name": "on-failure", "MaximumRetryCount": 2}
+    start = time.time()
+    for name, code in (("fails", 3), ("ends", 0)):
+        host.create("sh", "-c", f"exit {code}", name=name, HostConfig={"RestartPolicy": policy})
+        host.api("POST", f"/containers/{name}/start")
+    wait_for(lambda: host.inspect("fails")["State"]["Status"] == "exited")
+    shown = host.inspect("fails")
+    assert (shown["RestartCount"], shown["State"]["ExitCode"]) == (2, 3)
+    assert events_since(host, start, container=["fails"])[1:] == [
+        ("start", {}), ("die", {"exitCode": "3"})] * 3
+    assert host.inspect("ends")["RestartCount"] == 0
+    assert not host.inspect("ends")["State"]["Running"]
+
+
+def test_a_container_that_waits_for_its_restart(host: Host) -> None:
+    """What the actions answer then; each way out of it leaves a container that stays stopped."""
+    host.create("sh", "-c", "exit 3", name="one", HostConfig={"RestartPolicy": {"Name": "always"}})
+    call = f"{API}/containers/one"
+    host.api("POST", "/containers/one/start")
+    state = until_restarting(host, "one")["State"]
+    assert (state["Running"], state["Restarting"], state["Pid"], state["ExitCode"]) == (True, True, 0, 3)
+    assert host.api("GET", "/containers/json")[0]["Status"].startswith("Restarting (3) ")
+    assert host.http("POST", f"{call}/start").status == 304
+    for method, action, text in (("POST", "/pause", "is restarting, wait until the container is running"),
+                                 ("GET", "/top", "is restarting, wait until the container is running"),
+                                 ("DELETE", "", "container is restarting: stop the container before")):
+        answer = host.http(method, call + action)
+        assert answer.status == 409 and text in answer.json["message"], answer.body
+    start = time.time()
+    assert host.http("POST", f"{call}/stop").status == 204
+    assert events_since(host, start) == [("stop", {})]
+    assert host.inspect("one")["State"]["Status"] == "exited"
+    host.api("POST", "/containers/one/restart")
+    assert until_restarting(host, "one")["State"]["Restarting"]
+    assert host.http("POST", f"{call}/kill").status == 204
+    assert host.inspect("one")["State"]["Status"] == "exited"
+    host.api("POST", "/containers/one/start")
+    until_restarting(host, "one")
+    host.api("POST", "/containers/one/update", {"RestartPolicy": {"Name": "no"}})
+    wait_for(lambda: host.inspect("one")["State"]["Status"] == "exited")
+    host.api("POST", "/containers/one/update", {"RestartPolicy": {"Name": "always"}})
+    host.api("POST", "/containers/one/start")
+    until_restarting(host, "one")
+    assert host.http("DELETE", call + "?force=1").status == 204
+
+
+def test_update_of_the_restart_policy(host: Host) -> None:
+    host.create("sleep", NEVER, name="kept")
+    host.create("sleep", NEVER, name="brief", HostConfig={"AutoRemove": True})
+    for name, policy, status, text in (
+        ("kept", {"Name": "bogus"}, 400, "invalid restart policy 'bogus'"),
+        ("kept", {"Name": "always", "MaximumRetryCount": 3}, 400, "maximum retry count cannot be used with"),
+        ("brief", {"Name": "always"}, 409, "Restart policy cannot be updated because AutoRemove is enabled"),
+    ):
+        answer = host.http("POST", f"{API}/containers/{name}/update", {"RestartPolicy": policy})
+        assert answer.status == status and text in answer.json["message"], answer.body
+    start = time.time()
+    policy = {"Name": "on-failure", "MaximumRetryCount": 4}
+    host.api("POST", "/containers/kept/update", {"RestartPolicy": policy})
+    host.api("POST", "/containers/kept/update", {})
+    assert host.inspect("kept")["HostConfig"]["RestartPolicy"] == policy
+    assert events_since(host, start) == [("update", {})] * 2
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_the_daemon_starts_what_its_policy_says(
+    new_host: Callable[..., Host], busybox: bytes, crash: bool
+) -> None:
+    """As the real one: a manual stop holds for unless-stopped, and what never ran is not started."""
+    host = new_host()
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    for policy in ("always", "unless-stopped", "on-failure", "no"):
+        for kind in ("running", "stopped", "fresh"):
+            name = f"{policy}.{kind}"
+            host.create("sleep", "1000", name=name, StopTimeout=0,
+                        HostConfig={"RestartPolicy": {"Name": policy}})
+            if kind != "fresh":
+                host.api("POST", f"/containers/{name}/start")
+            if kind == "stopped":
+                host.api("POST", f"/containers/{name}/stop?t=0")
+    host.create("sh", "-c", "exit 3", name="back-off", HostConfig={"RestartPolicy": {"Name": "always"}})
+    host.api("POST", "/containers/back-off/start")
+    until_restarting(host, "back-off", 3)
+    host.kill() if crash else host.stop()
+    host.start()
+    assert host.inspect("back-off")["State"]["ExitCode"] in (0, 3)
+    host.api("DELETE", "/containers/back-off?force=1")
+    assert {shown["Names"][0] for shown in host.api("GET", "/containers/json")} == {
+        "/always.running", "/always.stopped", "/unless-stopped.running", "/on-failure.running",
+        "/on-failure.stopped"}
+
+
+def test_containers_start_after_those_that_they_need() -> None:
+    """Links and shared namespaces make an order; who needs nobody does not wait, and a circle is no end."""
+    needs = {"web": ["db", "net"], "db": ["net"], "net": [], "own": ["stopped"], "a": ["b"], "b": ["a"]}
+    order: list[str] = []
+    containers = {name: types.SimpleNamespace(
+        id=name, record={"HasBeenStartedBefore": name != "stopped"},
+        state=types.SimpleNamespace(running=False), wants_restart=lambda: True,
+        start=functools.partial(order.append, name),
+        host_config={"NetworkMode": f"container:{names[0]}" if names else "none", "IpcMode": "private",
+                     "PidMode": "", "Links": [f"{other}:alias" for other in names[1:]]})
+        for name, names in {**needs, "stopped": []}.items()}
+    daemon = dockerd.Daemon.__new__(dockerd.Daemon)
+    daemon.containers = types.SimpleNamespace(  # type: ignore[assignment]
+        all=lambda: list(containers.values()), find=lambda name: containers[name])
+    daemon.workers = dockerd.Workers(2)
+    daemon._start_wanted()
+    assert sorted(order) == sorted(needs)
+    assert order.index("net") < order.index("db") < order.index("web")
+
+
+def test_timers_run_in_order_and_can_be_given_up() -> None:
+    ran: list[str] = []
+    workers, done = dockerd.Workers(1), threading.Event()
+    workers.later(0.2, done.set)
+    given_up = workers.later(0.1, ran.append, "never")
+    workers.later(0.05, ran.append, "second")
+    workers.later(0.0, ran.append, "first")
+    given_up()
+    assert done.wait(20) and ran == ["first", "second"]
+    given_up()
+
+
+def test_rename(host: Host) -> None:
+    identity, other = host.create("true", name="old"), host.create("true", name="other")
+    host.api("POST", "/containers/old/rename?name=/new")
+    assert host.inspect("new")["Id"] == identity and host.inspect(identity)["Name"] == "/new"
+    assert host.http("GET", f"{API}/containers/old/json").status == 404
+    for name, status, text in (
+        ("new", 400, "Renaming a container with the same name as its current name"),
+        ("", 400, "Neither old nor new names may be empty"),
+        ("!", 400, "Error when allocating new name: Invalid container name (/!), only "),
+        ("other", 409, "Error when allocating new name: Conflict. The container name \"/other\" is already "
+                       f"in use by container \"{other}\". "),
+    ):
+        answer = host.http("POST", f"{API}/containers/new/rename?name={name}")
+        assert answer.status == status and answer.json["message"].startswith(text), answer.body
+    host.create("true", name="old")
+
+
+def test_prune(host: Host) -> None:
+    names = {name: host.create("sh", "-c", "echo 12345 >/file", name=name, Labels={"kind": name})
+             for name in ("one", "two", "three")}
+    running = host.create("sleep", NEVER)
+    host.api("POST", f"/containers/{running}/start")
+    host.api("POST", "/containers/one/start")
+    host.api("POST", "/containers/one/wait")
+    start = time.time()
+
+    def prune(filters: str, status: int = 200) -> Any:
+        return host.api("POST", f"/containers/prune?filters={urllib.parse.quote(filters)}", status=status)
+
+    assert prune('{"until": ["1h"]}') == {"ContainersDeleted": None, "SpaceReclaimed": 0}
+    assert prune('{"label": ["kind=one"]}') == {"ContainersDeleted": [names["one"]], "SpaceReclaimed": 6}
+    assert prune('{"label!": ["kind=two"]}')["ContainersDeleted"] == [names["three"]]
+    assert [event for event in events_since(host, start) if event[0] == "prune"] == [
+        ("prune", {"reclaimed": size}) for size in ("0", "6", "0")]
+    for filters, text in (('{"until": ["x"]}', 'failed to parse value as time or duration: "x"'),
+                          ('{"until": ["1h", "2h"]}', "more than one until filter specified"),
+                          ('{"bogus": ["x"]}', "invalid filter 'bogus'")):
+        assert prune(filters, 400)["message"] == text
+    assert prune("{}")["ContainersDeleted"] == [names["two"]] and host.inspect(running)["State"]["Running"]
+
+
+@pytest.mark.parametrize("arguments, status, expected", [
+    ("", 200, ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"]),
+    ("aux", 200, ["USER", "PID", "%CPU", "%MEM", "VSZ", "RSS", "TTY", "STAT", "START", "TIME", "COMMAND"]),
+    ("-eo pid,args", 200, ["PID", "COMMAND"]),
+    ("-eo args", 500, "Couldn't find PID field in ps output"),
+    ("--bogus", 500, "ps: error: unknown gnu long option"),
+    ("-eo ppid=PID", 400, 'specifying "ppid=PID" is not allowed'),
+])
+def test_top(host: Host, arguments: str, status: int, expected: Any) -> None:
+    identity = host.create("sh", "-c", "sleep 1000 & exec sleep 999")
+    host.api("POST", f"/containers/{identity}/start")
+    wait_for(lambda: len(host.api("GET", f"/containers/{identity}/top")["Processes"]) == 2)
+    wait_for(lambda: "sleep 999" in str(host.api("GET", f"/containers/{identity}/top")))
+    path = f"/containers/{identity}/top?ps_args={urllib.parse.quote(arguments)}"
+    shown = host.api("GET", path, status=status)
+    if status != 200:
+        assert shown["message"] == expected
+        return
+    assert shown["Titles"] == expected
+    assert {row[-1] for row in shown["Processes"]} == {"sleep 999", "sleep 1000"}
+    pid = str(host.inspect(identity)["State"]["Pid"])
+    assert pid in [row[expected.index("PID")] for row in shown["Processes"]]
+
+
+def test_top_without_ps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """/proc tells what ps would: here of this very process."""
+    monkeypatch.setenv("COLUMNS", "10000")
+    told = dockerd.list_processes("-ef", [os.getpid()])
+    monkeypatch.setenv("PATH", "/nonexistent")
+    titles, [row] = dockerd.list_processes("-ef", [os.getpid()])
+    changing = (titles.index("C"), titles.index("TIME"))
+    assert titles == told[0]
+    assert [field for index, field in enumerate(row) if index not in changing] == [
+        field for index, field in enumerate(told[1][0]) if index not in changing]
+    with pytest.raises(dockerd.DockerError, match="ps: No such file"):
+        dockerd.list_processes("aux", [os.getpid()])
+
+
+def test_cli_lifecycle(docker: Docker) -> None:
+    docker("create", "--name", "one", "--label", "a=b", "busybox", "sleep", NEVER)
+    assert docker("update", "--restart", "on-failure:3", "one").strip() == "one"
+    docker("start", "one")
+    assert "sleep" in docker("top", "one")
+    assert docker("top", "one", "-o", "pid,comm").split()[:2] == ["PID", "COMMAND"]
+    docker("pause", "one")
+    assert "(Paused)" in docker("ps")
+    docker("unpause", "one")
+    docker("rename", "one", "two")
+    docker("restart", "-t", "0", "two")
+    assert docker("ps", "--format", "{{.Names}}").split() == ["two"]
+    docker("stop", "-t", "0", "two")
+    assert docker("container", "prune", "-f", "--filter", "label=a=c").split()[-1] == "0B"
+    assert "Deleted Containers" in docker("container", "prune", "-f", "--filter", "label=a=b")
+
+
+def test_races_on_one_container(host: Host) -> None:
+    """Six clients act on one container at random: each gets one of Docker's answers, and nothing is left."""
+    actions = {  # (method, path): what Docker may answer
+        ("POST", "/containers/one/start"): (204, 304, 404, 409),
+        ("POST", "/containers/one/stop?t=0"): (204, 304, 404),
+        ("POST", "/containers/one/restart?t=0"): (204, 404, 409),
+        ("POST", "/containers/one/kill"): (204, 404, 409),
+        ("POST", "/containers/one/pause"): (204, 404, 409),
+        ("POST", "/containers/one/unpause"): (204, 404, 409),
+        ("POST", "/containers/one/rename?name=two"): (204, 400, 404, 409),
+        ("POST", "/containers/two/rename?name=one"): (204, 400, 404, 409),
+        ("DELETE", "/containers/one"): (204, 404, 409),
+        ("DELETE", "/containers/two?force=1"): (204, 404, 409),
+        ("POST", "/containers/create?name=one"): (201, 409),
+    }
+    body = {"Image": "busybox", "Cmd": ["sleep", "1000"], "HostConfig": {
+        "NetworkMode": "none", "RestartPolicy": {"Name": "always"}}}
+
+    def client(seed: int) -> list[Any]:
+        chance, wrong = random.Random(seed), []
+        for _ in range(40):
+            (method, path), allowed = chance.choice(list(actions.items()))
+            answer = host.http(method, API + path, body if "create" in path else None)
+            if answer.status not in allowed:
+                wrong.append((method, path, answer.status, answer.body))
+        return wrong
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(client, range(6))) == [[]] * 6
+    host.remove_all()
+    assert host.api("GET", "/containers/json?all=1") == []
+    assert os.listdir(os.path.join(host.data_root, "containers")) == []
+    wait_for(lambda: not [path for path in host.cgroups() if not path.endswith(host.cgroup_parent)])
+    assert not [pid for pid in host.own_processes() if "sleep" in read_text(f"/proc/{pid}/cmdline")]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Inside a container
 #
 # What a container sees is what it sees under the real dockerd: the same script runs under both, and each line
@@ -3490,7 +3803,10 @@ def test_list_shapes(fake_api: FakeApi, raw: Raw) -> None:
     assert keys["1.21"] - keys["1.20"] == {"ImageID"} and keys["1.22"] - keys["1.21"] == {"NetworkSettings"}
     assert keys["1.23"] - keys["1.22"] == {"State", "Mounts"} and keys["1.51"] == set(listed)
     old = raw.json("GET /v1.14/containers/json")[1][0]
-    assert old["Status"] == "" and old["Image"] == "a" * 64
+    assert old["Status"] == "" and old["Image"] == "a" * 12
+    for name, shown in (("busybox", "busybox:latest"), ("host:5000/a", "host:5000/a:latest"), ("a:b", "a:b")):
+        listed["Image"] = name
+        assert raw.json("GET /v1.14/containers/json")[1][0]["Image"] == shown
     assert "Annotations" not in raw.json("GET /v1.45/containers/json")[1][0]["HostConfig"]
 
 
@@ -5946,9 +6262,11 @@ class Listed(NamedTuple):
 class ImageTable:
     @staticmethod
     def resolve(name: str) -> Any:
-        if name != "busybox":
+        parents = {"sha256:51a9": "sha256:ba5e", "sha256:ba5e": ""}
+        identity = {"busybox": "sha256:51a9", "base": "sha256:ba5e"}.get(name, name)
+        if identity not in parents:
             raise dockerd.NotFound("No such image")
-        return Listed(id="sha256:51a9")
+        return types.SimpleNamespace(id=identity, parent=parents[identity])
 
 
 @pytest.mark.parametrize("name,yes,no", [
@@ -5957,7 +6275,7 @@ class ImageTable:
     ("health", "healthy", "none"), ("is-task", "false", "true"), ("network", "none", "host"),
     ("network", "7547", "75470"), ("publish", "80", "81"), ("publish", "79-81/tcp", "80/udp"),
     ("expose", "53/udp", "53"), ("volume", "vol", "x"), ("volume", "/data", "/"),
-    ("ancestor", "busybox", "debian"),
+    ("ancestor", "busybox", "debian"), ("ancestor", "base", "debian"),
 ])
 def test_container_filters(name, yes, no):
     assert name in dockerd.CONTAINER_FILTERS
