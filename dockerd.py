@@ -2837,6 +2837,8 @@ class TarReader:
         sparse = False
         for keyword, value in records:
             field = PAX_FIELDS.get(keyword)
+            if field and not value:
+                continue  # the header's own value stands
             if field:
                 setattr(entry, field[0], field[1](value))
             elif keyword.startswith(b"SCHILY.xattr."):
@@ -3144,7 +3146,9 @@ class Unpacker:
                                "it belongs to the storage driver")
         try:
             os.setxattr(target, key, value, **({} if isinstance(target, int) else {"follow_symlinks": False}))
-        except PermissionError:
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP):
+                raise
             self.refused.add(os.fsdecode(key))
 
     @staticmethod
@@ -3502,7 +3506,11 @@ class StateSync(threading.Thread):
             self._wanted.wait()
             time.sleep(STATE_SYNC_INTERVAL)
             self._wanted.clear()
-            self.flush()
+            try:
+                self.flush()
+            except OSError as error:  # out of descriptors, say: what is pending is synced when there are some
+                log.error("cannot sync the state: %s", error)
+                self._wanted.set()
 
     def flush(self) -> None:
         """Sync everything that is pending; on return it is on the disk."""
@@ -6013,8 +6021,8 @@ class _Account(NamedTuple):
 
 
 def _go_integer(text: str) -> Optional[int]:
-    """The number that Go's strconv.Atoi reads, or None."""
-    return int(text) if re.fullmatch(r"[+-]?[0-9]+", text, re.ASCII) else None
+    """The number that Go's strconv.Atoi reads, cut off where nothing real is as large, or None."""
+    return int(text[:20]) if re.fullmatch(r"[+-]?[0-9]+", text, re.ASCII) else None
 
 
 def _accounts(content: Optional[bytes], last: int) -> list[_Account]:
@@ -6068,6 +6076,8 @@ def lookup_user(spec: str, passwd: Optional[bytes], group: Optional[bytes],
         extra = next((entry.number for entry in groups if asked in (entry.name, str(entry.number))), None)
         supplementary.append(_checked_id(asked, "Unable to find group", "group") if extra is None else extra)
     home = next((entry.members for entry in users if entry.number == uid), "") or "/"
+    if not (0 <= uid <= MAXIMUM_ID and 0 <= gid <= MAXIMUM_ID):  # as the image's files have it
+        raise BadParameter(f"uids and gids must be in range 0-{MAXIMUM_ID}")
     return uid, gid, list(dict.fromkeys([gid, *supplementary])), home
 
 
@@ -7716,12 +7726,9 @@ class Init:
         with _init_step(
             f"error mounting \"{entry.get('from', entry.get('type', ''))}\" to rootfs at \"{to}\""
         ):
-            if "node" in entry:
-                self._make_node(to, entry["node"], entry["rdev"], entry.get("owner"))
-            elif "link" in entry:
-                parent = _open_in_root(self.root, os.path.dirname(to))
-                os.symlink(entry["link"], os.path.basename(to), dir_fd=parent)
-                os.close(parent)
+            if "node" in entry or "link" in entry:
+                with contextlib.suppress(FileExistsError):  # --device comes before the default ones
+                    self._make_node(to, entry)
             elif "from" in entry:
                 self._bind(entry)
             else:
@@ -7741,14 +7748,19 @@ class Init:
                           set=entry.get("attributes", 0), propagation=entry.get("propagation", 0))
         _attach(made, self.root, entry["to"])
 
-    def _make_node(self, path: str, mode: int, rdev: int, owner: Optional[list[int]]) -> None:
+    def _make_node(self, path: str, entry: dict[str, Any]) -> None:
+        """Make a device node or a link; FileExistsError where something is."""
         parent = _mount_point(self.root, os.path.dirname(path), True)
         name = os.path.basename(path)
-        os.mknod(name, mode, rdev, dir_fd=parent)
-        os.chmod(name, stat.S_IMODE(mode), dir_fd=parent)
-        if owner:
-            os.chown(name, *owner, dir_fd=parent, follow_symlinks=False)
-        os.close(parent)
+        try:
+            if "link" in entry:
+                return os.symlink(entry["link"], name, dir_fd=parent)
+            os.mknod(name, entry["node"], entry["rdev"], dir_fd=parent)
+            os.chmod(name, stat.S_IMODE(entry["node"]), dir_fd=parent)
+            if entry.get("owner"):
+                os.chown(name, *entry["owner"], dir_fd=parent, follow_symlinks=False)
+        finally:
+            os.close(parent)
 
     def _open_console(self) -> None:
         """A terminal of the container's own devpts: the daemon gets the master, /dev/console is the slave.
@@ -7868,6 +7880,8 @@ class Init:
             os.chdir(cwd)
         except PermissionError:
             return False
+        except NotADirectoryError:
+            raise InitError(f"Cannot mkdir: {cwd} is not a directory") from None
         self._change_directory()
         return True
 
@@ -8322,7 +8336,7 @@ def build_plan(spec: Spec, root_place: str) -> dict[str, Any]:
         "cgroup_join": spec.cgroup_join,
         "cgroup_namespace": spec.cgroup_namespace,
         "root_place": root_place,
-        "mounts": default_mounts(spec) + device_mounts() + spec.devices + spec.mounts,
+        "mounts": default_mounts(spec) + spec.devices + device_mounts() + spec.mounts,
         "masked_paths": () if spec.privileged else spec.masked_paths,
         "readonly_paths": () if spec.privileged else spec.readonly_paths,
         "readonly_root": spec.readonly_root,
@@ -10720,26 +10734,34 @@ def _read_in_root(root: int, path: str, limit: int = 16 << 20) -> bytes:
                      RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
     except OSError:
         return b""
-    with open(fd, "rb") as file:
-        return file.read(limit) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    try:
+        facts = os.fstat(fd)
+        return os.read(fd, min(facts.st_size, limit)) if stat.S_ISREG(facts.st_mode) else b""
+    finally:
+        os.close(fd)
 
 
 def _fill_init_layer(directory: str) -> None:
     """What Docker puts under every container's own layer: the places that it will mount on.
 
-    The image may have made links of them: the kernel keeps all of it inside `directory`."""
+    What the image has there and above gives way where it is no directory: many a root file system's
+    resolv.conf is a link to what systemd makes when it runs.  The kernel keeps it all inside `directory`."""
     confined(directory, _make_mount_places)
 
 
 def _make_mount_places() -> None:
-    for name in ("dev/pts", "dev/shm", "proc", "sys"):
-        os.makedirs(name, 0o755, exist_ok=True)
-    os.makedirs("etc", 0o755, exist_ok=True)
-    for name in ("etc/hostname", "etc/hosts", "etc/resolv.conf", "dev/console", ".dockerenv"):
+    directories = ("dev/pts", "dev/shm", "proc", "sys")
+    for name in (*directories, "etc/hostname", "etc/hosts", "etc/resolv.conf", "dev/console", ".dockerenv",
+                 "etc/mtab"):
+        for place in itertools.accumulate(name.split("/"), os.path.join):
+            with contextlib.suppress(OSError):  # a directory, which stays, or nothing
+                os.unlink(place)
+        os.makedirs(name if name in directories else os.path.dirname(name) or ".", 0o755, exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o755))
-    with contextlib.suppress(FileExistsError):
-        os.symlink("/proc/mounts", "etc/mtab")
+            if name == "etc/mtab":
+                os.symlink("/proc/mounts", name)
+            elif name not in directories:
+                os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o755))
 
 
 def container_limits(host_config: dict[str, Any], config: Any) -> list[tuple[int, int, int]]:

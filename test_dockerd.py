@@ -2684,6 +2684,56 @@ def test_masked_path_behind_a_link_cve_2025_31133(defended: bool, tmp_path: Any)
         assert done.stdout == "|/evil\n"
 
 
+def link(name: str, target: str) -> tarfile.TarInfo:
+    """A symbolic link as an entry of an archive."""
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = tarfile.SYMTYPE, target
+    return entry
+
+
+@pytest.mark.parametrize("name, odd", [
+    ("etc/resolv.conf", link("etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf")),
+    ("etc/hosts", link("etc/hosts", "hosts")), ("etc/hostname", link("etc/hostname", "/dev/null")),
+    ("etc", link("etc", "../../../etc")), ("etc", b"no directory"), ("dev", link("dev", "/proc")),
+    ("proc", link("proc", "/etc")), ("proc", b"no directory"), ("sys", link("sys", "/proc")),
+])
+def test_what_an_image_has_where_docker_mounts_gives_way(host: Host, name: str, odd: Any) -> None:
+    """As under the real dockerd: a root file system of a systemd machine has a dangling resolv.conf."""
+    entries = {path: entry for path, entry in busybox_entries().items() if f"{path}/".find(f"{name}/") != 0}
+    host.import_image("odd", tar_of({**entries, name: odd}), *BUSYBOX_CHANGES)
+    try:
+        code, output = host.run("sh", "-c", "cd /etc; for f in hosts hostname resolv.conf; do test -f $f -a "
+                                "! -L $f -a -s $f || exit 1; done; readlink mtab; readlink /dev/fd; "
+                                "ls -d /sys/fs/*up", image="odd")
+    finally:
+        host.api("DELETE", "/images/odd?force=1")
+    assert (code, output) == (0, b"/proc/mounts\n/proc/self/fd\n/sys/fs/cgroup\n")
+
+
+def test_a_device_in_place_of_a_default_one(host: Host) -> None:
+    devices = [{"PathOnHost": source, "PathInContainer": to, "CgroupPermissions": "rwm"}
+               for source, to in (("/dev/null", "/dev/null"), ("/dev/zero", "/dev/full"))]
+    _, output = host.run("stat", "-c", "%t:%T", "/dev/null", "/dev/full", HostConfig={"Devices": devices})
+    assert output == b"1:3\n1:5\n"
+
+
+def test_odd_account_files_cost_nothing(host: Host) -> None:
+    """A directory for passwd is none, as in Docker; a working directory that is a file is told of."""
+    fds = f"/proc/{host.process.pid}/fd" if host.process else ""
+    entries = {**busybox_entries(), "etc/passwd": None, "etc/group": None}
+    host.import_image("odd", tar_of(entries), *BUSYBOX_CHANGES)
+    try:
+        host.run("true", image="odd")
+        before = len(os.listdir(fds))
+        for _ in range(4):
+            assert host.run("true", image="odd") == (0, b"")
+        wait_for(lambda: len(os.listdir(fds)) <= before, "the descriptors to be closed")
+    finally:
+        host.api("DELETE", "/images/odd?force=1")
+    answer = host.api("POST", f"/containers/{host.create('true', WorkingDir='/etc/plain')}/start", status=500)
+    assert answer["message"].endswith(": Cannot mkdir: /etc/plain is not a directory")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The house
 #
@@ -4938,6 +4988,14 @@ def test_hostile_entries_are_refused_with_a_clear_text(tmp_path: Path, outside: 
         unpack(make_tar(member), tmp_path / "t")
     assert str(caught.value) == text
     assert os.stat(outside / "passwd").st_nlink == 1 and not (tmp_path / "x").exists()
+
+
+def test_attributes_that_the_host_has_not_and_empty_records_are_passed_over(tmp_path: Path) -> None:
+    """Archives of macOS bring its attributes along; an empty record leaves the header's value, as in Go."""
+    records = {"SCHILY.xattr.com.apple.provenance": "x", "SCHILY.xattr.user.kept": "y", "path": "", "uid": "",
+               "mtime": ""}
+    unpack(make_tar(("x", b"x", {"pax_headers": records, "mtime": 7})), tmp_path)
+    assert os.listxattr(tmp_path / "x") == ["user.kept"] and os.stat(tmp_path / "x").st_mtime == 7
 
 
 def test_absolute_names_and_link_targets_are_those_of_the_tree(tmp_path: Path) -> None:
@@ -8408,6 +8466,13 @@ def test_users_not_found(spec: str, extra: list[str], text: str) -> None:
             dockerd.lookup_user(spec, None, None, extra)
 
 
+@pytest.mark.parametrize("number", ["-5", "2147483648", "9" * 20, "9" * 100_000])
+def test_users_whose_number_is_none(number: str) -> None:
+    for account, text in ((f"x:x:{number}:0::/:", "x"), (f"x:x:0:{number}::/:", "x")):
+        with pytest.raises(dockerd.BadParameter, match="uids and gids must be in range 0-2147483647"):
+            dockerd.lookup_user(text, account.encode(), None)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Storage drivers
 # ------------------------------------------------------------------------------------------------------------
@@ -8689,6 +8754,24 @@ def test_an_option_of_old_is_accepted(tmp_path: Path) -> None:
 
 
 # State
+
+
+def test_the_state_is_synced_when_there_are_descriptors_again(tmp_path: Path, monkeypatch: Any) -> None:
+    """A thread that died of it would take every later change of state along."""
+    tries = iter([OSError(errno.EMFILE, "Too many open files")] * 2)
+    sync = dockerd._sync_file
+    monkeypatch.setattr(dockerd, "STATE_SYNC", dockerd.StateSync())
+
+    def failing(path: str) -> None:
+        for error in tries:
+            raise error
+        sync(path)
+
+    monkeypatch.setattr(dockerd, "_sync_file", failing)
+    write_state(str(tmp_path / "state"), b"1", durable=False)
+    wait_for(lambda: not dockerd.STATE_SYNC._pending, "the state to be synced")
+    write_state(str(tmp_path / "state"), b"2", durable=False)
+    wait_for(lambda: not dockerd.STATE_SYNC._pending, "the state to be synced")
 
 
 def test_state_is_replaced_as_a_whole(tmp_path: Path) -> None:
