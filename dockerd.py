@@ -8587,11 +8587,15 @@ class ShimClient:
         sequence = next(self._sequence)
         fds = fds or {}
         packet = json.dumps({"op": operation, "seq": sequence, "fds": list(fds), **fields}).encode()
+        connection = self._socket
+        try:
+            if connection is None:
+                raise ConnectionResetError
+            socket.send_fds(connection, [packet], list(fds.values()))  # not under the reader's lock
+        except OSError as error:
+            raise DockerError(f"cannot reach the shim: {error.strerror or 'it is gone'}") from None
         with self._condition:
-            if self._socket is None:
-                raise DockerError("the shim is gone")
-            socket.send_fds(self._socket, [packet], list(fds.values()))
-            self._condition.wait_for(lambda: sequence in self._waiting or self._socket is None)
+            self._condition.wait_for(lambda: sequence in self._waiting or self._socket is not connection)
             if sequence not in self._waiting:
                 raise DockerError("the shim is gone")
             answer, received = self._waiting.pop(sequence)

@@ -1991,6 +1991,37 @@ def test_many_at_once(host: Host) -> None:
         assert list(pool.map(life, range(20))) == [(number, b"%d\n" % number) for number in range(20)]
 
 
+def test_many_requests_at_once_do_not_block_the_shim(tmp_path: Path) -> None:
+    """The shim, which has one thread, waits until its answers are read, while callers wait for room in the
+    socket: 450 starts at once were the end of all starts."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    theirs.settimeout(10)
+
+    def answer() -> None:
+        request = json.loads(theirs.recv(65536))
+        theirs.send(json.dumps({"seq": request["seq"], "pid": 1}).encode())
+
+    client = dockerd.ShimClient(str(tmp_path))
+    first = threading.Thread(target=answer)
+    first.start()
+    client._begin(ours)
+    first.join()
+    callers = [threading.Thread(target=client.call, args=("list",), daemon=True) for _ in range(600)]
+    for caller in callers:
+        caller.start()
+    wait_for(lambda: not select.select([], [ours], [], 0)[1], "the socket to be full")
+    for _ in range(2000):
+        theirs.send(b'{"seq": 0}')
+    for _ in callers:
+        answer()
+    for caller in callers:
+        caller.join()
+    theirs.close()
+    wait_for(lambda: not client.connected)
+    with pytest.raises(DockerError, match="cannot reach the shim: it is gone"):
+        client.call("list")
+
+
 def test_a_lost_shim_is_survived(new_host: Callable[..., Host], busybox: bytes) -> None:
     """Without its shim a container runs on, its end is known, and the next start brings a new shim."""
     host = new_host()
