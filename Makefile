@@ -3,11 +3,14 @@
 PREFIX ?= /usr/local
 PYTHON ?= python3
 CACHE := .cache
+comma := ,
+space := $(subst ,, )
 PIP_PACKAGES := cffi docker mypy pytest pytest-timeout PyYAML ruff setuptools
 # The real daemon to compare with, unpacked beside the project: never installed, never started on the machine itself.
 PEER_PACKAGES := busybox-static containerd docker.io libdevmapper1.02.1 libseccomp2 runc tini
 # What the tests call, and the package that has it.
 TOOLS := cc:gcc debootstrap:debootstrap ip:iproute2 ldd:libc-bin openssl:openssl ps:procps unshare:util-linux
+VM_TOOLS := mkfs.ext4:e2fsprogs qemu-system-x86_64:qemu-system-x86
 
 # "MINOR INTERPRETER" of every usable Python 3.9 or newer in PATH and under pyenv, oldest first.  Each names itself,
 # so that a shim is never taken for an interpreter.
@@ -18,6 +21,12 @@ LIST_PYTHONS = for directory in $$(echo "$$PATH" | tr : ' ') $$HOME/.pyenv/versi
 	os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")) and \
 	print(sys.version_info[1], sys.executable)' 2>/dev/null; \
 	done; done | sort -u -n -k 1,1
+# What the machine of `make vmtest` has beside Debian's base: a kernel, systemd, AppArmor, and what tests call.
+VM_PACKAGES := apparmor busybox-static ca-certificates dbus debootstrap e2fsprogs gcc git initramfs-tools iproute2 \
+	iptables libc6-dev libdevmapper1.02.1 libseccomp2 linux-image-$(shell dpkg --print-architecture) make openssl \
+	procps python3 python3-cffi python3-dev python3-docker python3-ply python3-pytest python3-pytest-timeout \
+	python3-setuptools \
+	python3-venv python3-yaml runc systemd systemd-sysv
 # The virtual environments of the oldest and of the newest Python.
 OLDEST = $$(head -n 1 $(CACHE)/environments)
 NEWEST = $$(tail -n 1 $(CACHE)/environments)
@@ -48,6 +57,11 @@ conformance: peer environments
 torture: peer native
 	@$(NEWEST)/bin/python -m pytest -q -p test_dockerd -m torture test_dockerd.py
 
+# The suite in a booted Debian with cgroup v2 alone, systemd and AppArmor; VMTEST="-k NAMES" for a part of it.
+vmtest: TOOLS += $(VM_TOOLS)
+vmtest: peer $(CACHE)/debian.tar $(CACHE)/vm/root.ext4
+	@PATH="$(PEER_PATH):$$PATH" $(NEWEST)/bin/python test_dockerd.py --vmtest $(VMTEST)
+
 # Programs of the machine that the tests call.
 tools:
 	@missing=; for pair in $(TOOLS); do \
@@ -64,17 +78,28 @@ $(CACHE)/peer/.complete: | tools
 	@for package in $(CACHE)/debs/*.deb; do dpkg -x $$package $(CACHE)/peer || exit 1; done
 	@touch $@
 
-# The first suite of the machine's own sources; in a mount namespace, so that no mount can stay behind.
-$(CACHE)/debian.tar: | tools
-	@mkdir -p $(CACHE) && rm -rf $(CACHE)/debian
-	@set -- $$(apt-get indextargets --format '$$(REPO_URI) $$(CODENAME)' \
+# $(call DEBOOTSTRAP,DIRECTORY,OPTIONS): the first suite of the machine's own sources; in a mount namespace, so that
+# no mount can stay behind.
+DEBOOTSTRAP = mkdir -p $(1) && rm -rf $(1); \
+	set -- $$(apt-get indextargets --format '$$(REPO_URI) $$(CODENAME)' \
 	    'Created-By: Packages' 'Origin: Debian' 'Label: Debian' 'Component: main' | head -n 1); \
-	[ $$# = 2 ] || { echo "no Debian source is configured in apt" >&2; exit 1; }; \
-	unshare -m debootstrap --variant=minbase "$$2" $(CACHE)/debian "$$1" >$(CACHE)/debootstrap.log 2>&1 \
-	    || { tail -n 20 $(CACHE)/debootstrap.log >&2; exit 1; }
+	[ $$\# = 2 ] || { echo "no Debian source is configured in apt" >&2; exit 1; }; \
+	unshare -m debootstrap --variant=minbase $(2) "$$2" $(1) "$$1" >$(1).log 2>&1 \
+	    || { tail -n 20 $(1).log >&2; exit 1; }
+
+$(CACHE)/debian.tar: | tools
+	@$(call DEBOOTSTRAP,$(CACHE)/debian)
 	@tar -C $(CACHE)/debian -cf $@.new --exclude './var/cache/apt/*.bin' \
 	    --exclude './var/cache/apt/archives/*.deb' --exclude './var/lib/apt/lists/*' .
 	@rm -rf $(CACHE)/debian && mv $@.new $@
+
+# The machine's disk, and the kernel and the initial file system that qemu starts.
+$(CACHE)/vm/root.ext4: | tools
+	@$(call DEBOOTSTRAP,$(CACHE)/vm/tree,--include=$(subst $(space),$(comma),$(strip $(VM_PACKAGES))))
+	@rm -f $(CACHE)/vm/tree/var/cache/apt/archives/*.deb
+	@cp -L $(CACHE)/vm/tree/vmlinuz $(CACHE)/vm/tree/initrd.img $(CACHE)/vm/
+	@truncate -s 8G $@.new && mkfs.ext4 -q -d $(CACHE)/vm/tree $@.new
+	@rm -rf $(CACHE)/vm/tree && mv $@.new $@
 
 environments: tools
 	@mkdir -p $(CACHE); list=$$(mktemp $(CACHE)/environments.XXXXXX); \

@@ -31,6 +31,7 @@ import random
 import re
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -241,6 +242,8 @@ class Host:
     def command(self) -> list[str]:
         """The daemon's command line."""
         parent = ["--cgroup-parent", self.cgroup_parent] if self.cgroup_parent else []
+        if self.cgroup_parent.startswith("/"):  # systemd, the default with cgroup v2, takes slices
+            parent += ["--exec-opt", "native.cgroupdriver=cgroupfs"]
         return [
             self.python,
             self.program,
@@ -8886,3 +8889,86 @@ def test_failing_at_every_step_leaves_the_old_version(
         assert done.returncode == -signal.SIGKILL and all(name.startswith(".tmp-s") for name in left)
     else:
         assert done.stdout == "No space left on device\n" and left == [], done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A machine of its own
+#
+# `make vmtest` boots a Debian under qemu, with cgroup v2 alone, systemd and AppArmor, and runs this file's
+# tests inside.  The guest reads one disk, a tar archive with the sources, the unpacked packages and a script,
+# and writes the script's output to its second serial port.
+# ------------------------------------------------------------------------------------------------------------
+
+VM = os.path.join(CACHE, "vm")
+VM_SECONDS = 2 * 3600  # without hardware support every instruction is emulated
+VM_MARK = "vmtest: exit code "
+VM_SCRIPT = f"""exec >/dev/ttyS1 2>&1 </dev/null
+stty -F /dev/ttyS1 -opost
+cd /srv
+export HOME=/root PATH={PATH} PYTHONDONTWRITEBYTECODE=1
+echo "$(uname -r), $(python3 -V), $(systemctl --version | head -n 1)"
+echo "$(stat -f -c %T /sys/fs/cgroup), AppArmor $(cat /sys/module/apparmor/parameters/enabled)"
+python3 _native/build.py
+python3 -m pytest -q -p test_dockerd -p no:cacheprovider -m "not conformance and not torture" --timeout=900 \\
+    -W ignore::pytest.PytestUnknownMarkWarning --basetemp=/var/tmp/tests "$@" test_dockerd.py
+echo "{VM_MARK}$?"
+"""
+
+
+def write_vm_disk(path: str, arguments: list[str]) -> None:
+    """The archive that the guest unpacks to /srv: what is tested, what tests need, and what is to be done."""
+    clis = sorted(set(docker_clis().values()) - {f"{PEER}/usr/bin/docker"})
+    with tarfile.open(path, "w") as archive:
+        for name in ("dockerd.py", "test_dockerd.py", "bench_dockerd.py", "Makefile", "README.md",
+                     "_native/__init__.py", "_native/build.py", ".cache/peer", ".cache/debian.tar"):
+            archive.add(os.path.join(HERE, name), name)
+        for program in clis[:1]:
+            archive.add(os.path.realpath(program), "docker")
+        script = VM_SCRIPT.replace('"$@"', " ".join(map(shlex.quote, arguments))).encode()
+        entry = tarfile.TarInfo("run")
+        entry.size = len(script)
+        archive.addfile(entry, io.BytesIO(script))
+
+
+def vm_command(disk: str, output: str, console: str) -> list[str]:
+    """The command line of qemu: the disks stay as they are, and there is no network."""
+    boot = ("mkdir -p /srv && tar -C /srv -xf /dev/vdb && { [ ! -e /srv/docker ] || "
+            "ln -s /srv/docker /usr/local/bin/docker; } && exec sh /srv/run")
+    kernel = ["root=/dev/vda", "rw", "console=ttyS0", "systemd.run_success_action=poweroff-force",
+              "systemd.run_failure_action=poweroff-force", f'"systemd.run=/bin/sh -c \'{boot}\'"']
+    return ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "4096",
+            "-nodefaults", "-no-reboot", "-display", "none", "-nic", "none",
+            "-kernel", f"{VM}/vmlinuz", "-initrd", f"{VM}/initrd.img", "-append", " ".join(kernel),
+            "-drive", f"file={VM}/root.ext4,format=raw,if=virtio,snapshot=on",
+            "-drive", f"file={disk},format=raw,if=virtio,readonly=on",
+            "-serial", f"file:{console}", "-serial", f"file:{output}"]
+
+
+def vmtest(arguments: list[str]) -> int:
+    """Boot the machine of `make vmtest`, show what pytest prints there, and return its exit code; 1, with the
+    console's last lines, when the machine does not come so far."""
+    with tempfile.TemporaryDirectory(prefix="dockerd-vm-") as directory:
+        disk, output, console = (os.path.join(directory, name) for name in ("disk.tar", "output", "console"))
+        write_vm_disk(disk, arguments)
+        open(output, "wb").close()
+        end = time.monotonic() + VM_SECONDS
+        with subprocess.Popen(vm_command(disk, output, console)) as machine, \
+                open(output, errors="replace") as lines:
+            text = ""
+            while machine.poll() is None and time.monotonic() < end and VM_MARK not in text[-200:]:
+                time.sleep(0.5)
+                text += (more := lines.read())
+                print(more, end="", flush=True)
+            text += (more := lines.read())
+            print(more, end="", flush=True)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                machine.wait(20)
+            machine.kill()
+        found = re.search(VM_MARK + r"(\d+)", text)
+        if not found:
+            print("\n".join(read_text(console).splitlines()[-30:]), file=sys.stderr)
+        return int(found[1]) if found else 1
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["--vmtest"]:
+    sys.exit(vmtest(sys.argv[2:]))
