@@ -1007,8 +1007,9 @@ def _check_exec_option(option: str) -> str:
         raise BadParameter(f"invalid exec-opt ({option}): must be formatted 'opt=value'")
     if name.lower() != "native.cgroupdriver":
         raise BadParameter(f"invalid exec-opt ({option}): unknown option: '{name.lower()}'")
-    if value != "cgroupfs":
-        raise BadParameter(f"invalid exec-opt ({option}): the only cgroup driver here is cgroupfs")
+    if value not in ("cgroupfs", "systemd"):
+        why = "is internally used and cannot be specified manually" if value == "none" else "not supported"
+        raise BadParameter(f"native.cgroupdriver option {value} {why}")
     return f"native.cgroupdriver={value}"
 
 
@@ -7050,6 +7051,7 @@ class Cgroup:
         self.of = {controller: directory for hierarchy, directory in self.directories.items()
                    for controller in hierarchy.controllers or ("",)}
         self.directory_fd: Optional[int] = None  # of the v2 directory, to be born in
+        self.enter: Optional[Callable[[int], None]] = None  # puts a process into it that was not born there
 
     @property
     def join(self) -> list[list[str]]:
@@ -7305,9 +7307,11 @@ class CgroupManager:
     A parent that starts with "/" counts from the root of each hierarchy, another from the daemon's own
     cgroup."""
 
+    driver, default_parent, naming = "cgroupfs", "/docker", "{}"
+
     def __init__(self, cgroup_parent: str = "", mountinfo: str = "/proc/self/mountinfo",
                  membership: str = "/proc/self/cgroup") -> None:
-        self.parent = cgroup_parent or "/docker"
+        self.parent = cgroup_parent or self.default_parent
         hierarchies = read_hierarchies(_read_file(mountinfo), _read_file(membership))
         self.version = 2 if any(not hierarchy.controllers for hierarchy in hierarchies) and not any(
             name[:5] != "name=" for hierarchy in hierarchies for name in hierarchy.controllers) else 1
@@ -7368,7 +7372,7 @@ class CgroupManager:
         """Make a container's cgroups with its limits and device rules; DockerError when the kernel refuses
         one, and then nothing stays."""
         parent = host_config.get("CgroupParent") or self.parent
-        cgroup = Cgroup(self, parent, container_id)
+        cgroup = self.cgroup(container_id, parent)
         self._wait_removed(cgroup.path)
         rules, settings = device_rules(host_config), self.settings(host_config)
         try:
@@ -7384,6 +7388,10 @@ class CgroupManager:
             cgroup.remove()
             raise DockerError(f"cannot make the container's cgroups: {error}")
         return cgroup
+
+    def cgroup(self, container_id: str, parent: str = "") -> Cgroup:
+        """A container's cgroups, made or not."""
+        return Cgroup(self, parent or self.parent, self.naming.format(container_id))
 
     def _prepare(self, parent: str) -> None:
         """Make the parent in every hierarchy, and ready to have children."""
@@ -7436,7 +7444,7 @@ class CgroupManager:
 
     def kill_leftover(self, container_id: str, parent: str = "") -> None:
         """End and remove what an earlier daemon left of a container's cgroups, if anything."""
-        cgroup = Cgroup(self, parent or self.parent, container_id)
+        cgroup = self.cgroup(container_id, parent)
         if any(map(os.path.exists, cgroup.directories.values())):
             cgroup.kill()
             cgroup.remove()
@@ -7444,11 +7452,11 @@ class CgroupManager:
     def remove_stale(self, container_ids: Iterable[str] = ()) -> None:
         """Remove the cgroups under the default parent of containers that do not run.  Only ours: another
         daemon may have the same parent."""
-        known = set(container_ids)
+        known = {self.naming.format(container_id): container_id for container_id in container_ids}
         for place in self.places(self.parent).values() if known else ():
             with contextlib.suppress(OSError):
-                for name in known & set(os.listdir(place)):
-                    self.kill_leftover(name)
+                for name in known.keys() & set(os.listdir(place)):
+                    self.kill_leftover(known[name])
 
     def close(self) -> None:
         """Remove the parents that this daemon made and that nobody uses."""
@@ -7463,7 +7471,7 @@ class CgroupManager:
 
     def info(self) -> dict[str, Any]:
         """The fields of GET /info about cgroups."""
-        driver = "cgroupfs" if self.hierarchies else "none"
+        driver = self.driver if self.hierarchies else "none"
         return {**{flag: self.support[flag] for flag in _INFO_FLAGS},
                 "CgroupDriver": driver, "CgroupVersion": str(self.version)}
 
@@ -7472,11 +7480,15 @@ class CgroupManager:
         return ["WARNING: " + entry.warning for entry in _SUPPORT
                 if entry.warning and not self.support[entry.flag] and (self.version == 1 or entry.unified)]
 
+    def check_parent(self, parent: str) -> None:
+        """BadParameter for a cgroup parent that the driver cannot serve; "" is the default one."""
+
     def adapt(self, host_config: dict[str, Any], update: bool = False) -> list[str]:
         """Check HostConfig's resources, take out what this host cannot do, and set what follows from the
         rest; with `update` they are changes to those of a container.
 
         Returns Docker's warnings; BadParameter with Docker's text for what no host can do."""
+        self.check_parent(host_config.get("CgroupParent") or "")
         warnings = self._discard(host_config)
         memory = host_config.get("Memory") or 0
         if not memory and not self.support["MemoryLimit"]:
@@ -7571,6 +7583,265 @@ def _number_set(text: str) -> set[int]:
     return numbers
 
 
+# systemd: a container's cgroup is a transient scope that it makes when asked over D-Bus, and whose delegated
+# directory is ours.  The manager answers root on a socket of its own, so no message bus is needed.  Sources:
+# the D-Bus specification (type system, marshalling, EXTERNAL); org.freedesktop.systemd1(5);
+# systemd.resource-control(5).
+
+_DBUS_FIXED = {"y": "B", "b": "I", "i": "i", "u": "I", "x": "q", "t": "Q"}
+_DBUS_ALIGNED = {"s": 4, "o": 4, "a": 4, "(": 8, "{": 8}   # beside the fixed ones; "g" and "v" are not
+_SYSTEMD_SOCKET = "/run/systemd/private"
+# The fields of a message's header, from number 1 on: name, type, what ours have there
+_DBUS_FIELDS = (("path", "o", "/org/freedesktop/systemd1"),
+                ("interface", "s", "org.freedesktop.systemd1.Manager"), ("member", "s", ""),
+                ("error", "s", ""), ("reply", "u", ""), ("destination", "s", "org.freedesktop.systemd1"),
+                ("sender", "s", ""), ("signature", "g", ""))
+_SYSTEMD_SECONDS = 30.0
+# The unit's properties of those files: systemd writes its own values again when it is reloaded
+_UNIT_PROPERTIES = {"memory.max": "MemoryMax", "memory.swap.max": "MemorySwapMax", "memory.low": "MemoryLow",
+                    "cpu.weight": "CPUWeight", "cpu.shares": "CPUShares", "pids.max": "TasksMax",
+                    "memory.limit_in_bytes": "MemoryLimit"}
+
+
+def _dbus_types(signature: str) -> list[str]:
+    """The single complete types of a signature."""
+    structure = r"\((?:[^()]|\([^()]*\)|\([^()]*\([^()]*\)[^()]*\))*\)"  # three levels will do
+    return re.findall(rf"a*(?:[b-z]|{structure}|\{{[^{{}}]*\}})", signature)
+
+
+def _dbus_alignment(kind: str) -> int:
+    return struct.calcsize("=" + _DBUS_FIXED[kind]) if kind in _DBUS_FIXED else _DBUS_ALIGNED.get(kind[0], 1)
+
+
+def dbus_pack(data: bytearray, signature: str, values: Iterable[Any]) -> bytearray:
+    """Append `values` of the types of `signature` to `data`, whose begin is a multiple of 8; little endian.
+
+    A variant is the pair (signature, value)."""
+    for kind, value in zip(_dbus_types(signature), values):
+        data += bytes(-len(data) % _dbus_alignment(kind))
+        if kind in _DBUS_FIXED:
+            data += struct.pack("<" + _DBUS_FIXED[kind], value)
+        elif kind in ("s", "o", "g"):
+            text = value.encode()
+            data += struct.pack("<B" if kind == "g" else "<I", len(text)) + text + b"\0"
+        elif kind == "v":
+            dbus_pack(dbus_pack(data, "g", [value[0]]), value[0], [value[1]])
+        elif kind[0] == "a":
+            length = len(data)
+            data += bytes(4)
+            data += bytes(-len(data) % _dbus_alignment(kind[1:]))
+            start = len(data)
+            for item in value:
+                dbus_pack(data, kind[1:], [item])
+            struct.pack_into("<I", data, length, len(data) - start)
+        else:
+            dbus_pack(data, kind[1:-1], value)
+    return data
+
+
+def dbus_unpack(data: bytes, signature: str, at: int = 0) -> tuple[list[Any], int]:
+    """(the values of the types of `signature` in `data` from `at` on, where they end); see dbus_pack."""
+    values: list[Any] = []
+    for kind in _dbus_types(signature):
+        at += -at % _dbus_alignment(kind)
+        if kind in _DBUS_FIXED:
+            value, = struct.unpack_from("<" + _DBUS_FIXED[kind], data, at)
+            at += _dbus_alignment(kind)
+        elif kind in ("s", "o", "g"):
+            size, head = (data[at], 1) if kind == "g" else (*struct.unpack_from("<I", data, at), 4)
+            value = data[at + head:at + head + size].decode(errors="replace")
+            at += head + size + 1
+        elif kind == "v":
+            (inner,), at = dbus_unpack(data, "g", at)
+            (value,), at = dbus_unpack(data, inner, at)
+        elif kind[0] == "a":
+            size, = struct.unpack_from("<I", data, at)
+            at += 4 + -(at + 4) % _dbus_alignment(kind[1:])
+            value, end = [], at + size
+            while at < end:
+                item, at = dbus_unpack(data, kind[1:], at)
+                value += item
+        else:
+            value, at = dbus_unpack(data, kind[1:-1], at)
+        values.append(value)
+    return values, at
+
+
+def dbus_call(serial: int, member: str, signature: str, values: Iterable[Any]) -> bytes:
+    """The message that calls a method of systemd's manager."""
+    body = dbus_pack(bytearray(), signature, values)
+    given = {"member": member, "signature": signature}
+    fields = [(number, (kind, given.get(name, value)))
+              for number, (name, kind, value) in enumerate(_DBUS_FIELDS, 1) if given.get(name, value)]
+    head = dbus_pack(bytearray(struct.pack("<4B2I", ord("l"), 1, 0, 1, len(body), serial)), "a(yv)", [fields])
+    return bytes(head + bytes(-len(head) % 8) + body)
+
+
+class Systemd:
+    """One conversation with systemd's manager; DockerError with what it says when it refuses."""
+
+    def __init__(self, path: str = _SYSTEMD_SOCKET) -> None:
+        self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._connection.settimeout(_SYSTEMD_SECONDS)
+        self._serial = itertools.count(1)
+        try:
+            self._connection.connect(path)
+            self._stream = self._connection.makefile("rb")
+            self._connection.sendall(b"\0AUTH EXTERNAL %s\r\n" % str(os.geteuid()).encode().hex().encode())
+            if not self._stream.readline(1024).startswith(b"OK "):
+                raise PermissionError(errno.EACCES, "it does not accept root")
+            self._connection.sendall(b"BEGIN\r\n")
+        except OSError as error:
+            self._connection.close()
+            raise DockerError(f"cannot talk to systemd at {path}: {error.strerror or error}") from None
+
+    def __enter__(self) -> Systemd:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stream.close()
+        self._connection.close()
+
+    def call(self, member: str, signature: str, *values: Any) -> list[Any]:
+        """Call a method of the manager; what it returns."""
+        serial = next(self._serial)
+        try:
+            self._connection.sendall(dbus_call(serial, member, signature, values))
+            while True:
+                fields, body = self._receive()
+                if fields.get("reply") == serial:
+                    break
+        except OSError as error:
+            raise DockerError(f"systemd does not answer {member}: {error}") from None
+        if "error" in fields:
+            raise DockerError(f"systemd refuses {member}: {(body or [fields['error']])[0]}")
+        return body
+
+    def finish(self, job: str) -> None:
+        """Wait until systemd has done the job of this path; DockerError when it has failed."""
+        while True:
+            try:
+                fields, body = self._receive()
+            except OSError as error:
+                raise DockerError(f"systemd does not finish its job: {error}") from None
+            if fields.get("member") == "JobRemoved" and body[1] == job:
+                if body[3] != "done":
+                    raise DockerError(f"systemd could not start {body[2]}: {body[3]}")
+                return
+
+    def _receive(self) -> tuple[dict[str, Any], list[Any]]:
+        head = self._read(16)
+        size, _, fields_size = struct.unpack_from("<3I", head, 4)
+        rest = self._read(fields_size + -fields_size % 8 + size)
+        (pairs,), _ = dbus_unpack(head + rest, "a(yv)", 12)
+        fields = {_DBUS_FIELDS[number - 1][0]: value for number, value in pairs
+                  if 0 < number <= len(_DBUS_FIELDS)}
+        return fields, dbus_unpack(rest[-size:] if size else b"", fields.get("signature", ""))[0]
+
+    def _read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        if len(data) < size:
+            raise ConnectionResetError(errno.ECONNRESET, "it has closed the connection")
+        return data
+
+
+def unit_properties(settings: Iterable[Setting]) -> list[tuple[str, tuple[str, Any]]]:
+    """What a unit must know of limits, so that systemd keeps them."""
+    properties: list[tuple[str, tuple[str, Any]]] = []
+    for _, file, text in settings:
+        if file in _UNIT_PROPERTIES:
+            value = (1 << 64) - 1 if text in ("max", "-1") else int(text)
+            properties.append((_UNIT_PROPERTIES[file], ("t", value)))
+        elif file == "cpu.max":
+            quota, period = text.split(" ")
+            share = (1 << 64) - 1 if quota == "max" else int(quota) * 1000000 // int(period)
+            properties += [("CPUQuotaPerSecUSec", ("t", share)), ("CPUQuotaPeriodUSec", ("t", int(period)))]
+    return properties
+
+
+class Scope(Cgroup):
+    """A container's cgroup under systemd: there once a process is put into it."""
+
+    def _make(self, rules: list[str], settings: list[Setting]) -> None:
+        self.enter = functools.partial(self._start, rules, settings)
+
+    def _start(self, rules: list[str], settings: list[Setting], pid: int) -> None:
+        """Have systemd make the scope around the process, then set what is ours."""
+        unit, parent = os.path.basename(self.path), os.path.dirname(self.path)
+        properties = [("Description", ("s", f"container {unit[7:-6]}")), ("Slice", ("s", parent)),
+                      ("PIDs", ("au", [pid])), ("CollectMode", ("s", "inactive-or-failed")),
+                      ("Delegate", ("b", True)), ("DefaultDependencies", ("b", False)),
+                      *((name + "Accounting", ("b", True)) for name in ("CPU", "Memory", "Tasks", "IO")),
+                      *unit_properties(settings)]
+        with Systemd() as systemd:
+            job, = systemd.call("StartTransientUnit", "ssa(sv)a(sa(sv))", unit, "fail", properties, ())
+            systemd.finish(job)
+        try:
+            super()._make(rules, settings)
+        except OSError as error:
+            raise DockerError(f"cannot make the container's cgroups: {error}")
+
+    def _make_directory(self, directory: str) -> None:
+        os.makedirs(directory, 0o755, exist_ok=True)
+
+    def update(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """Change the limits of a running container, and what systemd knows of them."""
+        super().update(before, after)
+        with Systemd() as systemd:
+            systemd.call("SetUnitProperties", "sba(sv)", os.path.basename(self.path), True,
+                         unit_properties(self.manager.settings(after)))
+
+
+class SystemdManager(CgroupManager):
+    """The cgroup driver systemd: parents are slices, a container is the scope docker-ID.scope.
+
+    BadParameter for a parent that is no slice, DockerError where systemd does not run."""
+
+    driver, default_parent, naming = "systemd", "system.slice", "docker-{}.scope"
+
+    def __init__(self, cgroup_parent: str = "", *files: str) -> None:
+        self.check_parent(cgroup_parent)
+        if not systemd_runs():
+            raise DockerError("the cgroup driver systemd cannot be used: systemd does not run on this host "
+                              "(native.cgroupdriver=cgroupfs needs none)")
+        super().__init__(cgroup_parent, *files)
+
+    def check_parent(self, parent: str) -> None:
+        """BadParameter, with Docker's text, for what is no slice's name."""
+        if parent and not re.fullmatch(r"[^/]+\.slice", parent):
+            raise BadParameter("cgroup-parent for systemd cgroup should be a valid slice named as "
+                               '"xxx.slice"')
+
+    @staticmethod
+    def place(parent: str, own: str) -> str:
+        """The path of a slice: a-b.slice lies in a.slice."""
+        parts = parent[:-len(".slice")].split("-")
+        names = ["-".join(parts[:count]) for count in range(1, len(parts) + 1)] if parent != "-.slice" else []
+        return "".join(f"/{name}.slice" for name in names)
+
+    def cgroup(self, container_id: str, parent: str = "") -> Cgroup:
+        """A container's scope."""
+        return Scope(self, parent or self.parent, self.naming.format(container_id))
+
+    def _prepare(self, parent: str) -> None:
+        if self.version == 1:  # systemd makes slices in its own hierarchy alone
+            super()._prepare(parent)
+
+
+def systemd_runs() -> bool:
+    """Whether this host was booted by systemd; sd_booted(3)."""
+    return os.path.isdir("/run/systemd/system")
+
+
+def cgroup_manager(cgroup_parent: str, options: Iterable[str]) -> CgroupManager:
+    """The cgroup driver that --exec-opt names; else, as in Docker, systemd where that runs with version 2
+    alone."""
+    named = next((option.partition("=")[2] for option in options), "")
+    unified = os.path.exists("/sys/fs/cgroup/cgroup.controllers")
+    systemd = named == "systemd" or not named and unified and systemd_runs()
+    return (SystemdManager if systemd else CgroupManager)(cgroup_parent)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Execution driver: shim and init
 #
@@ -7663,6 +7934,8 @@ class Init:
     def run(self) -> None:
         """Carry the plan out; returns only by an exception."""
         plan = self.plan
+        if plan.get("await_cgroup") and not os.read(self.fds["sync"], 1):
+            raise InitError("the daemon has gone before the container had its cgroups")
         self._enter_cgroups(plan["cgroup_join"])
         os.setsid()
         if "join" in plan:
@@ -8249,6 +8522,7 @@ class Spec(NamedTuple):
     join: dict[str, int] = {}                     # namespace descriptors to join, by name
     cgroup_join: list[list[str]] = []             # [path, text] writes that put the caller into its cgroups
     cgroup_fd: Optional[int] = None                 # the v2 directory to be born in
+    cgroup_enter: Optional[Callable[[int], None]] = None  # puts the waiting process into its cgroups
     cgroup_namespace: bool = False
     cgroup_mounts: list[dict[str, Any]] = []
     mounts: list[dict[str, Any]] = []             # further mounts, in order
@@ -8334,6 +8608,7 @@ def build_plan(spec: Spec, root_place: str) -> dict[str, Any]:
         "join": list(spec.join),
         "loopback": bool(spec.namespaces & CLONE_NEWNET),
         "cgroup_join": spec.cgroup_join,
+        "await_cgroup": spec.cgroup_enter is not None,
         "cgroup_namespace": spec.cgroup_namespace,
         "root_place": root_place,
         "mounts": default_mounts(spec) + spec.devices + device_mounts() + spec.mounts,
@@ -8664,6 +8939,9 @@ class ExecutionDriver:
                 fds.update({"keep:" + name: fd for name, fd in keep.items()})
                 answer, received = self.shim.call("start", fds, key=spec.key, flags=spec.namespaces)
             process.pid, process.pidfd = answer["pid"], received[0]
+            if spec.cgroup_enter:
+                spec.cgroup_enter(process.pid)
+                ours.send(b"\0")
             self._await_execve(process, ours)
             return process
         except BaseException:
@@ -10156,6 +10434,7 @@ class Container:
             namespaces=namespaces,
             cgroup_join=self.cgroup.join,
             cgroup_fd=self.cgroup.directory_fd,
+            cgroup_enter=self.cgroup.enter,
             cgroup_namespace=host["CgroupnsMode"] == "private",
             cgroup_mounts=self.cgroup.mounts(host["CgroupnsMode"] == "private", not privileged),
             mounts=self._mounts(),
@@ -11677,7 +11956,7 @@ class Daemon:
         self.events = Events()
         self.containers = ContainerTable()
         self.workers = Workers(WORKERS)
-        self.cgroups = CgroupManager(config.cgroup_parent)
+        self.cgroups = cgroup_manager(config.cgroup_parent, config.exec_opts)
         self.driver = ExecutionDriver(config.exec_root)
         self.images = Images(config, self.events.image_event, self._image_users)
         self.layers = self.images.layers
