@@ -2190,7 +2190,10 @@ class SignalTrap:
     """The daemon's signals.  SIGINT and SIGTERM run `cleanup` once and exit 0; the third repeat forces the
     exit with 128+n.  SIGQUIT exits 128+3 without cleanup; with DEBUG in the environment it dumps all stacks
     and exits 2, as a Go program does.  SIGUSR1 dumps them and goes on.  SIGHUP runs `reload`.  Call install()
-    in the main thread."""
+    in the main thread.
+
+    A thread of its own acts on them: the interpreter runs handlers in the main thread alone, and one that
+    comes while that goes to sleep waits there for the next signal."""
 
     NAMES = {signal.SIGINT: "interrupt", signal.SIGTERM: "terminated", signal.SIGQUIT: "quit"}
 
@@ -2200,11 +2203,20 @@ class SignalTrap:
 
     def install(self) -> None:
         """Take the signals over; ValueError outside the main thread."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._run, args=(reader,), name="signals", daemon=True).start()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, self._handle)
+            signal.signal(number, lambda number, frame: None)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
-    def _handle(self, number: int, frame: Any) -> None:
+    def _run(self, reader: int) -> None:
+        while True:
+            for number in os.read(reader, 64):
+                self._handle(number)
+
+    def _handle(self, number: int) -> None:
         if number == signal.SIGUSR1:
             self._dump_stacks()
         elif number == signal.SIGHUP:
