@@ -39,6 +39,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import glob
 import hashlib
 import io
 import ipaddress
@@ -1181,7 +1182,7 @@ OPTIONS = (
     Option("storage-driver", "-s --storage-driver", "string", "Storage driver to use: overlay2, btrfs, vfs"),
     Option("storage-opts", "--storage-opt", "list", "Storage driver options"),
     Option("live-restore", "--live-restore", "bool", "Keep containers running while the daemon is down",
-           reload=True, status=("unlanded", "live restore")),
+           reload=True),
     Option("userns-remap", "--userns-remap", "string", "User/Group setting for user namespaces",
            status=("unlanded", "user namespaces")),
     # execution
@@ -7405,6 +7406,13 @@ class CgroupManager:
         """A container's cgroups, made or not."""
         return Cgroup(self, parent or self.parent, self.naming.format(container_id))
 
+    def existing(self, container_id: str, host_config: dict[str, Any]) -> Cgroup:
+        """The cgroups of a container that an earlier daemon has started."""
+        cgroup = self.cgroup(container_id, host_config.get("CgroupParent") or "")
+        with contextlib.suppress(OSError, KeyError):
+            cgroup.directory_fd = os.open(cgroup.of[""], os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return cgroup
+
     def _prepare(self, parent: str) -> None:
         """Make the parent in every hierarchy, and ready to have children."""
         with self._lock:
@@ -7864,8 +7872,9 @@ def cgroup_manager(cgroup_parent: str, options: Iterable[str]) -> CgroupManager:
 #
 # The daemon and the shim talk over a Unix SEQPACKET socket: one JSON object a packet, descriptors by
 # SCM_RIGHTS in the order of its "fds".  Requests carry "op" and "seq", answers "seq" and perhaps "error", the
-# end of a process is the packet {"exit": key, "status": n, "time": ns}.  A shim serves any later daemon:
-# fields are only ever added.
+# end of a process is the packet {"exit": key, "status": n, "time": ns}, with "error" where nobody can say how
+# it ended.  A shim serves any later daemon: operations and fields are only ever added.  A daemon whose own
+# source has another shim in it starts that one for new processes beside it.
 #
 # The init is the child on its way to execve.  It carries out a plan, a JSON document made by the daemon, and
 # tells its end on the descriptor "sync": end of file is success, else one JSON object with "error".  It
@@ -7873,7 +7882,7 @@ def cgroup_manager(cgroup_parent: str, options: Iterable[str]) -> CgroupManager:
 # man pages namespaces(7), pivot_root(2), capabilities(7), seccomp(2), pts(4).
 # ------------------------------------------------------------------------------------------------------------
 
-SHIM_PROTOCOL = 1
+SHIM_PROTOCOL = 2       # 1: no "take"
 SHIM_PACKET = 1 << 16
 TIOCSPTLCK = 0x40045431
 
@@ -8301,8 +8310,29 @@ def _close_others(kept: set[int]) -> None:
     close_range(first)
 
 
+def strange_exit_code(pid: int, pidfd: int) -> Optional[int]:
+    """How somebody else's child has ended, in the shell's way: 128 and the signal's number where one killed
+    it.
+
+    None where the kernel does not tell: it does of a zombie, and since 6.15 by the pidfd.
+    proc_pid_stat(5)."""
+    status = pidfd_exit_code(pidfd)
+    if status is None:
+        with contextlib.suppress(OSError, ValueError):
+            with open(f"/proc/{pid}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+            signal.pidfd_send_signal(pidfd, 0)  # type: ignore[attr-defined]  # still it, and no later one's pid
+            status = int(fields[49]) if fields[0] == b"Z" else None
+    if status is None:
+        status = pidfd_exit_code(pidfd)  # somebody has reaped it meanwhile
+    if status is None:
+        return None
+    code = os.waitstatus_to_exitcode(status)
+    return code if code >= 0 else 128 - code
+
+
 class ShimProcess:
-    """A process that the shim started: its pid and pidfd, the kept descriptors by name, and its end once
+    """A process that the shim watches: its pid and pidfd, the kept descriptors by name, and its end once
     known."""
 
     def __init__(self, key: str, pid: int, pidfd: int, keep: dict[str, int]) -> None:
@@ -8323,6 +8353,7 @@ class Shim:
         self.listener = listener
         self.processes: dict[str, ShimProcess] = {}
         self.connections: dict[int, socket.socket] = {}
+        self.unsent: dict[int, list[tuple[bytes, list[int]]]] = {}  # by connection: packets and descriptors
         self.by_pidfd: dict[int, ShimProcess] = {}
         self.poll = select.epoll()
         self.poll.register(listener, select.EPOLLIN)
@@ -8331,18 +8362,43 @@ class Shim:
     def run(self) -> None:
         """Serve until told to quit."""
         while not self.finished:
-            for fd, _ in self.poll.poll():
+            for fd, events in self.poll.poll():
                 if fd == self.listener.fileno():
                     self._accept()
                 elif fd in self.by_pidfd:
                     self._reap(self.by_pidfd[fd])
+                elif fd in self.connections and events & select.EPOLLOUT:
+                    self._send(self.connections[fd])
                 elif fd in self.connections:
                     self._serve(self.connections[fd])
 
     def _accept(self) -> None:
         connection, _ = self.listener.accept()
-        self.connections[connection.fileno()] = connection
+        self.connections[connection.fileno()], self.unsent[connection.fileno()] = connection, []
         self.poll.register(connection, select.EPOLLIN)
+
+    def _send(self, connection: socket.socket, data: bytes = b"", fds: Iterable[int] = ()) -> None:
+        """Send `data`, if any, behind what waits already: a daemon that does not read holds nobody up."""
+        waiting = self.unsent[connection.fileno()]
+        if data:
+            waiting.append((data, [os.dup(fd) for fd in fds]))
+        try:
+            while waiting:
+                socket.send_fds(connection, [waiting[0][0]], waiting[0][1], socket.MSG_DONTWAIT)
+                for fd in waiting.pop(0)[1]:
+                    os.close(fd)
+        except BlockingIOError:
+            pass
+        except OSError:  # the daemon is gone: its end of file follows
+            self._drop_unsent(waiting)
+        self.poll.modify(connection, select.EPOLLIN | (select.EPOLLOUT if waiting else 0))
+
+    @staticmethod
+    def _drop_unsent(waiting: list[tuple[bytes, list[int]]]) -> None:
+        for _, fds in waiting:
+            for fd in fds:
+                os.close(fd)
+        waiting.clear()
 
     def _serve(self, connection: socket.socket) -> None:
         """Answer one request; a daemon that is gone is forgotten, its containers are not."""
@@ -8354,6 +8410,7 @@ class Shim:
             request = json.loads(data)
         except OSError:
             del self.connections[connection.fileno()]
+            self._drop_unsent(self.unsent.pop(connection.fileno()))
             self.poll.unregister(connection)
             connection.close()
             return
@@ -8366,28 +8423,36 @@ class Shim:
             answer["error"] = f"{type(error).__name__}: {error}"
         for fd in named.values():
             os.close(fd)
-        with contextlib.suppress(OSError):
-            socket.send_fds(connection, [json.dumps(answer).encode()], sent)
+        self._send(connection, json.dumps(answer).encode(), sent)
 
     def op_hello(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
-        """Who the shim is; ends not yet forgotten are told again to this daemon."""
+        """Who the shim is."""
         answer.update(protocol=SHIM_PROTOCOL, pid=os.getpid())
 
     def op_start(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> list[int]:
         """Fork a process into new namespaces; `keep:NAME` descriptors are held for later daemons."""
-        key = request["key"]
-        if key in self.processes:
-            raise KeyError(f"{key} is running")
+        if request["key"] in self.processes:
+            raise KeyError(f"{request['key']} is running")
         keep = {name[5:]: fds.pop(name) for name in list(fds) if name.startswith("keep:")}
         pid, pidfd = clone3(request["flags"], fds.get("cgroup"))
         if pid == 0:
             fds.pop("cgroup", None)
             _init_main(fds)
-        process = self.processes[key] = ShimProcess(key, pid, pidfd, keep)
-        self.by_pidfd[pidfd] = process
-        self.poll.register(pidfd, select.EPOLLIN)
-        answer["pid"] = pid
+        self._watch(request["key"], pid, pidfd, keep)
+        answer.update(pid=pid, key=request["key"])
         return [pidfd]
+
+    def op_take(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
+        """Watch and keep a process whose own shim is gone; it is no child of this one."""
+        if request["key"] in self.processes:
+            raise KeyError(f"{request['key']} is running")
+        pidfd = fds.pop("pidfd")
+        keep = {name[5:]: fds.pop(name) for name in list(fds) if name.startswith("keep:")}
+        self._watch(request["key"], request["pid"], pidfd, keep)
+
+    def _watch(self, key: str, pid: int, pidfd: int, keep: dict[str, int]) -> None:
+        self.by_pidfd[pidfd] = self.processes[key] = ShimProcess(key, pid, pidfd, keep)
+        self.poll.register(pidfd, select.EPOLLIN)
 
     def op_keep(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
         """Hold further descriptors for a process (its terminal)."""
@@ -8420,24 +8485,32 @@ class Shim:
             process.close()
 
     def op_quit(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
-        """End the shim, unless it still has processes."""
-        self.finished = not any(process.end is None for process in self.processes.values())
+        """End the shim, unless it still has processes, or ends that no daemon has recorded."""
+        self.finished = not self.processes
+        if self.finished:
+            with contextlib.suppress(OSError):
+                os.unlink(self.listener.getsockname())
         answer["quitting"] = self.finished
 
     def _reap(self, process: ShimProcess) -> None:
         """Take the exit status and tell every daemon that listens; forgotten only when a daemon says so."""
-        information = os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED)
-        assert information is not None
-        status = (
-            information.si_status if information.si_code == os.CLD_EXITED else 128 + information.si_status
-        )
-        process.end = {"exit": process.key, "pid": process.pid, "status": status, "time": time.time_ns()}
+        try:
+            information = os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED)
+            assert information is not None
+            code: Optional[int] = information.si_status
+            if information.si_code != os.CLD_EXITED:
+                code = 128 + information.si_status
+        except ChildProcessError:  # it was taken over from another shim
+            code = strange_exit_code(process.pid, process.pidfd)
+        process.end = {"exit": process.key, "pid": process.pid, "status": 255 if code is None else code,
+                       "time": time.time_ns()}
+        if code is None:
+            process.end["error"] = "the exit code is not known: the shim that had started it was lost"
         self.poll.unregister(process.pidfd)
         del self.by_pidfd[process.pidfd]
         packet = json.dumps(process.end).encode()
         for connection in self.connections.values():
-            with contextlib.suppress(OSError):
-                connection.send(packet)
+            self._send(connection, packet)
 
 
 def shim_main(listener_fd: int) -> None:
@@ -8453,6 +8526,7 @@ def shim_main(listener_fd: int) -> None:
         reset_signal(real_time)
     shim = Shim(socket.socket(fileno=listener_fd))
     gc.collect()
+    trim_memory()
     gc.freeze()
     gc.disable()
     shim.run()
@@ -8470,8 +8544,9 @@ def shim_main(listener_fd: int) -> None:
 SHIM_SECTIONS = ("Constants", "Errors", "Kernel calls", "Netlink", "Execution driver: shim and init")
 SHIM_HEAD = (
     "from __future__ import annotations\nimport contextlib, ctypes, errno, fcntl, json, os, select, signal, "
-    "socket, stat, struct, sys, time\nfrom typing import Any, Callable, Iterable, Iterator, Optional, Union"
+    "socket, stat, struct, sys, time"
 )
+SHIM_TIMEOUT = 10               # seconds that a shim has to take a request and to answer it
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _QUIET = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
 
@@ -8655,7 +8730,7 @@ def shim_source(text: str) -> str:
         and (number == 0 or not lines[number - 1].startswith("#"))
     ]
     program = [""] * len(lines)
-    program[:3] = SHIM_HEAD.splitlines()
+    program[:2] = SHIM_HEAD.splitlines()
     for start, end in zip(banners, banners[1:] + [len(lines)]):
         if lines[start + 1][2:] in SHIM_SECTIONS:
             program[start:end] = lines[start:end]
@@ -8663,17 +8738,16 @@ def shim_source(text: str) -> str:
 
 
 def shim_bytecode(directory: str) -> str:
-    """The path of the shim's bytecode in `directory`, compiled when this source and interpreter have none
-    there (pitfall 1)."""
+    """The path of the shim's bytecode in `directory`, compiled when these sections and this interpreter have
+    none there (pitfall 1)."""
     with open(SOURCE, encoding="utf-8") as file:
-        text = file.read()
-    digest = hashlib.sha256(text.encode() + sys.version.encode()).hexdigest()[:16]
+        program = shim_source(file.read())
+    digest = hashlib.sha256(program.strip().encode() + sys.version.encode()).hexdigest()[:16]
     path = os.path.join(directory, f"shim-{digest}.pyc")
     if not os.path.exists(path):
-        for stale in os.listdir(directory):
-            if re.fullmatch(r"shim-[0-9a-f]{16}\.pyc", stale):
-                os.unlink(os.path.join(directory, stale))
-        write_bytecode(path, compile(shim_source(text), SOURCE, "exec", dont_inherit=True, optimize=2))
+        for stale in glob.glob(os.path.join(glob.escape(directory), "shim-*.pyc")):
+            os.unlink(stale)
+        write_bytecode(path, compile(program, SOURCE, "exec", dont_inherit=True, optimize=2))
     return path
 
 
@@ -8696,13 +8770,17 @@ def sealed_interpreter() -> int:
 
 
 class Process:
-    """A process that the shim runs: `pid` (the host's), `pidfd`, `end` (None, then {"status", "time"})."""
+    """A process that `shim` watches: `pid` (the host's), `pidfd`, `end` (None, then {"status", "time"} and
+    perhaps "error").
 
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.pid = 0
-        self.pidfd = -1
+    `kept` are the streams of one that was adopted, by name; `streams()` gives copies of those that a new shim
+    is to keep where the old one is lost."""
+
+    def __init__(self, key: str, shim: ShimClient, pid: int = 0, pidfd: int = -1) -> None:
+        self.key, self.shim, self.pid, self.pidfd = key, shim, pid, pidfd
         self.console = -1
+        self.kept: dict[str, int] = {}
+        self.streams: Callable[[], dict[str, int]] = dict
         self.end: Optional[dict[str, Any]] = None
         self.ended = threading.Event()
         self._lock = threading.Lock()
@@ -8731,96 +8809,82 @@ class Process:
         """Send the signal; ProcessLookupError when the process has ended."""
         signal.pidfd_send_signal(self.pidfd, number)  # type: ignore[attr-defined]
 
-    def close(self) -> None:
-        """Let the pidfd go."""
+    def forget(self) -> None:
+        """Its end has been recorded everywhere: let go all that is kept of it."""
+        self.shim.processes.pop(self.key, None)
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
+        for fd in self.kept.values():
+            os.close(fd)
+        self.kept = {}
+        self.shim.forgotten(self.key)
 
 
 class ShimClient:
-    """The daemon's connection to the shim: requests from any thread, ends of processes to their on_end."""
+    """The daemon's connection to the shim at `path`: requests from any thread, ends of processes to their
+    on_end, and `on_loss(self)` in a thread of its own when the shim is gone."""
 
-    def __init__(self, exec_root: str) -> None:
-        self.directory = exec_root
-        self.path = os.path.join(exec_root, "shim.sock")
+    def __init__(self, path: str, on_loss: Callable[[ShimClient], None]) -> None:
+        self.path, self.on_loss = path, on_loss
         self.pid = 0
+        self.retired = False    # another one starts what is new: this one quits when it has no process
         self.processes: dict[str, Process] = {}
         self._socket: Optional[socket.socket] = None
         self._sequence = itertools.count(1)
-        self._waiting: dict[int, list[Any]] = {}
-        self._condition = threading.Condition()
+        self._waiting: dict[int, queue.SimpleQueue[Any]] = {}
 
     @property
     def connected(self) -> bool:
         """Whether there is a shim to talk to."""
         return self._socket is not None
 
-    def open(self) -> None:
-        """Connect to the shim that runs, else start one; raises DockerError when neither works."""
-        self._begin(self._connect() or self._spawn())
-
-    def open_existing(self) -> bool:
-        """Connect to a shim that an earlier daemon left; whether there is one."""
-        connection = self._connect()
-        if connection is not None:
-            self._begin(connection)
-        return connection is not None
+    def connect(self) -> bool:
+        """Connect to the shim; False when none listens, DockerError when it does not answer."""
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SHIM_TIMEOUT, 0))
+        try:
+            connection.connect(self.path)
+        except OSError:
+            connection.close()
+            return False
+        self._begin(connection)
+        return True
 
     def _begin(self, connection: socket.socket) -> None:
         self._socket = connection
         threading.Thread(target=self._read, args=(connection,), name="shim", daemon=True).start()
         self.pid = self.call("hello")[0]["pid"]
 
-    def _connect(self) -> Optional[socket.socket]:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        try:
-            connection.connect(self.path)
-            return connection
-        except OSError:
-            connection.close()
-            return None
-
-    def _spawn(self) -> socket.socket:
-        """Start the shim in a session of its own, with nothing of the daemon's but its listening socket."""
+    def spawn(self, bytecode: str) -> None:
+        """Start the shim, in a session of its own, with nothing of the daemon's but its listening socket, and
+        connect to it; DockerError when that fails."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         listener.bind(self.path)
         os.chmod(self.path, 0o600)
         listener.listen(16)
+        log_path = os.path.join(os.path.dirname(self.path), "shim.log")
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        errors = os.open(
-            os.path.join(self.directory, "shim.log"),
-            os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC,
-            0o600,
-        )
+        errors = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         program = sealed_interpreter()
         environment = {"LC_ALL": "C.UTF-8", "LD_LIBRARY_PATH": os.path.join(sys.base_prefix, "lib")}
         if "DOCKERD_FAILPOINTS" in os.environ:
             environment["DOCKERD_FAILPOINTS"] = os.environ["DOCKERD_FAILPOINTS"]
         try:
             os.posix_spawn(
-                f"/proc/self/fd/{program}",
-                [sys.executable, "-I", "-S", shim_bytecode(self.directory), "3"],
-                environment,
-                file_actions=[
-                    (os.POSIX_SPAWN_DUP2, null, 0),
-                    (os.POSIX_SPAWN_DUP2, errors, 1),
-                    (os.POSIX_SPAWN_DUP2, errors, 2),
-                    (os.POSIX_SPAWN_DUP2, listener.fileno(), 3),
-                ],
-                setsid=True,
-                setsigmask=(),
-            )
-            connection = self._connect()
+                f"/proc/self/fd/{program}", [sys.executable, "-I", "-S", bytecode, "3"], environment,
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, number)
+                              for number, fd in enumerate((null, errors, errors, listener.fileno()))],
+                setsid=True, setsigmask=())
+            connected = self.connect()
         finally:
             listener.close()
             for fd in (null, errors, program):
                 os.close(fd)
-        if connection is None:
-            raise DockerError(f"cannot start the shim: see {self.directory}/shim.log")
-        return connection
+        if not connected:
+            raise DockerError(f"cannot start the shim: see {log_path}")
 
     def _read(self, connection: socket.socket) -> None:
         """The reader thread: answers go to their callers, ends to their processes."""
@@ -8832,103 +8896,212 @@ class ShimClient:
             if not data:
                 break
             packet = json.loads(data)
-            if "exit" in packet:
-                self._ended(packet)
-                continue
-            with self._condition:
-                self._waiting[packet["seq"]] = [packet, fds]
-                self._condition.notify_all()
-        with self._condition:
-            self._socket = None
-            self._condition.notify_all()
+            slot = self._waiting.pop(packet.get("seq"), None)
+            process = self.processes.get(packet.get("exit"))
+            if process is not None:
+                process.finish(packet)
+            elif slot is not None:
+                slot.put((packet, fds))
+            else:
+                self._discard(packet, fds)
+        self._socket = None
+        for sequence in list(self._waiting):
+            self._waiting.pop(sequence).put(None)
         connection.close()
-        self._watch_orphans()
+        self.on_loss(self)
 
-    def _watch_orphans(self) -> None:
-        """The shim is gone, its processes run on: the kernel tells their ends, and since 6.15 how they ended
-        (else 255 is recorded)."""
-        orphans = {process.pidfd: process for process in self.processes.values()
-                   if process.end is None and process.pidfd >= 0}
-        if orphans:
-            log.error("the shim is gone: %d containers run on without it", len(orphans))
-        poll = select.poll()
-        for fd in orphans:
-            poll.register(fd, select.POLLIN)
-        while orphans:
-            for fd, _ in poll.poll():
-                poll.unregister(fd)
-                process, status = orphans.pop(fd), pidfd_exit_code(fd)
-                code = 255 if status is None else os.waitstatus_to_exitcode(status)
-                process.finish({"status": code if code >= 0 else 128 - code, "time": time.time_ns()})
+    def _discard(self, packet: dict[str, Any], fds: list[int]) -> None:
+        """An answer that nobody waits for any more: what was started after all has to end."""
+        if "key" in packet and fds:
+            process = Process(packet["key"], self, packet["pid"], fds.pop(0))
+            self.processes[process.key] = process
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)
+            process.deliver(Process.forget)
+        for fd in fds:
+            os.close(fd)
 
-    def _ended(self, end: dict[str, Any]) -> None:
-        process = self.processes.get(end["exit"])
-        if process is not None:
-            process.finish(end)
+    def _send(self, operation: str, sequence: int, fds: dict[str, int], fields: dict[str, Any]) -> None:
+        """Send one request; a packet is whole or not sent at all, so that no lock is needed."""
+        packet = json.dumps({"op": operation, "seq": sequence, "fds": list(fds), **fields}).encode()
+        connection = self._socket
+        if connection is None:
+            raise DockerError("the shim is gone")
+        try:
+            socket.send_fds(connection, [packet], list(fds.values()))
+        except BlockingIOError:
+            raise DockerError(self._stuck(operation)) from None
+        except OSError as error:
+            raise DockerError(f"the shim is gone: {error.strerror}") from None
+
+    def _stuck(self, operation: str) -> str:
+        return (f"the shim (pid {self.pid or 'not known'}, {self.path}) has not answered {operation} within "
+                f"{SHIM_TIMEOUT} s")
 
     def call(
         self, operation: str, fds: Optional[dict[str, int]] = None, **fields: Any
     ) -> tuple[dict[str, Any], list[int]]:
-        """Send one request and wait for its answer: (fields, descriptors).  DockerError when the shim refuses
-        or is gone."""
+        """Send one request and wait for its answer: (fields, descriptors).  DockerError when the shim
+        refuses, is gone, or does not answer in time."""
         sequence = next(self._sequence)
-        fds = fds or {}
-        packet = json.dumps({"op": operation, "seq": sequence, "fds": list(fds), **fields}).encode()
-        connection = self._socket
+        slot: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._waiting[sequence] = slot
         try:
-            if connection is None:
-                raise ConnectionResetError
-            socket.send_fds(connection, [packet], list(fds.values()))  # not under the reader's lock
-        except OSError as error:
-            raise DockerError(f"cannot reach the shim: {error.strerror or 'it is gone'}") from None
-        with self._condition:
-            self._condition.wait_for(lambda: sequence in self._waiting or self._socket is not connection)
-            if sequence not in self._waiting:
-                raise DockerError("the shim is gone")
-            answer, received = self._waiting.pop(sequence)
+            self._send(operation, sequence, fds or {}, fields)
+            received = slot.get(timeout=SHIM_TIMEOUT)
+        except queue.Empty:
+            if self._waiting.pop(sequence, None) is not None:
+                raise DockerError(self._stuck(operation)) from None
+            received = slot.get()  # it came at the last moment
+        finally:
+            self._waiting.pop(sequence, None)
+        if received is None:
+            raise DockerError("the shim is gone")
+        answer, descriptors = received
         if "error" in answer:
             raise DockerError(f"the shim refused {operation}: {answer['error']}")
-        return answer, received
+        return answer, descriptors
+
+    def post(self, operation: str, **fields: Any) -> None:
+        """Send one request whose answer does not matter."""
+        with contextlib.suppress(DockerError):
+            self._send(operation, 0, {}, fields)
+
+    def keys(self) -> list[str]:
+        """The keys of all processes that it runs or whose end it still remembers."""
+        keys: list[str] = []
+        while True:
+            page = self.call("list", after=keys[-1] if keys else "")[0]["keys"]
+            if not page:
+                return keys
+            keys += page
 
     def adopt(self, key: str) -> Process:
-        """The process `key` that an earlier daemon started; its kept streams are closed here."""
-        process = self.processes[key] = Process(key)
+        """The process `key` that an earlier daemon started, with its kept streams."""
+        process = self.processes[key] = Process(key, self)
         answer, fds = self.call("fetch", key=key)
-        process.pid, process.pidfd = answer["pid"], fds[0]
-        for fd in fds[1:]:
-            os.close(fd)
+        process.pid = answer["pid"]
+        process.kept = dict(zip(answer["fds"], fds))
+        process.pidfd = process.kept.pop("pidfd")
+        process.console = process.kept.get("console", -1)
         if answer["end"]:
             process.finish(answer["end"])
         return process
 
-    def forget(self, process: Process) -> None:
-        """The end of `process` has been recorded everywhere."""
-        self.processes.pop(process.key, None)
-        process.close()
-        with contextlib.suppress(DockerError):
-            self.call("forget", key=process.key)
+    def take(self, process: Process, streams: dict[str, int]) -> None:
+        """Watch a process that no shim watches, and keep copies of its `streams`."""
+        process.shim, self.processes[process.key] = self, process
+        self.call("take", {"pidfd": process.pidfd, **{"keep:" + name: fd for name, fd in streams.items()}},
+                  key=process.key, pid=process.pid)
+
+    def forgotten(self, key: str) -> None:
+        """Nothing more is wanted of the process `key`; the last one of a retired shim ends it."""
+        self.post("forget", key=key)
+        if self.retired and not self.processes:
+            self.post("quit")
 
     def close(self) -> None:
         """Ask the shim to end, if it has no process, and let the connection go."""
+        self.on_loss = lambda client: None
         with contextlib.suppress(DockerError):
-            if self.call("quit")[0]["quitting"]:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self.path)
-        if self._socket is not None:
-            self._socket.shutdown(socket.SHUT_RDWR)
+            self.call("quit")
+        connection = self._socket
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class ExecutionDriver:
-    """Starts processes through the shim; `name` is what info and the start's log line call it."""
+    """Starts processes through the shim; `name` is what info and the start's log line call it.
+
+    `shim` is the one of this very source, which starts what is new; those of other versions go on with what
+    they have."""
 
     name = "native"
 
     def __init__(self, exec_root: str) -> None:
         os.makedirs(exec_root, 0o711, exist_ok=True)
-        self.shim = ShimClient(exec_root)
-        self._reopening = threading.Lock()
+        self.exec_root = exec_root
+        self.bytecode = shim_bytecode(exec_root)
+        self.shim = ShimClient(self.bytecode[:-3] + "sock", self._lost)
+        self._older: list[ShimClient] = []
+        self._opening = threading.Lock()
         self.root_place = os.path.join(exec_root, "rootfs")
         os.makedirs(self.root_place, 0o700, exist_ok=True)
+
+    def open(self) -> ShimClient:
+        """The shim that starts processes, started itself where it does not run; DockerError where it
+        cannot."""
+        with self._opening:
+            if not self.shim.connected:
+                self.shim = ShimClient(self.shim.path, self._lost)
+                if not self.shim.connect():
+                    self.shim.spawn(self.bytecode)
+            return self.shim
+
+    def adopt(self) -> dict[str, Process]:
+        """All processes that shims of earlier daemons run or remember, by key; a shim that does not answer is
+        passed over."""
+        found: dict[str, Process] = {}
+        for path in glob.glob(os.path.join(glob.escape(self.exec_root), "shim*.sock")):
+            shim = self.shim if path == self.shim.path else ShimClient(path, self._lost)
+            try:
+                if not shim.connect():
+                    os.unlink(path)
+                    continue
+                found.update((key, shim.adopt(key)) for key in shim.keys())
+            except DockerError as error:
+                log.error("passing over a shim: %s", error)
+                continue
+            if shim is not self.shim:
+                self._older.append(shim)
+                shim.retired = True
+                if not shim.processes:
+                    shim.close()
+        return found
+
+    def rescue(self, key: str, pid: int, pidfd: int) -> Process:
+        """Watch a running process that has lost both its shim and its daemon, with what is left of its
+        streams: the pipes that it still holds itself."""
+        process = Process(key, self.open(), pid, pidfd)
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+                place = os.open(f"/proc/{pid}/fd/{number}", os.O_PATH | os.O_CLOEXEC)
+                stack.callback(os.close, place)
+                if stat.S_ISFIFO(os.fstat(place).st_mode):
+                    mode = (os.O_RDONLY if number else os.O_WRONLY) | os.O_NONBLOCK | os.O_CLOEXEC
+                    process.kept[name] = os.open(f"/proc/self/fd/{place}", mode)
+        process.shim.take(process, process.kept)
+        return process
+
+    def _lost(self, client: ShimClient) -> None:
+        """A shim is gone, its processes run on: another one watches them and keeps their streams."""
+        orphans = [process for process in list(client.processes.values())
+                   if process.end is None and process.pidfd >= 0]
+        if orphans:
+            log.error("the shim is gone: %d containers run on without it", len(orphans))
+        pause = 0.1
+        while orphans:
+            try:
+                self._hand_over(orphans[-1])
+                orphans.pop()
+            except (DockerError, OSError) as error:
+                log.error("cannot watch the process of %s: %s", orphans[-1].key[:12], error)
+                time.sleep(pause)
+                pause = min(2 * pause, 60)
+
+    def _hand_over(self, process: Process) -> None:
+        streams = process.streams()
+        try:
+            self.open().take(process, streams)
+        finally:
+            for fd in streams.values():
+                os.close(fd)
+
+    def close(self) -> None:
+        """Let all shims go; those without a process end."""
+        for shim in (self.shim, *self._older):
+            shim.close()
 
     def start(self, spec: Spec, streams: dict[str, int], keep: dict[str, int]) -> Process:
         """Start `spec` and return once its execve has succeeded.
@@ -8936,10 +9109,8 @@ class ExecutionDriver:
         `streams` are the process's own stdin, stdout and stderr (none with a terminal), `keep` the daemon's
         ends of them, which the shim holds too.  With a terminal the result's `console` is its master.  Raises
         StartError, CommandError (exit codes 126 and 127) or DockerError; then no process is left."""
-        with self._reopening:
-            if not self.shim.connected:
-                self.shim.open()
-        process = self.shim.processes[spec.key] = Process(spec.key)
+        shim = self.open()
+        process = shim.processes[spec.key] = Process(spec.key, shim)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         plan = os.memfd_create("plan", os.MFD_CLOEXEC)
         try:
@@ -8949,7 +9120,7 @@ class ExecutionDriver:
                 if spec.cgroup_fd is not None:
                     fds["cgroup"] = spec.cgroup_fd
                 fds.update({"keep:" + name: fd for name, fd in keep.items()})
-                answer, received = self.shim.call("start", fds, key=spec.key, flags=spec.namespaces)
+                answer, received = shim.call("start", fds, key=spec.key, flags=spec.namespaces)
             process.pid, process.pidfd = answer["pid"], received[0]
             if spec.cgroup_enter:
                 spec.cgroup_enter(process.pid)
@@ -8972,7 +9143,7 @@ class ExecutionDriver:
             message = json.loads(data)
             if "console" in message:
                 process.console = fds[0]
-                self.shim.call("keep", {"console": process.console}, key=process.key)
+                process.shim.call("keep", {"console": process.console}, key=process.key)
             else:
                 kind = CommandError if message["code"] in (126, 127) else StartError
                 raise kind(
@@ -8989,7 +9160,7 @@ class ExecutionDriver:
             process.ended.wait(10)
         if process.console >= 0:
             os.close(process.console)
-        self.shim.forget(process)
+        process.forget()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -9114,6 +9285,7 @@ class LogPump:
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[bytes], None]] = {}
+        self._reading = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="logs", daemon=True)
         self._thread.start()
 
@@ -9133,10 +9305,16 @@ class LogPump:
         with contextlib.suppress(OSError):
             self._epoll.modify(fd, select.EPOLLIN)
 
+    def stop(self) -> None:
+        """Read no more: what has been read stands in the logs on return, the rest waits in its pipe."""
+        if not self._reading.acquire(timeout=5):
+            log.error("a container's log does not take its output: some of it may be lost")
+
     def _run(self) -> None:
         while True:
             for fd, _ in self._epoll.poll():
-                self._read(fd)
+                with self._reading:
+                    self._read(fd)
 
     def _read(self, fd: int) -> None:
         try:
@@ -9149,11 +9327,13 @@ class LogPump:
         if not data:
             del self._callbacks[fd]
             self._epoll.unregister(fd)
-            os.close(fd)
         try:
             callback(data)
         except Exception:
             log.exception("a container's output could not be handled")
+        finally:
+            if not data:
+                os.close(fd)
 
 
 class JsonFileLog:
@@ -9169,11 +9349,21 @@ class JsonFileLog:
         self._partial: dict[int, bytes] = {}
 
     def open(self) -> None:
-        """Begin to write; OSError when the file cannot be made."""
+        """Begin to write, behind the last whole entry; OSError when the file cannot be made."""
         self._file = open(
-            self.path, "ab", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o640)
+            self.path, "a+b", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o640)
         )
         self.closed = False
+        self._partial = {}
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.seek(max(0, size - (1 << 18)))
+        rest = self._file.read()
+        if not rest.endswith(b"\n"):  # a daemon that was killed in the middle of a write
+            self._file.truncate(size - len(rest) + rest.rfind(b"\n") + 1)
+
+    def resume(self, partial: dict[int, bytes]) -> None:
+        """Go on with what another daemon's unwritten() told."""
+        self._partial = dict(partial)
 
     def write(self, stream: int, data: bytes) -> None:
         """Take `data` of a stream in: whole lines are written, the rest waits; b"" writes the rest.
@@ -9377,22 +9567,58 @@ class Streams:
         self.stdin = -1
         self._open: dict[int, int] = {}  # stream -> descriptor that the pump reads
         self._paused: set[int] = set()
+        self._notes = -1                 # a file in memory, see _note_partial
+        self._noted = False
         self.finished = threading.Event()
         self.finished.set()
         self.on_finished: Callable[[], None] = lambda: None
 
-    def connect(self, stdin: int, outputs: dict[int, int]) -> None:
-        """A run begins: `outputs` maps STDOUT and STDERR (or STDOUT alone, a terminal) to descriptors."""
+    def connect(self, stdin: int, outputs: dict[int, int], notes: int = -1) -> None:
+        """A run begins, or another daemon's is taken over: `outputs` maps STDOUT and STDERR (or STDOUT alone,
+        a terminal) to descriptors, `notes` is a file in memory that outlives this daemon."""
         self.finished.clear()
-        self.stdin = stdin
+        self.stdin, self._notes = stdin, notes
         self._open = dict(outputs)
         if self.driver is not None:
             self.driver.open()
+            self.driver.resume(self._read_notes())
         for stream, fd in outputs.items():
             self.pump.add(fd, functools.partial(self._feed, stream))
         with self.lock:
             for subscriber in self.subscribers:  # their input has somewhere to go now
                 subscriber.wake()
+        if not outputs:
+            self._finish()
+
+    def copies(self) -> dict[str, int]:
+        """Duplicates of the descriptors of this run, by the names under which a shim keeps them."""
+        with self.lock:
+            fds = {STREAM_NAMES[stream]: fd for stream, fd in self._open.items()}
+            fds.update({"stdin": self.stdin, "notes": self._notes})
+            return {name: os.dup(fd) for name, fd in fds.items() if fd >= 0}
+
+    def _note_partial(self) -> None:
+        """Write down what the log waits to write until the end of its line, and where the log then ended: a
+        later daemon goes on with it, unless more was written between this note and the kill."""
+        assert self.driver is not None
+        partial = self.driver.unwritten()
+        if self._notes >= 0 and (partial or self._noted):
+            texts = [partial.get(STDOUT, b""), partial.get(STDERR, b"")]
+            data = struct.pack("=QII", self.driver.size(), *map(len, texts)) + b"".join(texts)
+            os.pwrite(self._notes, struct.pack("=I", zlib.crc32(data)) + data, 0)
+            self._noted = bool(partial)
+
+    def _read_notes(self) -> dict[int, bytes]:
+        assert self.driver is not None
+        data = os.pread(self._notes, 1 << 20, 0) if self._notes >= 0 else b""
+        if len(data) < 20:
+            return {}
+        checksum, size, first, second = struct.unpack_from("=IQII", data)
+        if zlib.crc32(data[4:20 + first + second]) != checksum or size != self.driver.size():
+            return {}
+        self._noted = True
+        texts = {STDOUT: data[20:20 + first], STDERR: data[20 + first:20 + first + second]}
+        return {stream: text for stream, text in texts.items() if text}
 
     def subscribe(self, wanted: set[int]) -> Subscriber:
         """A new client that gets what the streams `wanted` print from now on."""
@@ -9406,6 +9632,7 @@ class Streams:
         with self.lock:
             if self.driver is not None:
                 self.driver.write(stream, data) if data else self.driver.flush(stream)
+                self._note_partial()
             if not data:
                 self._open.pop(stream, None)
             elif any(self._offer(subscriber, stream, data) for subscriber in self.subscribers):
@@ -9435,6 +9662,10 @@ class Streams:
 
     def _finish(self) -> None:
         """All output of the run has been read: end the log and the clients."""
+        with self.lock:
+            if self._notes >= 0:
+                os.close(self._notes)
+            self._notes = -1
         if self.driver is not None:
             self.driver.close()
         self.finished.set()
@@ -10319,9 +10550,8 @@ class Container:
             finally:
                 _close_all_of(theirs)
             if self.config["Tty"]:
-                ours = {"stdout": process.console, "stdin": os.dup(process.console)}
+                ours["console"] = process.console
             undo.pop_all()
-        self.process = process
         self.state.running, self.state.restarting, self.state.pid = True, False, process.pid
         self.state.exit_code, self.state.error, self.state.oom_killed = 0, "", False
         self.state.started_at = rfc3339nano(time.time_ns())
@@ -10330,15 +10560,43 @@ class Container:
         self._stopping = False
         self.save()
         self.changed.notify_all()
+        self._connect(process, ours)
+
+    def resume(self, process: Process) -> None:
+        """Take over a run that an earlier daemon began: its output, and its end, even if that has come."""
+        with self.lock:
+            self.cgroup = self.parts.cgroups.existing(self.id, self.host_config)
+            self.state.running, self.state.restarting, self.state.pid = True, False, process.pid
+            with contextlib.suppress(OSError):  # it has ended
+                flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+                self._root_fd = os.open(f"/proc/{process.pid}/root", flags)
+            kept, process.kept = process.kept, {}
+            self._connect(process, kept)
+
+    def _connect(self, process: Process, ours: dict[str, int]) -> None:
+        """Let the streams and the end of a run come to this container; `ours` are our ends, by name."""
+        self.process = process
+        if "console" in ours:
+            ours["stdout"] = ours.pop("console")
+            ours["stdin"] = os.dup(ours["stdout"])
         outputs = {number: ours[name] for number, name in STREAM_NAMES.items() if name in ours}
-        self.streams.connect(ours.get("stdin", -1), outputs)
+        self.streams.connect(ours.get("stdin", -1), outputs, ours.get("notes", -1))
+        process.streams = self._stream_copies
         process.deliver(self._process_ended)
 
+    def _stream_copies(self) -> dict[str, int]:
+        copies = self.streams.copies()
+        if self.config["Tty"] and "stdout" in copies:
+            os.close(copies.pop("stdin"))
+            copies["console"] = copies.pop("stdout")
+        return copies
+
     def _make_pipes(self) -> tuple[dict[str, int], dict[str, int]]:
-        """(the process's ends, ours) of its streams by name; none with a terminal."""
+        """(the process's ends, ours) of its streams by name; with a terminal only our "notes"."""
+        theirs: dict[str, int] = {}
+        ours = {"notes": os.memfd_create("notes", os.MFD_CLOEXEC)}
         if self.config["Tty"]:
-            return {}, {}
-        theirs, ours = {}, {}
+            return theirs, ours
         for name in ("stdout", "stderr"):
             ours[name], theirs[name] = os.pipe2(os.O_CLOEXEC)
             with contextlib.suppress(OSError):  # above pipe-user-pages-soft a pipe keeps its 64 KiB
@@ -10491,6 +10749,7 @@ class Container:
             state = self.state
             state.oom_killed = self.cgroup.oom_killed()
             state.pid, state.exit_code = 0, process.end["status"]
+            state.error = process.end.get("error", "")
             state.finished_at = rfc3339nano(process.end["time"])
             ran = max(0, process.end["time"] - parse_timestamp(state.started_at)) // 10**9
             self.streams.close_stdin()
@@ -10501,13 +10760,13 @@ class Container:
             if state.oom_killed:
                 self.event("oom")
             self.event("die", exitCode=str(state.exit_code), execDuration=str(ran))
-            cgroup, self.cgroup, root, self._root_fd = self.cgroup, None, self._root_fd, -1
+            cgroup, self.cgroup = self.cgroup, None
+            self._close_root()
             self._end_waiters()
             self.streams.end_subscribers()
             remove, self._clearing = self.host_config["AutoRemove"] and not self._kept, True
         try:
-            self.parts.driver.shim.forget(process)
-            os.close(root)
+            process.forget()
             cgroup.remove()
         finally:
             with self.lock:
@@ -10751,8 +11010,8 @@ class Container:
     def close_stdin(self) -> None:
         """End the container's standard input: our end of it, and the one that the shim holds."""
         self.streams.close_stdin()
-        with contextlib.suppress(DockerError):
-            self.parts.driver.shim.call("drop", key=self.id, name="stdin")
+        if self.process is not None:
+            self.process.shim.post("drop", key=self.id, name="stdin")
 
     def _notify(self) -> None:
         with self.lock:
@@ -11986,9 +12245,8 @@ class Daemon:
             self.networks,
             self.containers.discard,
         )
-        self._stop_old_processes()
         self._load_containers()
-        self.driver.shim.open()
+        self.driver.open()
         self._start_wanted()
         engine.on_shutdown(self.shutdown)
 
@@ -12086,30 +12344,10 @@ class Daemon:
 
     # Load and recover
 
-    def _stop_old_processes(self) -> None:
-        """End what an earlier daemon's shim still runs; its exit codes are kept for the records."""
-        self.ends: dict[str, int] = {}
-        shim = ShimClient(self.config.exec_root)
-        if not shim.open_existing():
-            return
-        keys: list[str] = []
-        while True:
-            page = shim.call("list", after=keys[-1] if keys else "")[0]["keys"]
-            if not page:
-                break
-            keys += page
-        log.warning("stopping %d containers that ran under an earlier daemon", len(keys))
-        for process in [shim.adopt(key) for key in keys]:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGKILL)
-            process.ended.wait(10)
-            if process.end is not None:
-                self.ends[process.key] = process.end["status"]
-            shim.forget(process)
-        shim.close()
-
     def _load_containers(self) -> None:
-        """Load every record; what is not whole is removed, what is marked as running has stopped."""
+        """Load every record; what is not whole is removed.  What ran is taken over, and stopped unless
+        containers are to outlive the daemon."""
+        processes = self.driver.adopt()
         root = os.path.join(self.config.data_root, "containers")
         names = sorted(os.listdir(root))
         for name in names:
@@ -12121,30 +12359,74 @@ class Daemon:
                 remove_tree(directory)
                 continue
             self.containers.add(container)
-            self._settle(container)
-        self.cgroups.remove_stale(names)
+            self._settle(container, processes)
+        for process in processes.values():
+            self._settle_stranger(process)
+        running = [container for container in self.containers.all() if container.state.running]
+        self.cgroups.remove_stale(set(names) - {container.id for container in running})
         known = {container.id for container in self.containers.all()}
         for orphan in set(self.layers.rw_ids()) - known:
             log.warning("removing the layer of the container %s, which has no record", orphan)
             self.layers.remove_rw(orphan)
+        self._settle_runs(running)
 
-    def _settle(self, container: Container) -> None:
+    def _settle(self, container: Container, processes: dict[str, Process]) -> None:
         """Bring one loaded container into the state that holds after a restart of the daemon."""
         state = container.state
         if state.running:
-            if not state.restarting:
-                self.cgroups.kill_leftover(container.id, container.host_config.get("CgroupParent") or "")
-                state.exit_code = self.ends.get(container.id, 137)
-                state.finished_at = rfc3339nano(time.time_ns())
-            state.running = state.paused = state.restarting = False
-            state.pid = 0
-            container.save()
-        if state.removing or container.host_config["AutoRemove"]:
+            process = processes.pop(container.id, None)
+            if state.restarting and process is None:
+                state.running = state.restarting = False
+                container.save()
+            else:
+                container.resume(process or self._without_shim(container))
+        elif state.removing or container.host_config["AutoRemove"]:
             state.removing = False
             try:
                 container.remove()
             except DockerError as error:
                 log.warning("cannot remove the container %s: %s", container.id, error)
+
+    def _without_shim(self, container: Container) -> Process:
+        """The process of a container that no shim knows: it runs on without one, or nobody can tell how it
+        ended."""
+        pid = container.state.pid
+        with contextlib.suppress(OSError, DockerError):
+            pidfd = os.pidfd_open(pid)
+            if container.id in read_text(f"/proc/{pid}/cgroup"):
+                return self.driver.rescue(container.id, pid, pidfd)
+            os.close(pidfd)
+        process = Process(container.id, self.driver.shim)
+        process.finish({"status": 255, "time": time.time_ns(),
+                        "error": "the exit code is not known: neither daemon nor shim saw the end"})
+        return process
+
+    def _settle_stranger(self, process: Process) -> None:
+        """What a shim runs besides: an exec goes on in its container, and nobody reads what it prints; a
+        start that a crash has interrupted is ended."""
+        found = re.search("[0-9a-f]{64}", read_text(f"/proc/{process.pid}/cgroup"))
+        with contextlib.suppress(NotFound):
+            if found and self.containers.find(found[0]).state.running:
+                for name in {"stdout", "stderr", "console"} & process.kept.keys():
+                    self.parts.pump.add(process.kept.pop(name), lambda data: None)
+                return process.deliver(Process.forget)
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGKILL)
+        process.ended.wait(10)
+        process.forget()
+
+    def _settle_runs(self, running: list[Container]) -> None:
+        """Return when the ends of those that have ended are recorded and, without live restore, the rest is
+        stopped."""
+        ended = [(container, container.process) for container in running
+                 if container.process and container.process.end]
+        alive = set(running) - {container for container, _ in ended}
+        if alive and not self.config.live_restore:
+            log.warning("stopping %d containers that ran under an earlier daemon", len(alive))
+            self._stop_all(alive)
+        for container, process in ended:
+            with container.lock:
+                container.changed.wait_for(lambda: container.process is not process, 10)  # noqa: B023
 
     def _start_wanted(self) -> None:
         """Start the containers whose policy asks for it, at the same time, but each after those it needs."""
@@ -12186,9 +12468,18 @@ class Daemon:
             ended.put(container.id)
 
     def shutdown(self) -> None:
-        """Stop all containers at the same time, each within its own time; write everything out; end the
-        shim."""
-        running = [container for container in self.containers.all() if container.state.running]
+        """Stop all containers at the same time, each within its own time, unless they are to outlive the
+        daemon; write everything out; end the shim."""
+        if not self.config.live_restore:
+            self._stop_all([container for container in self.containers.all() if container.state.running])
+        self.parts.pump.stop()
+        self.workers.drain(5)
+        self.cgroups.close()
+        self.driver.close()
+        STATE_SYNC.flush()
+        os.ftruncate(self._lock_file, 0)
+
+    def _stop_all(self, running: Iterable[Container]) -> None:
         threads = [
             threading.Thread(target=self._stop_one, args=(container,), daemon=True) for container in running
         ]
@@ -12196,11 +12487,6 @@ class Daemon:
             thread.start()
         for thread in threads:
             thread.join()
-        self.workers.drain(5)
-        self.cgroups.close()
-        self.driver.shim.close()
-        STATE_SYNC.flush()
-        os.ftruncate(self._lock_file, 0)
 
     @staticmethod
     def _stop_one(container: Container) -> None:

@@ -1969,9 +1969,9 @@ def test_a_crash_leaves_nothing_that_stays(new_host: Callable[..., Host], busybo
     host = new_host()
     host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
     for number in range(3):
-        identity = host.create("sleep", "1000", name=f"crash{number}")
+        identity = host.create("sleep", "1000", name=f"crash{number}", StopTimeout=0)
         host.api("POST", f"/containers/{identity}/start")
-    removed = host.create("sleep", "1000", name="removed", HostConfig={"AutoRemove": True})
+    removed = host.create("sleep", "1000", name="removed", StopTimeout=0, HostConfig={"AutoRemove": True})
     host.api("POST", f"/containers/{removed}/start")
     pids = [host.inspect(f"crash{number}")["State"]["Pid"] for number in range(3)]
     host.kill()
@@ -2004,7 +2004,7 @@ def test_many_requests_at_once_do_not_block_the_shim(tmp_path: Path) -> None:
         request = json.loads(theirs.recv(65536))
         theirs.send(json.dumps({"seq": request["seq"], "pid": 1}).encode())
 
-    client = dockerd.ShimClient(str(tmp_path))
+    client = dockerd.ShimClient(str(tmp_path), lambda client: None)
     first = threading.Thread(target=answer)
     first.start()
     client._begin(ours)
@@ -2021,31 +2021,204 @@ def test_many_requests_at_once_do_not_block_the_shim(tmp_path: Path) -> None:
         caller.join()
     theirs.close()
     wait_for(lambda: not client.connected)
-    with pytest.raises(DockerError, match="cannot reach the shim: it is gone"):
+    with pytest.raises(DockerError, match="the shim is gone"):
         client.call("list")
 
 
+def shims(host: Host) -> list[int]:
+    """The pids of the host's shims, the oldest first."""
+    lines = {pid: read_text(f"/proc/{pid}/cmdline") for pid in processes()}
+    return sorted(pid for pid, line in lines.items() if f"{host.exec_root}/shim-" in line)
+
+
+def log_text(host: Host, name: str) -> bytes:
+    """All that the container has printed, as far as its log has it."""
+    return b"".join(text for _, text in frames(host.api("GET", f"/containers/{name}/logs?stdout=1&stderr=1")))
+
+
+UNTIL_TERM = "trap 'exit 42' TERM; echo up; while :; do sleep .05; done"
+
+
+def started(host: Host, name: str, *command: str, **config: Any) -> int:
+    """Start a container of this name; returns its pid."""
+    host.create(*command, name=name, **config)
+    host.api("POST", f"/containers/{name}/start")
+    return int(host.inspect(name)["State"]["Pid"])
+
+
 def test_a_lost_shim_is_survived(new_host: Callable[..., Host], busybox: bytes) -> None:
-    """Without its shim a container runs on, its end is known, and the next start brings a new shim."""
-    host = new_host()
+    """Without its shim a container runs on under a new one: its end, its exit code and its output are known,
+    also by the next daemon, and even when shim and daemon are killed together."""
+    host = new_host("--live-restore")
     host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
-    script = "trap 'exit 42' TERM; echo up; while :; do sleep .05; done"
-    running = host.create("sh", "-c", script)
-    host.api("POST", f"/containers/{running}/start")
-    wait_for(lambda: frames(host.api("GET", f"/containers/{running}/logs?stdout=1")))
-    shim = next(
-        pid
-        for pid in processes()
-        if read_text(f"/proc/{pid}/cmdline").split("\0")[3:4]
-        and host.exec_root in read_text(f"/proc/{pid}/cmdline")
-        and "shim-" in read_text(f"/proc/{pid}/cmdline")
-    )
-    os.kill(shim, signal.SIGKILL)
-    wait_for(lambda: "the shim is gone: 1 containers run on without it" in host.log())
-    assert host.inspect(running)["State"]["Running"]
+    quiet = "exec >/dev/null 2>&1; trap 'exit 7' TERM; while :; do sleep .05; done"
+    pids = [started(host, "running", "sh", "-c", "read x; echo $x; exit 42", OpenStdin=True),
+            started(host, "quiet", "sh", "-c", quiet), started(host, "gone", "sleep", "1000")]
+    old, = shims(host)
+    os.kill(old, signal.SIGKILL)
+    wait_for(lambda: "the shim is gone: 3 containers run on without it" in host.log())
     assert host.run("echo", "after")[1] == b"after\n"
-    host.api("POST", f"/containers/{running}/stop")
-    assert host.inspect(running)["State"]["ExitCode"] in (42, 255)
+    host.stop()
+    assert all(os.path.exists(f"/proc/{pid}") for pid in pids)
+    host.start()
+    stream = host.hijack(f"{API}/containers/running/attach?stdin=1&stdout=1&stream=1")
+    stream.send(b"heard\n")
+    assert host.api("POST", "/containers/running/wait")["StatusCode"] == 42
+    stream.close()
+    assert log_text(host, "running") == b"heard\n" and host.inspect("running")["State"]["Error"] == ""
+    new, = shims(host)
+    assert new != old
+    os.kill(new, signal.SIGSTOP)  # it is to see nothing of what follows
+    host.kill()
+    os.kill(new, signal.SIGKILL)
+    os.kill(pids[2], signal.SIGKILL)
+    wait_for(lambda: not os.path.exists(f"/proc/{pids[2]}"))
+    host.start()
+    lost = host.inspect("gone")["State"]
+    assert (lost["Status"], lost["ExitCode"]) == ("exited", 255) and "is not known" in lost["Error"]
+    assert host.inspect("quiet")["State"]["Pid"] == pids[1]
+    host.api("POST", "/containers/quiet/stop")
+    assert host.inspect("quiet")["State"]["ExitCode"] == 7
+
+
+LINES = 30000
+PRINTS = (f"i=0; while [ $i -lt {LINES} ]; do echo line $i; i=$((i+1)); done; "
+          "printf half; read x; echo :$x; exit 5")
+
+
+@pytest.mark.parametrize("ending", ["stop", "kill", "upgrade"])
+def test_live_restore(new_host: Callable[..., Host], busybox: bytes, tmp_path: Path, ending: str) -> None:
+    """Containers outlive their daemon, stopped, killed or replaced by a newer file; the next one knows what
+    they printed, how and when they ended, and controls those that run on."""
+    program = tmp_path / "dockerd.py"
+    shutil.copy(PROGRAM, program)
+    host = new_host("--live-restore", program=str(program))
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    pids = {
+        "printing": started(host, "printing", "sh", "-c", PRINTS, OpenStdin=True),
+        "terminal": started(host, "terminal", "sh", Tty=True, OpenStdin=True),
+        "paused": started(host, "paused", "sleep", "1000", StopTimeout=0),
+        "ends": started(host, "ends", "sh", "-c", UNTIL_TERM),
+        "removed": started(host, "removed", "sh", "-c", UNTIL_TERM, HostConfig={"AutoRemove": True}),
+    }
+    assert host.api("GET", "/info")["LiveRestoreEnabled"] is True
+    host.api("POST", "/containers/paused/pause")
+    for name in ("ends", "removed"):
+        wait_for(lambda: log_text(host, name) == b"up\n")  # noqa: B023
+    wait_for(lambda: b"line 9\n" in log_text(host, "printing"))
+    host.stop(signal.SIGKILL if ending == "kill" else signal.SIGTERM)
+    before = time.time_ns()
+    for name in ("ends", "removed"):
+        os.kill(pids[name], signal.SIGTERM)
+    wait_for(lambda: not any(os.path.exists(f"/proc/{pids[name]}") for name in ("ends", "removed")))
+    after = time.time_ns()
+    if ending == "upgrade":
+        program.write_text(program.read_text().replace("SHIM_PACKET = 1 << 16", "SHIM_PACKET = 65536"))
+    host.start()
+    state = host.inspect("ends")["State"]
+    assert (state["Status"], state["ExitCode"], state["Error"]) == ("exited", 42, "")
+    assert before < dockerd.parse_timestamp(state["FinishedAt"]) < after
+    wait_for(lambda: host.http("GET", f"{API}/containers/removed/json").status == 404)
+    events = host.http("GET", f"{API}/events?since=1&until={int(time.time()) + 1}").lines
+    assert {(event["Actor"]["Attributes"]["name"], event["Actor"]["Attributes"].get("exitCode"))
+            for event in events if event["Action"] == "die"} == {("ends", "42"), ("removed", "42")}
+    for name in ("printing", "terminal", "paused"):
+        assert host.inspect(name)["State"]["Pid"] == pids[name] and os.path.exists(f"/proc/{pids[name]}")
+    assert host.inspect("paused")["State"]["Status"] == "paused"
+    _check_terminal(host)
+    _check_printing(host, ending)
+    assert len(shims(host)) == (2 if ending == "upgrade" else 1)
+    assert host.run("echo", "new") == (0, b"new\n")
+    for name in ("terminal", "paused"):
+        host.api("DELETE", f"/containers/{name}?force=1")
+    wait_for(lambda: len(shims(host)) == 1)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids.values())
+
+
+def _check_terminal(host: Host) -> None:
+    """The terminal takes input, gives output and has a size."""
+    host.api("POST", "/containers/terminal/resize?h=17&w=71")
+    stream = host.hijack(f"{API}/containers/terminal/attach?stdin=1&stdout=1&stream=1")
+    stream.send(b"stty size; exit 3\n")
+    assert b"17 71" in stream.read_until(b"17 71")
+    stream.close()
+    assert host.api("POST", "/containers/terminal/wait")["StatusCode"] == 3
+
+
+def _check_printing(host: Host, ending: str) -> None:
+    """Each line is in the log once, in order; after a kill the lines of one read may be missing."""
+    stream = host.hijack(f"{API}/containers/printing/attach?stdin=1&stdout=1&stream=1")
+    stream.send(b"whole\n")
+    assert host.api("POST", "/containers/printing/wait")["StatusCode"] == 5
+    stream.close()
+    lines = log_text(host, "printing").split(b"\n")
+    assert lines[-2:] == [b"half:whole", b""]
+    numbers = [int(line.split()[-1]) for line in lines[:-2] if line.startswith(b"line ")]
+    jumps = [next - number for number, next in zip(numbers, numbers[1:]) if next != number + 1]
+    assert numbers[0] == 0 and numbers[-1] == LINES - 1
+    assert len(lines) - 2 - len(numbers) <= (ending == "kill")  # one is torn where some are missing
+    assert not jumps or (ending == "kill" and len(jumps) == 1 and 0 < jumps[0] < 10000)
+
+
+def test_live_restore_is_switched_by_a_reload(new_host: Callable[..., Host], busybox: bytes,
+                                              tmp_path: Path) -> None:
+    """SIGHUP takes live-restore over from daemon.json, and back: then a clean stop ends the containers."""
+    settings = tmp_path / "daemon.json"
+    settings.write_text("{}")
+    host = new_host("--config-file", str(settings))
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    pid = started(host, "runs", "sh", "-c", UNTIL_TERM)
+    wait_for(lambda: log_text(host, "runs") == b"up\n")
+
+    def reload(value: bool) -> None:
+        settings.write_text(json.dumps({"live-restore": value}))
+        assert host.process
+        host.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: host.api("GET", "/info")["LiveRestoreEnabled"] is value)
+
+    reload(True)
+    host.stop()
+    assert os.path.exists(f"/proc/{pid}")
+    host.start()
+    reload(False)
+    host.stop()
+    assert not os.path.exists(f"/proc/{pid}")
+    host.start()
+    assert host.inspect("runs")["State"]["ExitCode"] == 42
+
+
+@pytest.mark.parametrize("stuck", ["silent", "full", "ended"])
+def test_a_shim_that_does_not_answer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                 stuck: str) -> None:
+    """Each call ends with a clear error in bounded time, also while others wait; a late start is undone."""
+    monkeypatch.setattr("dockerd.SHIM_TIMEOUT", 1)
+    lost = threading.Event()
+    client = dockerd.ShimClient(str(tmp_path / "shim.sock"), lambda client: lost.set())
+    assert not client.connect()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(client.path)
+        listener.listen(1)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            connected = pool.submit(client.connect)
+            shim, _ = listener.accept()
+            shim.recv(1 << 16)
+            shim.send(b'{"seq": 1, "protocol": 1, "pid": 77}')
+            assert connected.result()
+            if stuck == "ended":
+                shim.close()
+            padding = "x" * 60000 if stuck == "full" else ""
+            calls = [pool.submit(client.call, "start", key=padding) for _ in range(8)]
+            errors = [str(call.exception()) for call in calls]
+        if stuck == "ended":
+            assert all("the shim is gone" in error for error in errors) and lost.wait(10)
+            return
+        assert all("the shim (pid 77" in error and "start within 1 s" in error for error in errors)
+        child = subprocess.Popen(["sleep", "1000"])
+        answer = json.dumps({"seq": 2, "pid": child.pid, "key": "late"}).encode()
+        socket.send_fds(shim, [answer], [os.pidfd_open(child.pid)])
+        assert child.wait(20) == -signal.SIGKILL
+        client.close()
+        shim.close()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -7950,7 +8123,7 @@ def test_docker_host_is_not_the_daemon_s(configure, monkeypatch):
 @pytest.mark.parametrize("key, value", [
     ("authorization-plugins", ["x"]), ("api-cors-header", "*"), ("selinux-enabled", True),
     ("userns-remap", "default"),
-    ("live-restore", True), ("init", True), ("default-runtime", "crun"), ("runtimes", {"a": {"path": "/a"}}),
+    ("init", True), ("default-runtime", "crun"), ("runtimes", {"a": {"path": "/a"}}),
     ("metrics-addr", "127.0.0.1:1"), ("rootless", True), ("cpu-rt-period", 5), ("cluster-store", "etcd://x")])
 def test_options_that_must_not_be_ignored_are_refused(configure, key, value):
     assert failure(dockerd.ConfigError, configure, json={key: value}).startswith(f"{key} in /")
@@ -8059,7 +8232,7 @@ def test_reload_reads_the_file_again(configure, tmp_path):
     config = configure("--label=a=b", json={"debug": True, "group": "adm"})
     (tmp_path / "daemon.json").write_text('{"debug": false, "group": "root", "shutdown-timeout": 30}')
     assert dockerd.changed_options(config) == {"debug": False, "shutdown_timeout": 30}
-    (tmp_path / "daemon.json").write_text('{"live-restore": true}')
+    (tmp_path / "daemon.json").write_text('{"live-restore": true, "init": true}')
     failure(dockerd.ConfigError, dockerd.changed_options, config)
 
 
