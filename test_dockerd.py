@@ -6685,6 +6685,9 @@ def test_container_filters(name, yes, no):
     ("exited", "bogus", 'strconv.Atoi: parsing "bogus": invalid syntax'),
     ("publish", "x", "Invalid filter 'publish=x'"),
     ("is-task", "maybe", "Invalid filter 'is-task=maybe'"),
+    *[(name, value, f"Invalid filter '{name}={value[:100]}': the expression is too costly")
+      for name, value in (("name", "(a+)+b"), ("id", ".*" * 9 + "x"), ("name", "(aa|a)" * 50),
+                          ("id", "a" * 1025))],
 ])
 def test_container_filters_refuse(name, value, text):
     with pytest.raises(dockerd.BadParameter) as caught:
@@ -6694,6 +6697,8 @@ def test_container_filters_refuse(name, value, text):
 
 @pytest.mark.parametrize("text", ['{"name":["a"]}', '{"name":{"a":true}}'])
 def test_container_filters_in_both_forms(text):
+    for pattern in ("^/(web|db)_[0-9]+$", "a|b|c", r"^/a\.b\+\*$", "foo.*bar", "[(+*]+"):
+        dockerd.check_container_filters({"name": [pattern]})
     assert dockerd.parse_filters(text, dockerd.CONTAINER_FILTERS) == {"name": ["a"]}
     with pytest.raises(dockerd.BadParameter, match="(?i)invalid filter 'bad'"):
         dockerd.parse_filters('{"bad":["a"]}', dockerd.CONTAINER_FILTERS)
@@ -7001,6 +7006,9 @@ def test_json_is_escaped_as_go_does() -> None:
         (r"[\]]", ["]"], ["a"]),
         ("a.c", ["a.c"], ["abc"]),
         ("[[]", ["["], ["a"]),
+        ("*a?*/b*c*", ["bac/bc", "aaa/bbcc"], ["a/bc", "ab/b/c"]),
+        ("**[b-c]*d", ["bd", "abcd"], ["d/d", "ad"]),
+        ("*a" * 20 + "*b", ["a" * 200 + "b"], ["a" * 255]),
     ],
 )
 def test_patterns_match_as_gos_do(pattern: str, matching: Optional[list[str]], others: list[str]) -> None:
