@@ -3829,7 +3829,8 @@ class Overlay(StorageDriver):
         """Mount an overlay of two layers for real: what it says holds for nested overlays and for users'
         kernels."""
         parameters = "/sys/module/overlay/parameters/"
-        check = os.path.join(directory, f"check-overlayfs-support{secrets.token_hex(4)}")
+        check = os.path.join(directory, "check-overlayfs-support")
+        remove_tree(check)  # of a daemon that was killed
         os.mkdir(check, 0o700)
         try:
             paths = [os.path.join(check, name) for name in ("upper", "work", "lower2", "lower1", "merged")]
@@ -3896,9 +3897,15 @@ class Overlay(StorageDriver):
         except FileNotFoundError:
             return []
 
+    def clean_up(self) -> None:
+        """A crash may also leave short names that lead nowhere."""
+        super().clean_up()
+        for name in os.listdir(os.path.join(self.home, "l")):
+            if not os.path.exists(short := os.path.join(self.home, "l", name)):
+                os.unlink(short)
+
     def destroy(self, path: str) -> None:
-        """The short name goes last: without its layer it leads nowhere, and the next start sees the layer's
-        name."""
+        """The short name goes last: without its layer it leads nowhere, and the next start sees that."""
         short = ""
         with contextlib.suppress(OSError):
             short = read_state(os.path.join(path, "link")).decode()
@@ -11813,7 +11820,8 @@ class ContainerJobs:
         """Make a container of env `body`, the body of POST /containers/create; args: perhaps its name."""
         body = job.env.get("body") or {}
         name = (job.args[0] if job.args else "").lstrip("/")
-        image = self.images.resolve(body.get("Image") or "")
+        asked = decode_struct(body, "ContainerConfigWrapper")["Image"]
+        image = self.images.resolve(asked or "", job.env.get("platform") or "")
         config, host_config, _, warnings = container_config(body, image.config, self.parts.config)
         warnings = warnings + self.parts.cgroups.adapt(host_config)
         container_id = secrets.token_hex(32)

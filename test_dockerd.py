@@ -2924,6 +2924,17 @@ def test_a_device_in_place_of_a_default_one(host: Host) -> None:
     assert output == b"1:3\n1:5\n"
 
 
+def test_create_reads_its_image_as_go_does(host: Host) -> None:
+    """In any case, and of no other type; and another platform's image is none."""
+    path = "/containers/create"
+    assert host.api("POST", path, {"image": "busybox", "hostconfig": {"networkmode": "none"}}, 201)["Id"]
+    answer = host.api("POST", path, {"Image": ["busybox"]}, status=400)
+    assert answer["message"] == ("json: cannot unmarshal array into Go struct field "
+                                 "ContainerConfigWrapper.Image of type string")
+    answer = host.api("POST", path + "?platform=linux/s390x", {"Image": "busybox"}, status=404)
+    assert answer["message"].startswith("image with reference busybox was found but its platform (linux/")
+
+
 def test_odd_account_files_cost_nothing(host: Host) -> None:
     """A directory for passwd is none, as in Docker; a working directory that is a file is told of."""
     fds = f"/proc/{host.process.pid}/fd" if host.process else ""
@@ -9013,6 +9024,17 @@ def test_a_subvolume_inside_a_layer_is_removed_with_it(btrfs: Path) -> None:
 
 
 # Selection
+
+
+def test_what_a_killed_daemon_leaves_of_overlay_goes(tmp_path: Path) -> None:
+    home = tmp_path / "overlay2"
+    driver = select_driver(str(tmp_path), "overlay2", [], IdMap())
+    driver.create(layer := new_id())
+    os.symlink(f"../{new_id()}/diff", home / "l" / ("A" * 26))
+    (home / "check-overlayfs-support" / "upper").mkdir(parents=True)
+    select_driver(str(tmp_path), "", [], IdMap())
+    assert sorted(os.listdir(home)) == sorted([layer, "l"])
+    assert os.listdir(home / "l") == [(home / layer / "link").read_text()]
 
 
 def test_detection_takes_overlay_first_and_prior_state_before_it(tmp_path: Path) -> None:
