@@ -178,6 +178,26 @@ class Daemon:
         return [later - earlier for earlier, later in zip(times, times[1:])]
 
 
+    def exec(self, identity: str) -> float:
+        """Run `true` in a running container, as `docker exec` does; returns the seconds until its exit code
+        is known."""
+        begin = time.perf_counter()
+        body = {"Cmd": ["true"], "AttachStdout": True, "AttachStderr": True}
+        instance = self.connection.call("POST", f"/containers/{identity}/exec", body)["Id"]
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(f"{self.directory}/sock")
+            sock.sendall(
+                f"POST /exec/{instance}/start HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
+                "Upgrade: tcp\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}".encode()
+            )
+            while sock.recv(4096):
+                pass
+        answer = self.connection.call("GET", f"/exec/{instance}/json")
+        if answer["ExitCode"] != 0:
+            raise RuntimeError(f"{self.name}: exec ended with {answer}")
+        return time.perf_counter() - begin
+
+
 def _make_accounting_cgroup(parent: str) -> str:
     """A cgroup that counts CPU time, below the one that the daemon's containers will be in; its directory."""
     top = "/sys/fs/cgroup/cpuacct" if os.path.isdir("/sys/fs/cgroup/cpuacct") else "/sys/fs/cgroup"
@@ -335,6 +355,22 @@ def measure_steady_state(daemons: list[Daemon], count: int) -> Rows:
     yield "  its worst of a hundred", "ms", [found[int(len(found) * 0.99)] * 1e3 for found in totals]
 
 
+def measure_exec(daemons: list[Daemon], count: int) -> Rows:
+    """Time of `true` in a container that runs, `count` times in turns."""
+    identities = [daemon.create({"Image": "one", "Cmd": ["sleep", "100000"]}) for daemon in daemons]
+    for daemon, identity in zip(daemons, identities):
+        daemon.connection.call("POST", f"/containers/{identity}/start")
+    times: list[list[float]] = [[] for _ in daemons]
+    for number in range(-5, count):
+        for daemon, identity, found in zip(daemons, identities, times):
+            seconds = daemon.exec(identity)
+            if number >= 0:
+                found.append(seconds)
+    for daemon, identity in zip(daemons, identities):
+        daemon.connection.call("DELETE", f"/containers/{identity}?force=1")
+    yield "exec of true", "ms", [statistics.median(found) * 1e3 for found in times]
+
+
 def measure_cpu(daemons: list[Daemon], count: int, rounds: int = 4) -> Rows:
     """CPU time of a container's life, up to the end of what goes on behind the answer (the tail)."""
     own: list[list[float]] = [[] for _ in daemons]
@@ -453,6 +489,7 @@ def main() -> None:
             _import_images,
             measure_ping,
             functools.partial(measure_steady_state, count=options.n),
+            functools.partial(measure_exec, count=max(20, options.n // 3)),
             functools.partial(measure_cpu, count=max(5, options.n // 10)),
             measure_running,
             measure_stats,

@@ -110,6 +110,7 @@ CLONE_NEWPID = 0x20000000
 CLONE_NEWTIME = 0x00000080
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWUTS = 0x04000000
+CLONE_PARENT = 0x00008000
 CLONE_PIDFD = 0x00001000
 
 # <linux/close_range.h>
@@ -390,7 +391,8 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
 
 
 def clone3(flags: int, cgroup: Optional[int] = None) -> tuple[int, int]:
-    """Fork into the namespaces of `flags` (CLONE_NEW*), in the cgroup v2 directory `cgroup` when given.
+    """Fork into the namespaces of `flags` (CLONE_NEW*), in the cgroup v2 directory `cgroup` when given; with
+    CLONE_PARENT the child is the caller's brother.
 
     Returns (0, -1) in the child and (pid, pidfd) in the parent.  The interpreter is told, as os.fork tells
     it; glibc's own fork handlers do not run, so the caller must be single-threaded (pitfall 5).
@@ -398,8 +400,8 @@ def clone3(flags: int, cgroup: Optional[int] = None) -> tuple[int, int]:
     pidfd = ctypes.c_int(-1)
     flags |= CLONE_PIDFD | (0 if cgroup is None else CLONE_INTO_CGROUP)
     arguments = struct.pack(
-        "=11Q", flags, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup or 0
-    )
+        "=11Q", flags, ctypes.addressof(pidfd), 0, 0, 0 if flags & CLONE_PARENT else signal.SIGCHLD, 0, 0, 0,
+        0, 0, cgroup or 0)
     api = ctypes.pythonapi
     api.PyOS_BeforeFork()
     pid = _libc_with_gil.syscall(
@@ -593,10 +595,13 @@ def setns(fd: int, kind: int = 0) -> None:
     _check(_libc.setns(fd, kind))
 
 
-def statfs_type(path: str) -> int:
-    """The magic number of the file system below `path` (os.statvfs does not tell it); statfs(2)."""
+def statfs_type(place: Union[str, int]) -> int:
+    """The magic number of the file system of a path or descriptor (os.statvfs does not tell); statfs(2)."""
     buffer = ctypes.create_string_buffer(120)
-    _check(_libc.statfs(os.fsencode(path), buffer), path)
+    if isinstance(place, int):
+        _check(_libc.fstatfs(place, buffer))
+    else:
+        _check(_libc.statfs(os.fsencode(place), buffer), place)
     return struct.unpack_from("=Q", buffer.raw)[0] & 0xFFFFFFFF
 
 
@@ -7894,7 +7899,7 @@ def cgroup_manager(cgroup_parent: str, options: Iterable[str]) -> CgroupManager:
 # man pages namespaces(7), pivot_root(2), capabilities(7), seccomp(2), pts(4).
 # ------------------------------------------------------------------------------------------------------------
 
-SHIM_PROTOCOL = 2       # 1: no "take"
+SHIM_PROTOCOL = 3       # 1: no "take", 2: no "exec"
 SHIM_PACKET = 1 << 16
 TIOCSPTLCK = 0x40045431
 
@@ -7963,13 +7968,25 @@ class Init:
         self.root = -1
         self.host_root = -1
         self.slave = -1
+        self.devpts = -1
+        self.cgroups: list[int] = []
+
+    def prepare(self) -> None:
+        """What needs the host's own /proc and /sys: the out-of-memory score, descriptors of the cgroups."""
+        for path, _ in self.plan["cgroup_join"]:
+            with _init_step(f"cannot join the cgroup {path}"):
+                self.cgroups.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+        if self.plan.get("oom_score_adj") is not None:
+            with _init_step("cannot set oom_score_adj"), open("/proc/self/oom_score_adj", "wb", 0) as file:
+                file.write(str(self.plan["oom_score_adj"]).encode())
 
     def run(self) -> None:
         """Carry the plan out; returns only by an exception."""
         plan = self.plan
         if plan.get("await_cgroup") and not os.read(self.fds["sync"], 1):
             raise InitError("the daemon has gone before the container had its cgroups")
-        self._enter_cgroups(plan["cgroup_join"])
+        self.prepare()
+        self._enter_cgroups()
         os.setsid()
         if "join" in plan:
             self._join(plan["join"])
@@ -7985,7 +8002,10 @@ class Init:
                 link_up(1)
         self._mount_all()
         if plan["tty"]:
-            self._open_console()
+            self._open_terminal()
+            with _init_step("cannot make /dev/console"):
+                _attach(open_tree(self.slave, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC),
+                        self.root, "/dev/console")
         self._enter_root()
         self._set_sysctls()
         self._protect_paths()
@@ -7994,10 +8014,19 @@ class Init:
                 mount_setattr(AT_FDCWD, "/", 0, set=MOUNT_ATTR_RDONLY)
         self._become()
 
-    def _enter_cgroups(self, joins: list[list[str]]) -> None:
-        for path, text in joins:
+    def run_joined(self) -> None:
+        """The same for a further process, a child that has joined its container's namespaces: what it finds
+        there is hostile."""
+        self._enter_cgroups()
+        os.setsid()
+        if self.plan["tty"]:
+            self._open_devpts()
+            self._open_terminal()
+        self._become()
+
+    def _enter_cgroups(self) -> None:
+        for fd, (path, text) in zip(self.cgroups, self.plan["cgroup_join"]):
             with _init_step(f"cannot join the cgroup {path}"):
-                fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
                 os.write(fd, text.encode())
                 os.close(fd)
 
@@ -8068,11 +8097,16 @@ class Init:
         finally:
             os.close(parent)
 
-    def _open_console(self) -> None:
-        """A terminal of the container's own devpts: the daemon gets the master, /dev/console is the slave.
+    def _open_devpts(self) -> None:
+        """The running container's devpts, unless something else stands in its place by now (pitfall 11)."""
+        with _init_step("cannot open /dev/pts"):
+            self.devpts = openat2(AT_FDCWD, "/dev/pts", os.O_PATH | os.O_DIRECTORY, 0, RESOLVE_NO_SYMLINKS)
+            if statfs_type(self.devpts) != DEVPTS_SUPER_MAGIC:
+                raise OSError(errno.ENODEV, "it is not a devpts file system")
 
-        Nothing is opened by path inside a running container, and the slave comes from the master (pitfall
-        11)."""
+    def _open_terminal(self) -> None:
+        """A terminal of the container's own devpts: the daemon gets the master, we the slave, which comes
+        from the master and not from a path."""
         with _init_step("cannot open the terminal"):
             master = os.open("ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=self.devpts)
             fcntl.ioctl(master, TIOCSPTLCK, struct.pack("i", 0))
@@ -8081,8 +8115,6 @@ class Init:
             if height or width:
                 fcntl.ioctl(master, TIOCSWINSZ, struct.pack("4H", height, width, 0, 0))
             os.fchown(self.slave, self.plan["uid"], -1)
-            _attach(open_tree(self.slave, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC),
-                    self.root, "/dev/console")
             sync = socket.socket(fileno=os.dup(self.fds["sync"]))
             socket.send_fds(sync, [b'{"console": true}'], [master])
             sync.close()
@@ -8156,9 +8188,6 @@ class Init:
         for number, soft, hard in plan["rlimits"]:
             with _init_step(f"error setting rlimit type {number}"):
                 resource.setrlimit(number, (soft, hard))
-        if plan.get("oom_score_adj") is not None:
-            with _init_step("cannot set oom_score_adj"), open("/proc/self/oom_score_adj", "wb", 0) as file:
-                file.write(str(plan["oom_score_adj"]).encode())
         with contextlib.suppress(OSError):  # a kernel without keyrings has none to leak
             keyctl_join_session()
         self._take_streams()
@@ -8174,10 +8203,10 @@ class Init:
         self._execute(seccomp if plan["no_new_privileges"] else b"")
 
     def _enter_workdir(self) -> bool:
-        """Make the working directory where it is missing and enter it; False when only its user may enter
-        it."""
+        """Enter the working directory, which a container's first process makes where it is missing; False
+        when only its user may enter it."""
         cwd = self.plan["cwd"]
-        if not os.path.isdir(cwd):
+        if self.root >= 0 and not os.path.isdir(cwd):
             with _init_step(f"mkdir {cwd}"):
                 root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
                 os.close(_mount_point(root, cwd, True))
@@ -8186,8 +8215,9 @@ class Init:
             os.chdir(cwd)
         except PermissionError:
             return False
-        except NotADirectoryError:
-            raise InitError(f"Cannot mkdir: {cwd} is not a directory") from None
+        except OSError as error:  # of a further process the next line tells
+            if self.root >= 0 and error.errno == errno.ENOTDIR:
+                raise InitError(f"Cannot mkdir: {cwd} is not a directory") from None
         self._change_directory()
         return True
 
@@ -8234,7 +8264,8 @@ class Init:
             close_range(3, sync - 1)
             close_range(sync + 1)
         else:
-            os.set_inheritable(self.host_root, True)
+            for fd in {self.host_root, self.fds.get("cgroup", -1)} - {-1}:
+                os.set_inheritable(fd, True)
 
     def _change_directory(self) -> None:
         cwd = self.plan["cwd"]
@@ -8287,21 +8318,11 @@ def _find_program(name: str, path: bytes) -> bytes:
     raise InitError(f"exec: \"{name}\": executable file not found in $PATH", 127)
 
 
-def _init_main(fds: dict[str, int]) -> None:
-    """The child's whole life; it ends by execve or by telling what stood in the way."""
-    sync = fds["sync"]
+@contextlib.contextmanager
+def _child(sync: int) -> Iterator[None]:
+    """A child's whole life: it ends by execve, or by telling on `sync` what stood in the way."""
     try:
-        for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        _close_others(set(fds.values()))
-        prctl(PR_SET_DUMPABLE, 0)
-        sys.path.clear()
-        sys.meta_path.clear()
-        sys.path_hooks.clear()
-        plan_fd = fds.pop("plan")
-        plan = json.loads(os.pread(plan_fd, os.fstat(plan_fd).st_size, 0))
-        os.close(plan_fd)
-        Init(plan, fds).run()
+        yield
     except BaseException as error:
         code = error.code if isinstance(error, InitError) else 128
         text = str(error) if isinstance(error, InitError) else f"{type(error).__name__}: {error}"
@@ -8309,6 +8330,45 @@ def _init_main(fds: dict[str, int]) -> None:
             os.write(sync, json.dumps({"error": text, "code": code}).encode()[:SHIM_PACKET])
     finally:
         os._exit(127)
+
+
+def _read_plan(fds: dict[str, int]) -> dict[str, Any]:
+    """The plan of a fresh child, which first lets go of all that is the shim's (pitfalls 3 and 4)."""
+    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    _close_others(set(fds.values()))
+    prctl(PR_SET_DUMPABLE, 0 if defended("undumpable") else 1)
+    sys.path.clear()
+    sys.meta_path.clear()
+    sys.path_hooks.clear()
+    plan_fd = fds.pop("plan")
+    plan: dict[str, Any] = json.loads(os.pread(plan_fd, os.fstat(plan_fd).st_size, 0))
+    os.close(plan_fd)
+    return plan
+
+
+def _init_main(fds: dict[str, int]) -> None:
+    """The life of a container's first process."""
+    with _child(fds["sync"]):
+        Init(_read_plan(fds), fds).run()
+
+
+def _join_main(fds: dict[str, int], flags: int) -> None:
+    """The life of the helper that joins the namespaces `flags` of the process behind the descriptor `target`
+    and forks the process asked for into them.  What it tells on `told` is the pid of that one, its brother:
+    the shim's own child (pitfall 6)."""
+    with _child(fds["sync"]):
+        init = Init(_read_plan(fds), fds)
+        init.prepare()
+        with _init_step("cannot join the container's namespaces"):
+            setns(fds["target"], flags)
+            pid = clone3(CLONE_PARENT, fds.get("cgroup"))[0]
+        if pid:
+            os.write(fds["told"], b"%d" % pid)
+            os._exit(0)
+        for name in ("told", "target"):
+            os.close(fds.pop(name))
+        init.run_joined()
 
 
 def _close_others(kept: set[int]) -> None:
@@ -8454,6 +8514,28 @@ class Shim:
         answer.update(pid=pid, key=request["key"])
         return [pidfd]
 
+    def op_exec(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> list[int]:
+        """Fork a process into the namespaces `flags` of the process behind the descriptor `target`; where
+        that fails there is no pid in the answer, and the reason comes on "sync"."""
+        reader, writer = os.pipe()
+        helper, helper_fd = clone3(0)
+        if helper == 0:
+            for name in [name for name in fds if name.startswith("keep:")]:
+                del fds[name]
+            _join_main({**fds, "told": writer}, request["flags"])
+        os.close(writer)
+        told = os.read(reader, 16)  # not to its end: the process may be born frozen
+        for fd in (reader, helper_fd):
+            os.close(fd)
+        os.waitpid(helper, 0)
+        if not told:
+            return []
+        pid, pidfd = int(told), os.pidfd_open(int(told))
+        keep = {name[5:]: fds.pop(name) for name in list(fds) if name.startswith("keep:")}
+        self._watch(request["key"], pid, pidfd, keep)
+        answer.update(pid=pid, key=request["key"])
+        return [pidfd]
+
     def op_take(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
         """Watch and keep a process whose own shim is gone; it is no child of this one."""
         if request["key"] in self.processes:
@@ -8559,6 +8641,8 @@ SHIM_HEAD = (
     "socket, stat, struct, sys, time"
 )
 SHIM_TIMEOUT = 10               # seconds that a shim has to take a request and to answer it
+JOINED_NAMESPACES = (       # of a further process: all that its container has, shared with the host or not
+    CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP)
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _QUIET = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
 
@@ -8587,6 +8671,11 @@ DEVICE_NODES = (
 )
 DEVICE_LINKS = (("/dev/ptmx", "pts/ptmx"), ("/dev/fd", "/proc/self/fd"), ("/dev/stdin", "/proc/self/fd/0"),
                 ("/dev/stdout", "/proc/self/fd/1"), ("/dev/stderr", "/proc/self/fd/2"))
+
+
+START_FAILED = ("failed to create task for container: failed to create shim task: OCI runtime create failed: "
+                "unable to start container process: {}")
+EXEC_FAILED = "OCI runtime exec failed: exec failed: unable to start container process: {}: unknown"
 
 
 class StartError(DockerError):
@@ -9115,29 +9204,33 @@ class ExecutionDriver:
         for shim in (self.shim, *self._older):
             shim.close()
 
-    def start(self, spec: Spec, streams: dict[str, int], keep: dict[str, int]) -> Process:
-        """Start `spec` and return once its execve has succeeded.
+    def start(self, spec: Spec, streams: dict[str, int], keep: dict[str, int], target: int = -1) -> Process:
+        """Start `spec` and return once its execve has succeeded; with `target`, a pidfd, as a further process
+        in that one's namespaces.
 
         `streams` are the process's own stdin, stdout and stderr (none with a terminal), `keep` the daemon's
         ends of them, which the shim holds too.  With a terminal the result's `console` is its master.  Raises
         StartError, CommandError (exit codes 126 and 127) or DockerError; then no process is left."""
-        shim = self.open()
+        shim, joins = self.open(), target >= 0
         process = shim.processes[spec.key] = Process(spec.key, shim)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         plan = os.memfd_create("plan", os.MFD_CLOEXEC)
         try:
             with theirs:
                 os.write(plan, json.dumps(build_plan(spec, self.root_place)).encode())
-                fds = {"plan": plan, "sync": theirs.fileno(), "root": spec.root_fd, **streams, **spec.join}
+                fds = {"plan": plan, "sync": theirs.fileno(), **streams}
+                fds.update({"target": target} if joins else {"root": spec.root_fd, **spec.join})
                 if spec.cgroup_fd is not None:
                     fds["cgroup"] = spec.cgroup_fd
                 fds.update({"keep:" + name: fd for name, fd in keep.items()})
-                answer, received = shim.call("start", fds, key=spec.key, flags=spec.namespaces)
-            process.pid, process.pidfd = answer["pid"], received[0]
+                answer, received = shim.call(
+                    "exec" if joins else "start", fds, key=spec.key, flags=spec.namespaces)
+            if received:
+                process.pid, process.pidfd = answer["pid"], received[0]
             if spec.cgroup_enter:
                 spec.cgroup_enter(process.pid)
                 ours.send(b"\0")
-            self._await_execve(process, ours)
+            self._await_execve(process, ours, EXEC_FAILED if joins else START_FAILED)
             return process
         except BaseException:
             self._abandon(process)
@@ -9146,7 +9239,7 @@ class ExecutionDriver:
             ours.close()
             os.close(plan)
 
-    def _await_execve(self, process: Process, sync: socket.socket) -> None:
+    def _await_execve(self, process: Process, sync: socket.socket, failed: str) -> None:
         """Read what the init tells until its end of file: its terminal, and perhaps what stood in the way."""
         while True:
             data, fds = receive_fds(sync, SHIM_PACKET, 1)
@@ -9158,11 +9251,9 @@ class ExecutionDriver:
                 process.shim.call("keep", {"console": process.console}, key=process.key)
             else:
                 kind = CommandError if message["code"] in (126, 127) else StartError
-                raise kind(
-                    "failed to create task for container: failed to create shim task: OCI runtime create "
-                    f"failed: unable to start container process: {message['error']}",
-                    message["code"],
-                )
+                raise kind(failed.format(message["error"]), message["code"])
+        if not process.pid:
+            raise StartError(failed.format("the container has ended"), 128)
 
     def _abandon(self, process: Process) -> None:
         """A start that failed leaves no process: wait for the child's end, by force, and forget it."""
@@ -9579,17 +9670,23 @@ class Streams:
         self.stdin = -1
         self._open: dict[int, int] = {}  # stream -> descriptor that the pump reads
         self._paused: set[int] = set()
+        self._terminal = False
         self._notes = -1                 # a file in memory, see _note_partial
         self._noted = False
         self.finished = threading.Event()
         self.finished.set()
         self.on_finished: Callable[[], None] = lambda: None
 
-    def connect(self, stdin: int, outputs: dict[int, int], notes: int = -1) -> None:
-        """A run begins, or another daemon's is taken over: `outputs` maps STDOUT and STDERR (or STDOUT alone,
-        a terminal) to descriptors, `notes` is a file in memory that outlives this daemon."""
-        self.finished.clear()
-        self.stdin, self._notes = stdin, notes
+    def connect(self, ours: dict[str, int]) -> None:
+        """A run begins, or another daemon's is taken over: `ours` are our ends of its streams by the names
+        under which a shim keeps them, and "notes", a file in memory that outlives this daemon."""
+        self._terminal = "console" in ours
+        if self._terminal:
+            ours = {**ours, "stdout": ours["console"], "stdin": os.dup(ours["console"])}
+        outputs = {number: ours[name] for number, name in STREAM_NAMES.items() if name in ours}
+        if outputs:
+            self.finished.clear()
+        self.stdin, self._notes = ours.get("stdin", -1), ours.get("notes", -1)
         self._open = dict(outputs)
         if self.driver is not None:
             self.driver.open()
@@ -9607,6 +9704,8 @@ class Streams:
         with self.lock:
             fds = {STREAM_NAMES[stream]: fd for stream, fd in self._open.items()}
             fds.update({"stdin": self.stdin, "notes": self._notes})
+            if self._terminal:
+                fds = {"console": fds.get("stdout", -1), "notes": self._notes}
             return {name: os.dup(fd) for name, fd in fds.items() if fd >= 0}
 
     def _note_partial(self) -> None:
@@ -9689,6 +9788,12 @@ class Streams:
             for subscriber in self.subscribers:
                 subscriber.ended = True
                 subscriber.wake()
+
+    def resize(self, height: int, width: int) -> None:
+        """Give the terminal that they are another size in characters."""
+        with self.lock, contextlib.suppress(OSError):
+            if self.stdin >= 0:
+                fcntl.ioctl(self.stdin, TIOCSWINSZ, struct.pack("4H", height, width, 0, 0))
 
     def close_stdin(self) -> None:
         """End the container's standard input."""
@@ -9827,6 +9932,10 @@ _STRUCTS = {
         Driver string  Count int  DeviceIDs []string  Capabilities [][]string  Options map[string]string""",
     "Ulimit": "Name string  Hard int64  Soft int64",
     "NetworkingConfig": "EndpointsConfig map[string]*object",
+    "ExecConfig": """
+        User string  Privileged bool  Tty bool  ConsoleSize *[]uint  AttachStdin bool  AttachStderr bool
+        AttachStdout bool  Detach bool  DetachKeys string  Env []string  WorkingDir string  Cmd []string""",
+    "ExecStartCheck": "Detach bool  Tty bool  ConsoleSize *[]uint",
 }
 STRUCTS = {name: dict(zip(text.split()[::2], text.split()[1::2])) for name, text in _STRUCTS.items()}
 _INTEGERS: dict[str, tuple[int, int]] = {
@@ -10329,6 +10438,7 @@ def _descends(container: Any, name: str, images: Any) -> bool:
 CONTAINER_STOP_TIMEOUT = 10     # seconds between the stop signal and SIGKILL
 RESTART_DELAY = (0.1, 60.0)     # seconds until a first restart, doubled at each, and the longest
 RESTART_RESET = 10              # seconds of running after which a restart is a first one again
+EXEC_KEPT = 300                 # seconds after which an ended exec instance may go; it goes after twice that
 STOPPED, RUNNING, PAUSED, REMOVING, DEAD = "stopped", "running", "paused", "removing", "dead"
 
 
@@ -10424,6 +10534,7 @@ class Container:
         self.process: Optional[Process] = None
         self.cgroup: Any = None
         self._root_fd = -1
+        self.execs: dict[str, ExecInstance] = {}    # those that have not ended
         driver = JsonFileLog(record["LogPath"]) if record["LogPath"] else None
         self.streams = Streams(parts.pump, driver)
         self.streams.on_finished = self._streams_finished
@@ -10566,14 +10677,8 @@ class Container:
             user = self._user()
             self.cgroup = parts.cgroups.create(self.id, self.host_config)
             undo.callback(self.cgroup.remove)
-            theirs, ours = self._make_pipes()
-            undo.callback(_close_all_of, ours)
-            try:
-                process = parts.driver.start(self._spec(user), theirs, ours)
-            finally:
-                _close_all_of(theirs)
-            if self.config["Tty"]:
-                ours["console"] = process.console
+            notes = os.memfd_create("notes", os.MFD_CLOEXEC)
+            process, ours = launch(parts.driver, self._spec(user), self.config["OpenStdin"], notes=notes)
             undo.pop_all()
         self.state.running, self.state.restarting, self.state.pid = True, False, process.pid
         self.state.exit_code, self.state.error, self.state.oom_killed = 0, "", False
@@ -10599,55 +10704,27 @@ class Container:
     def _connect(self, process: Process, ours: dict[str, int]) -> None:
         """Let the streams and the end of a run come to this container; `ours` are our ends, by name."""
         self.process = process
-        if "console" in ours:
-            ours["stdout"] = ours.pop("console")
-            ours["stdin"] = os.dup(ours["stdout"])
-        outputs = {number: ours[name] for number, name in STREAM_NAMES.items() if name in ours}
-        self.streams.connect(ours.get("stdin", -1), outputs, ours.get("notes", -1))
-        process.streams = self._stream_copies
+        self.streams.connect(ours)
+        process.streams = self.streams.copies
         process.deliver(self._process_ended)
-
-    def _stream_copies(self) -> dict[str, int]:
-        copies = self.streams.copies()
-        if self.config["Tty"] and "stdout" in copies:
-            os.close(copies.pop("stdin"))
-            copies["console"] = copies.pop("stdout")
-        return copies
-
-    def _make_pipes(self) -> tuple[dict[str, int], dict[str, int]]:
-        """(the process's ends, ours) of its streams by name; with a terminal only our "notes"."""
-        theirs: dict[str, int] = {}
-        ours = {"notes": os.memfd_create("notes", os.MFD_CLOEXEC)}
-        if self.config["Tty"]:
-            return theirs, ours
-        for name in ("stdout", "stderr"):
-            ours[name], theirs[name] = os.pipe2(os.O_CLOEXEC)
-            with contextlib.suppress(OSError):  # above pipe-user-pages-soft a pipe keeps its 64 KiB
-                fcntl.fcntl(ours[name], F_SETPIPE_SZ, 1 << 20)
-        if self.config["OpenStdin"]:
-            theirs["stdin"], ours["stdin"] = os.pipe2(os.O_CLOEXEC)
-            os.set_blocking(ours["stdin"], False)
-        else:
-            theirs["stdin"] = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        return theirs, ours
 
     def _hostname(self) -> str:
         host = self.host_config["NetworkMode"] == "host" or self.host_config.get("UTSMode") == "host"
         return socket.gethostname() if host and not self.config.get("Hostname") else self.config["Hostname"]
 
-    def _user(self) -> Any:
+    def _user(self, user: str = "") -> Any:
         """(uid, gid, groups, home) by the image's own files, read through the root's descriptor."""
         passwd, group = (_read_in_root(self._root_fd, path) for path in ("/etc/passwd", "/etc/group"))
         return lookup_user(
-            self.config.get("User") or "", passwd, group, self.host_config.get("GroupAdd") or []
+            user or self.config.get("User") or "", passwd, group, self.host_config.get("GroupAdd") or []
         )
 
-    def _environment(self, home: str) -> list[str]:
-        """The process's environment in Docker's order: what Docker sets, the container's own, HOME."""
+    def _environment(self, home: str, tty: bool, further: Iterable[str] = ()) -> list[str]:
+        """A process's environment in Docker's order: what Docker sets, the container's own, HOME."""
         values = {"PATH": DEFAULT_PATH, "HOSTNAME": self._hostname()}
-        if self.config["Tty"]:
+        if tty:
             values["TERM"] = "xterm"
-        for item in self.config.get("Env") or []:
+        for item in (*(self.config.get("Env") or []), *further):
             key, equals, value = item.partition("=")
             if equals:
                 values[key] = value
@@ -10700,33 +10777,45 @@ class Container:
         shm = [{"from": "/dev/shm", "to": "/dev/shm"}] if self.host_config["IpcMode"] == "host" else []
         return shm + files
 
+    def _confinement(self, user: Any) -> dict[str, Any]:
+        """The Spec's fields that hold for every process in the container, run by `user`."""
+        host = self.host_config
+        uid, gid, groups, _ = user
+        options = parse_security_options(host.get("SecurityOpt") or [])
+        capabilities = capability_sets(
+            host.get("CapAdd") or [], host.get("CapDrop") or [], host["Privileged"], bounding_capabilities())
+        seccomp, seccomp_mode = self._seccomp(options, capabilities)
+        return {
+            "uid": uid,
+            "gid": gid,
+            "groups": groups,
+            "capabilities": capabilities,
+            "root_fd": self._root_fd,
+            "cgroup_join": self.cgroup.join,
+            "cgroup_fd": self.cgroup.directory_fd,
+            "seccomp": seccomp,
+            "seccomp_flags": seccomp_mode,
+            "no_new_privileges": options.no_new_privileges or self.parts.config.no_new_privileges,
+            "rlimits": container_limits(host, self.parts.config),
+            "oom_score_adj": host["OomScoreAdj"] or None,
+        }
+
     def _spec(self, user: Any) -> Spec:
         """What the execution driver must know, from the record."""
         host = self.host_config
-        uid, gid, groups, home = user
-        options = parse_security_options(host.get("SecurityOpt") or [])
         privileged, namespaces = host["Privileged"], self._namespaces()
-        capabilities = capability_sets(
-            host.get("CapAdd") or [], host.get("CapDrop") or [], privileged, bounding_capabilities())
-        seccomp, seccomp_mode = self._seccomp(options, capabilities)
         own_names = bool(namespaces & CLONE_NEWUTS)
         return Spec(
+            **self._confinement(user),
             key=self.id,
             args=[self.record["Path"], *self.record["Args"]],
-            env=self._environment(home),
+            env=self._environment(user[3], self.config["Tty"]),
             cwd=self.config.get("WorkingDir") or "/",
-            uid=uid,
-            gid=gid,
-            groups=groups,
-            capabilities=capabilities,
-            root_fd=self._root_fd,
             tty=self.config["Tty"],
             console_size=tuple(host.get("ConsoleSize") or (0, 0)),
             hostname=self._hostname() if own_names else "",
             domainname=(self.config.get("Domainname") or "") if own_names else "",
             namespaces=namespaces,
-            cgroup_join=self.cgroup.join,
-            cgroup_fd=self.cgroup.directory_fd,
             cgroup_enter=self.cgroup.enter,
             cgroup_namespace=host["CgroupnsMode"] == "private",
             cgroup_mounts=self.cgroup.mounts(host["CgroupnsMode"] == "private", not privileged),
@@ -10736,12 +10825,7 @@ class Container:
             readonly_root=host["ReadonlyRootfs"],
             masked_paths=tuple(host.get("MaskedPaths") or ()),
             readonly_paths=tuple(host.get("ReadonlyPaths") or ()),
-            seccomp=seccomp,
-            seccomp_flags=seccomp_mode,
-            no_new_privileges=options.no_new_privileges or self.parts.config.no_new_privileges,
-            rlimits=container_limits(host, self.parts.config),
             sysctls=self._sysctls(namespaces),
-            oom_score_adj=host["OomScoreAdj"] or None,
             shm_size=0 if host["IpcMode"] in ("host", "none") else host["ShmSize"],
         )
 
@@ -10785,6 +10869,7 @@ class Container:
             self.event("die", exitCode=str(state.exit_code), execDuration=str(ran))
             cgroup, self.cgroup = self.cgroup, None
             self._close_root()
+            self.execs.clear()
             self._end_waiters()
             self.streams.end_subscribers()
             remove, self._clearing = self.host_config["AutoRemove"] and not self._kept, True
@@ -11006,10 +11091,9 @@ class Container:
     def resize(self, height: int, width: int) -> None:
         """Set the terminal's size in characters; Conflict when the container does not run."""
         with self.lock:
-            process = self._require_running("")
-            if self.config["Tty"] and process.console >= 0:
-                with contextlib.suppress(OSError):
-                    fcntl.ioctl(self.streams.stdin, TIOCSWINSZ, struct.pack("4H", height, width, 0, 0))
+            self._require_running("")
+            if self.config["Tty"]:
+                self.streams.resize(height, width)
             self.event("resize", height=str(height), width=str(width))
 
     def wait(self, job: Job, condition: str) -> dict[str, Any]:
@@ -11035,6 +11119,34 @@ class Container:
         self.streams.close_stdin()
         if self.process is not None:
             self.process.shim.post("drop", key=self.id, name="stdin")
+
+    # Further processes
+
+    def require_exec(self, name: str) -> Process:
+        """The container's process where another may join it; Conflict, which calls the container `name`."""
+        process = self._require_running("")
+        if self.state.paused:
+            raise Conflict(f"Container {name} is paused, unpause the container before exec")
+        if self.state.restarting:
+            raise Conflict(f"Container {name} is restarting, wait until the container is running")
+        return process
+
+    def exec_spec(self, key: str, config: dict[str, Any], size: list[int]) -> Spec:
+        """What the execution driver must know to run the exec instance of this configuration."""
+        user = self._user(config["User"])
+        confinement = self._confinement(user)
+        if config["Privileged"]:
+            confinement["capabilities"] = bounding_capabilities()
+        return Spec(
+            **confinement,
+            key=key,
+            args=config["Cmd"],
+            env=self._environment(user[3], config["Tty"], config["Env"] or ()),
+            cwd=config["WorkingDir"] or self.config.get("WorkingDir") or "/",
+            tty=config["Tty"],
+            console_size=(size[0], size[1]),
+            namespaces=JOINED_NAMESPACES,
+        )
 
     def _notify(self) -> None:
         with self.lock:
@@ -11111,7 +11223,7 @@ class Container:
         """The job attach: the client's connection becomes the container's streams."""
         env = job.env
         wanted = {number for number, name in STREAM_NAMES.items() if env.get_bool(name)}
-        keys = parse_detach_keys(env.get("detachKeys") or "ctrl-p,ctrl-q")
+        keys = parse_detach_keys(env.get("detachKeys") or DETACH_KEYS)
         if self.state.paused:
             raise Conflict(f"Container {self.name} is paused, unpause the container before attach")
         if self.state.restarting:
@@ -11120,12 +11232,15 @@ class Container:
         try:
             job.ready(tty=self.config["Tty"])
             self.event("attach")
-            attachment = Attachment(self, job, subscriber, keys if self.config["Tty"] else b"")
+            tty = self.config["Tty"]
+            attachment = Attachment(self.streams, job, subscriber, tty or env.get_bool("raw"),
+                                    keys if tty else b"")
             if env.get_bool("logs") and self.streams.driver is not None:
                 for stream, text in subscriber.past():
                     if stream in wanted:
                         attachment.queue(stream, text)
-            attachment.run(bool(env.get_bool("stream")), env.get_bool("stdin") and self.config["OpenStdin"])
+            stdin = env.get_bool("stream") and env.get_bool("stdin") and self.config["OpenStdin"]
+            attachment.run(stdin, self.close_stdin if self.config["StdinOnce"] and not tty else None)
             if attachment.detached:
                 self.event("detach")
         finally:
@@ -11154,7 +11269,7 @@ class Container:
             "MountLabel": "",
             "ProcessLabel": "",
             "AppArmorProfile": record["AppArmorProfile"],
-            "ExecIDs": None,
+            "ExecIDs": list(self.execs) or None,
             "HostConfig": self.host_config,
             "GraphDriver": {"Data": self.parts.layers.rw_metadata(self.id), "Name": record["Driver"]},
             "Mounts": [],
@@ -11292,6 +11407,211 @@ def _process_row(pid: int) -> Optional[list[str]]:
             f"{used // 3600:02}:{used // 60 % 60:02}:{used % 60:02}", words or f"[{name.partition('(')[2]}]"]
 
 
+class ExecInstance:
+    """A further process in a running container: made, started once, and known for a while after its end.
+
+    `config` is the body of POST /containers/NAME/exec, `exit_code` None until the process has ended or could
+    not be started."""
+
+    def __init__(self, container: Container, config: dict[str, Any]) -> None:
+        self.id = secrets.token_hex(32)
+        self.container, self.config = container, config
+        self.command = " ".join([config["Cmd"][0], " ".join(config["Cmd"][1:])])
+        self.keys = parse_detach_keys(config["DetachKeys"] or DETACH_KEYS, "escape")
+        self.streams = Streams(container.parts.pump, None)
+        self.streams.on_finished = self._streams_finished
+        self.size: list[int] = config["ConsoleSize"] or [0, 0]
+        self.running = False
+        self.exit_code: Optional[int] = None
+        self.ended_at = 0.0     # by the monotonic clock
+        self.pid = 0
+        self._process: Optional[Process] = None
+        self._give_up_timer: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
+
+    @property
+    def key(self) -> str:
+        """What names it towards the shim."""
+        return f"{self.container.id}/{self.id}"
+
+    def event(self, action: str, **attributes: str) -> None:
+        """Tell the daemon's listeners."""
+        self.container.event(action, execID=self.id, **attributes)
+
+    def start(self) -> None:
+        """Start the process; returns when its execve has succeeded.
+
+        Conflict where the container does not run or this is not the first start, CommandError where the
+        command cannot be executed."""
+        with self.container.lock:
+            self.container.require_exec(self.container.id)
+            if self.running or self.exit_code is not None:
+                state = "is already running" if self.running else "has already run"
+                raise Conflict(f"Error: Exec command {self.id} {state}")
+            self.running = True
+        self.event("exec_start: " + self.command)
+        try:
+            self._start()
+        except BaseException as error:
+            self._set_end(127 if getattr(error, "code", 0) == 127 else 126)
+            raise
+
+    def _start(self) -> None:
+        container, parts = self.container, self.container.parts
+        if not (self.config["WorkingDir"] or "/").startswith("/"):
+            raise StartError("OCI runtime exec failed: exec failed: Cwd must be an absolute path: unknown",
+                             126)
+        with contextlib.ExitStack() as held:
+            with container.lock:  # not during the start: a container may be paused or killed meanwhile
+                target = os.dup(container.require_exec(container.id).pidfd)
+                held.callback(os.close, target)
+                spec = container.exec_spec(self.key, self.config, self.size)
+                if spec.cgroup_fd is not None:
+                    cgroup = os.dup(spec.cgroup_fd)
+                    held.callback(os.close, cgroup)
+                    spec = spec._replace(cgroup_fd=cgroup)
+            wanted = {number for number, name in STREAM_NAMES.items() if self.config["Attach" + name.title()]}
+            process, ours = launch(parts.driver, spec, self.config["AttachStdin"], wanted, target)
+        self._process, self.pid = process, process.pid
+        self.streams.connect(ours)
+        process.streams = self.streams.copies
+        if spec.tty and tuple(self.size) != spec.console_size:  # resized meanwhile
+            self.streams.resize(*self.size)
+        process.deliver(self._process_ended)
+
+    def resize(self, height: int, width: int) -> None:
+        """Set the terminal's size in characters, before the start too; NotFound after the end."""
+        if self.exit_code is not None:
+            raise NotFound("no such exec")
+        self.size = [height, width]
+        self.streams.resize(height, width)
+
+    def attach(self, job: Job, raw: bool) -> None:
+        """Start the process with the client's connection as its streams; what keeps it from starting is told
+        there."""
+        config = self.config
+        subscriber = self.streams.subscribe(
+            {number for number, name in STREAM_NAMES.items() if config["Attach" + name.title()]})
+        attachment = Attachment(self.streams, job, subscriber, raw, self.keys if config["Tty"] else b"")
+        try:
+            try:
+                self.start()
+            except (DockerError, OSError) as error:
+                attachment.queue(STDOUT, f"{error}\r\n".encode())
+                subscriber.wanted, subscriber.ended = set(), True
+            attachment.run(config["AttachStdin"], None if config["Tty"] else self.close_stdin)
+            if attachment.detached:
+                self.event("exec_detach")
+        finally:
+            subscriber.close()
+
+    def close_stdin(self) -> None:
+        """End the process's standard input."""
+        self.streams.close_stdin()
+        process = self._process
+        if process is not None:
+            process.shim.post("drop", key=self.key, name="stdin")
+
+    # The end: when the process has ended and its output has been read, or 2 seconds later where something in
+    # the background still holds it.  Threads that must not wait come through here.
+
+    def _process_ended(self, process: Process) -> None:
+        assert process.end is not None
+        self._set_end(process.end["status"])
+        if self.streams.finished.is_set():
+            self._finish()
+        else:
+            self._give_up_timer = self.container.parts.later(2, self._finish)
+
+    def _streams_finished(self) -> None:
+        if self.exit_code is not None:
+            self._finish()
+
+    def _set_end(self, code: int) -> None:
+        self.container.execs.pop(self.id, None)
+        self.ended_at, self.exit_code, self.running = time.monotonic(), code, False
+
+    def _finish(self) -> None:
+        with self._lock:
+            process, self._process = self._process, None
+        if process is not None:
+            self._give_up_timer()
+            self.event("exec_die", exitCode=str(self.exit_code))
+            self.streams.close_stdin()
+            self.streams.end_subscribers()
+            self.container.parts.background(process.forget)
+
+    def inspect(self) -> dict[str, Any]:
+        """The instance as GET /exec/ID/json of the newest API shows it."""
+        config = self.config
+        return {
+            "ID": self.id,
+            "Running": self.running,
+            "ExitCode": self.exit_code,
+            "ProcessConfig": {
+                "tty": config["Tty"],
+                "entrypoint": config["Cmd"][0],
+                "arguments": config["Cmd"][1:],
+                "privileged": config["Privileged"],
+                **({"user": config["User"]} if config["User"] else {}),
+            },
+            "OpenStdin": config["AttachStdin"],
+            "OpenStderr": config["AttachStderr"],
+            "OpenStdout": config["AttachStdout"],
+            "CanRemove": self.age() > EXEC_KEPT,
+            "ContainerID": self.container.id,
+            "DetachKeys": base64.b64encode(self.keys if config["DetachKeys"] else b"").decode(),
+            "Pid": self.pid,
+        }
+
+    def age(self) -> float:
+        """Seconds since its end; 0 before."""
+        return 0 if self.exit_code is None else time.monotonic() - self.ended_at
+
+    @property
+    def gone(self) -> bool:
+        """Whether nobody is told of it any more: its container has ended before its start, or has been
+        removed, or its end is long past."""
+        never = self.exit_code is None and self.id not in self.container.execs
+        return never or self.container.state.removed or self.age() > 2 * EXEC_KEPT
+
+
+def make_pipes(stdin: bool, outputs: Iterable[int]) -> tuple[dict[str, int], dict[str, int]]:
+    """(a process's ends, ours) of its streams by name; /dev/null for those that nobody is to have."""
+    theirs, ours = {}, {}
+    for number, name in STREAM_NAMES.items():
+        if number in outputs:
+            ours[name], theirs[name] = os.pipe2(os.O_CLOEXEC)
+            with contextlib.suppress(OSError):  # above pipe-user-pages-soft a pipe keeps its 64 KiB
+                fcntl.fcntl(ours[name], F_SETPIPE_SZ, 1 << 20)
+        else:
+            theirs[name] = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    if stdin:
+        theirs["stdin"], ours["stdin"] = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(ours["stdin"], False)
+    else:
+        theirs["stdin"] = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    return theirs, ours
+
+
+def launch(driver: ExecutionDriver, spec: Spec, stdin: bool, outputs: Iterable[int] = (STDOUT, STDERR),
+           target: int = -1, **kept: int) -> tuple[Process, dict[str, int]]:
+    """Start `spec`; returns the process and what the shim keeps of it: our ends of its streams, or its
+    "console", and what is in `kept`.  Raises what ExecutionDriver.start raises, with all of it closed."""
+    theirs, ours = ({}, {}) if spec.tty else make_pipes(stdin, outputs)
+    ours.update(kept)
+    try:
+        process = driver.start(spec, theirs, ours, target)
+    except BaseException:
+        _close_all_of(ours)
+        raise
+    finally:
+        _close_all_of(theirs)
+    if spec.tty:
+        ours["console"] = process.console
+    return process, ours
+
+
 def _shell_word(word: str) -> str:
     """A word of a command as the list of containers shows it: quoted when it has spaces or a quote."""
     return "'" + word.replace("'", "\\'") + "'" if " " in word or "'" in word else word
@@ -11400,10 +11720,11 @@ def _all_host_devices(taken: set[str]) -> list[dict[str, Any]]:
     return nodes
 
 
+DETACH_KEYS = "ctrl-p,ctrl-q"
 _CONTROL_KEYS = frozenset("abcdefghijklmnopqrstuvwxyz@[\\]^_")
 
 
-def parse_detach_keys(text: str) -> bytes:
+def parse_detach_keys(text: str, what: str = "detach") -> bytes:
     """The bytes of a key sequence such as "ctrl-p,ctrl-q" or "a,b"; BadParameter when it is none."""
     keys = bytearray()
     for key in text.split(","):
@@ -11412,20 +11733,21 @@ def parse_detach_keys(text: str) -> bytes:
         elif len(key) == 6 and key.startswith("ctrl-") and key[5] in _CONTROL_KEYS:
             keys.append(ord(key[5].upper()) - 64)
         else:
-            raise BadParameter(f"Invalid detach keys ({text}) provided")
+            raise BadParameter(f"Invalid {what} keys ({text}) provided")
     return bytes(keys)
 
 
 class Attachment:
-    """One attached client: a loop in its connection's thread between its connection and the container's
-    streams.
+    """One attached client: a loop in its connection's thread between its connection and a process's streams.
 
-    Nothing in it blocks: input goes on while output waits for a slow client, and the other way round."""
+    With `raw` the client gets all output as it is.  Nothing in it blocks: input goes on while output waits
+    for a slow client, and the other way round."""
 
-    def __init__(self, container: Container, job: Job, subscriber: Subscriber, detach_keys: bytes) -> None:
-        self.container, self.job, self.subscriber, self.detach_keys = container, job, subscriber, detach_keys
+    def __init__(self, streams: Streams, job: Job, subscriber: Subscriber, raw: bool,
+                 detach_keys: bytes) -> None:
+        self.streams, self.job, self.subscriber, self.detach_keys = streams, job, subscriber, detach_keys
         self.stream = job.hijacked
-        self.tty = container.config["Tty"]
+        self.raw = raw
         self.output = bytearray()
         self.input = bytearray()
         self.input_open = True
@@ -11435,24 +11757,32 @@ class Attachment:
 
     def queue(self, stream: int, data: bytes) -> None:
         """Frame `data` for the client: raw with a terminal, else behind the 8-byte stream header."""
-        if not self.tty:
+        if not self.raw:
             self.output += struct.pack(">BxxxI", stream, len(data))
         self.output += data
 
-    def run(self, follow: bool, stdin: bool) -> None:
-        """Copy until the run is over, the client is gone or detaches, or the job is cancelled."""
+    def run(self, stdin: bool, close_stdin: Optional[Callable[[], None]]) -> None:
+        """Copy until the run is over, the client is gone or detaches, or the job is cancelled.
+
+        With `stdin` the client's input goes to the process; its end calls `close_stdin`, and without one it
+        ends the attachment."""
         try:
             while not self.detached and not self.job.cancelled.is_set():
-                over = self.subscriber.ended or not follow
+                ended = stdin and not self.input_open and not self.input
+                if ended and close_stdin:
+                    close_stdin()
+                    stdin = ended = False
+                over = self.subscriber.ended or ended or not (self.subscriber.wanted or stdin)
                 if over and not self.subscriber.chunks and not self.output:
                     return
                 self._step(stdin and not over)
         except (BrokenPipeError, ConnectionError):
-            return
+            if stdin and close_stdin:
+                close_stdin()
 
     def _step(self, stdin: bool) -> None:
         """Wait for whatever can go on, and do it."""
-        streams = self.container.streams
+        streams = self.streams
         poll = select.poll()
         client = 0
         if self.input_open and len(self.input) < 1 << 16 and (not stdin or streams.stdin >= 0):
@@ -11505,23 +11835,14 @@ class Attachment:
         return bytes(passed)
 
     def _write_stdin(self) -> None:
-        """Pass the client's input on; its end closes the container's input where StdinOnce says so."""
-        streams = self.container.streams
-        if self.input and streams.stdin >= 0:
+        """Pass the client's input on."""
+        if self.input and self.streams.stdin >= 0:
             try:
-                del self.input[:os.write(streams.stdin, self.input)]
+                del self.input[:os.write(self.streams.stdin, self.input)]
             except BlockingIOError:
                 pass
             except OSError:  # the container has closed its end
                 self.input.clear()
-        if (
-            not self.input
-            and not self.input_open
-            and self.container.config["StdinOnce"]
-            and streams.stdin >= 0
-            and not self.tty
-        ):
-            self.container.close_stdin()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -12093,6 +12414,62 @@ def system_cpu() -> dict[str, int]:
             "online_cpus": sum(line.startswith("cpu") for line in rest)}
 
 
+class ExecJobs:
+    """The exec instances of all containers, and the jobs about them."""
+
+    def __init__(self, table: ContainerTable) -> None:
+        self.table = table
+        self._lock = threading.Lock()
+        self._by_id: dict[str, ExecInstance] = {}
+
+    def _find(self, name: str) -> ExecInstance:
+        found = self._by_id.get(name)
+        if found is None or found.gone:
+            raise NotFound(f"No such exec instance: {name}")
+        return found
+
+    @job("exec_create")
+    def create(self, job: Job) -> None:
+        """Make an instance of env `body`, an ExecConfig, in the container named by the argument."""
+        container, config = self.table.find(job.args[0]), decode_struct(job.env.get("body"), "ExecConfig")
+        if not config["Cmd"]:
+            raise BadParameter("No exec command specified")
+        config["User"] = config["User"] or container.config.get("User") or ""
+        instance = ExecInstance(container, config)
+        with container.lock:
+            container.require_exec(container.name)
+            container.execs[instance.id] = instance
+        with self._lock:
+            self._by_id = {key: other for key, other in self._by_id.items() if not other.gone}
+            self._by_id[instance.id] = instance
+        instance.event("exec_create: " + instance.command)
+        job.reply({"Id": instance.id})
+
+    @job("exec_start")
+    def start(self, job: Job) -> None:
+        """Start it as env `body`, an ExecStartCheck, says: detached, or with job.hijacked as its streams."""
+        instance, check = self._find(job.args[0]), decode_struct(job.env.get("body"), "ExecStartCheck")
+        with instance.container.lock:
+            instance.container.require_exec(instance.container.id)
+        if check["Tty"] and check["ConsoleSize"]:
+            instance.size = check["ConsoleSize"]
+        if check["Detach"]:
+            instance.start()
+        else:
+            job.ready(tty=check["Tty"])
+            instance.attach(job, check["Tty"])
+
+    @job("exec_resize")
+    def resize(self, job: Job) -> None:
+        """Set the size of its terminal: env `h` and `w` in characters."""
+        self._find(job.args[0]).resize(job.env.get_int("h", 0), job.env.get_int("w", 0))
+
+    @job("exec_inspect")
+    def inspect(self, job: Job) -> None:
+        """All about it."""
+        job.reply(self._find(job.args[0]).inspect())
+
+
 class SystemJobs:
     """The jobs about the daemon itself: info and version."""
 
@@ -12281,6 +12658,7 @@ class Daemon:
             self.images,
             ContainerJobs(self.parts, self.images, self.containers, self.events),
             Statistics(self.containers),
+            ExecJobs(self.containers),
             SystemJobs(self),
         ):
             self.engine.install(part)

@@ -1265,6 +1265,50 @@ def test_cli_attach_and_detach_on_a_terminal(docker: Docker) -> None:
     assert docker.host.inspect("box")["State"]["Running"]
 
 
+def test_cli_exec(docker: Docker) -> None:
+    """What a person does with exec; exit codes and messages are the real dockerd's."""
+    docker("run", "-d", "--name", "box", *NONE, "-e", "X=y", "-w", "/tmp", "busybox", "sleep", NEVER)
+    done = docker.run("exec", "box", "sh", "-c", "echo out; echo err >&2; exit 3", status=3)
+    assert (done.stdout, done.stderr) == ("out\n", "err\n")
+    assert docker("exec", "-i", "box", "cat", input="through\n") == "through"
+    flags = ("-u", "bob", "-w", "/", "-e", "A=b")
+    assert docker("exec", *flags, "box", "sh", "-c", "id -un; pwd; echo $A$X$HOME").split() == [
+        "bob", "/", "by/home/bob"]  # fmt: skip
+    docker("exec", "-d", "box", "sh", "-c", "echo detached >/tmp/file; exec sleep " + NEVER)
+    wait_for(lambda: docker("exec", "box", "cat", "file") == "detached")
+    for command, code, text in (
+        ("nosuch", 127, 'exec: "nosuch": executable file not found in $PATH'),
+        ("/etc", 126, 'exec: "/etc": permission denied'),
+    ):
+        done = docker.run("exec", "box", command, status=code)
+        assert f"OCI runtime exec failed: exec failed: unable to start container process: {text}" in (
+            done.stdout + done.stderr
+        )
+    assert "No such container: nosuch" in docker.run("exec", "nosuch", "true", status=1).stderr
+    docker("pause", "box")
+    assert "is paused, unpause the container before exec" in docker.run("exec", "box", "ls", status=1).stderr
+    docker("unpause", "box")
+    docker("stop", "-t", "0", "box")
+    assert re.search(r"[Cc]ontainer \S+ is not running", docker.run("exec", "box", "ls", status=1).stderr)
+
+
+def test_cli_exec_on_a_terminal(docker: Docker) -> None:
+    docker("run", "-d", "--name", "box", *NONE, "busybox", "sleep", NEVER)
+    with docker.terminal("exec", "-it", "box", "sh", rows=33, columns=44) as terminal:
+        terminal.expect(rb"/ # ")
+        wait_for(lambda: docker("exec", "box", "sh", "-c", "stty size </dev/pts/0") == "33 44")
+        terminal.send(b"tty; echo $TERM; exit 7\r")
+        terminal.expect(rb"/dev/pts/0\r\nxterm\r\n")
+        assert terminal.wait() == 7
+    with docker.terminal("exec", "-it", "--detach-keys", "ctrl-x,z", "box", "sleep", NEVER) as terminal:
+        wait_for(lambda: docker("exec", "box", "sh", "-c", "cat /proc/[0-9]*/cmdline").count(NEVER) == 2)
+        terminal.send(b"\x18z")
+        terminal.expect(rb"read escape sequence|^$")
+        terminal.wait()
+    running = docker.host.inspect("box")["ExecIDs"]
+    assert len(running) == 1 and docker.host.api("GET", f"/exec/{running[0]}/json")["Running"]
+
+
 def test_cli_create_start_attached(docker: Docker) -> None:
     docker("create", "--name", "made", *NONE, "busybox", "sh", "-c", "echo started; exit 4")
     assert docker.host.inspect("made")["State"]["Status"] == "created"
@@ -1933,6 +1977,203 @@ def test_attached_logs_miss_nothing(host: Host) -> None:
         text, _ = demultiplex(stream.read_until(b"2999\n"))
         assert text.split() == [b"%d" % number for number in range(3000)]
         stream.close()
+
+
+class Execs:
+    """A running container, and exec instances in it through the raw API."""
+
+    def __init__(self, host: Host, *command: str, **config: Any) -> None:
+        self.host = host
+        self.id = host.create(*(command or ("sleep", NEVER)), **config)
+        host.api("POST", f"/containers/{self.id}/start")
+
+    def create(self, *command: str, **config: Any) -> str:
+        """Make an instance with all streams but stdin attached; returns its id."""
+        body = {"Cmd": list(command), "AttachStdout": True, "AttachStderr": True, **config}
+        return str(self.host.api("POST", f"/containers/{self.id}/exec", body, 201)["Id"])
+
+    def start(self, identity: str, **check: Any) -> Hijacked:
+        """Start an instance on a hijacked connection."""
+        return self.host.hijack(f"{API}/exec/{identity}/start", body=json.dumps(check).encode())
+
+    def run(self, *command: str, **config: Any) -> tuple[bytes, bytes]:
+        """What a command writes to stdout and stderr."""
+        with contextlib.closing(self.start(self.create(*command, **config))) as stream:
+            return demultiplex(stream.read_all())
+
+    def inspect(self, identity: str) -> Any:
+        """GET /exec/ID/json."""
+        return self.host.api("GET", f"/exec/{identity}/json")
+
+
+def test_exec_life_events_and_conflicts(host: Host) -> None:
+    """The shapes, events, conflicts and end of exec instances, as the real dockerd has them."""
+    box = Execs(host, User="bob")
+    since = time.time()
+    identity = box.create("sh", "-c", "exit 5", DetachKeys="q")
+    shown = {
+        "ID": identity, "Running": False, "ExitCode": None, "OpenStdin": False, "OpenStderr": True,
+        "ProcessConfig": {"tty": False, "entrypoint": "sh", "arguments": ["-c", "exit 5"],
+                          "privileged": False, "user": "bob"},
+        "OpenStdout": True, "CanRemove": False, "ContainerID": box.id, "DetachKeys": "cQ==", "Pid": 0,
+    }  # fmt: skip
+    assert box.inspect(identity) == shown and host.inspect(box.id)["ExecIDs"] == [identity]
+    with contextlib.closing(box.start(identity)) as stream:
+        assert stream.status == 101 and stream.read_all() == b""
+    ended = box.inspect(identity)
+    assert ended.pop("Pid") > 0 and ended == {key: value for key, value in shown.items() if key != "Pid"} | {
+        "ExitCode": 5}  # fmt: skip
+    assert host.inspect(box.id)["ExecIDs"] is None
+    again = host.api("POST", f"/exec/{identity}/start", {"Detach": True}, 409)
+    assert again["message"] == f"Error: Exec command {identity} has already run"
+    running, fresh = box.create("sleep", NEVER), box.create("true")
+    assert host.api("POST", f"/exec/{running}/start", {"Detach": True}, 200) == b""
+    with contextlib.closing(box.start(running)) as stream:
+        told = f"Error: Exec command {running} is already running\r\n".encode()
+        assert frames(stream.read_all()) == [(1, told)]
+    for method, path, body in (("GET", "json", None), ("POST", "start", {}), ("POST", "resize?h=1&w=1", {})):
+        answer = host.api(method, f"/exec/{identity[:12]}/{path}", body, 404)
+        assert answer["message"] == f"No such exec instance: {identity[:12]}"
+    pid = box.inspect(running)["Pid"]
+    host.api("POST", f"/containers/{box.id}/kill")
+    assert not os.path.exists(f"/proc/{pid}") and box.inspect(running)["ExitCode"] == 137
+    host.api("POST", f"/exec/{fresh}/start", {"Detach": True}, 404)
+    host.api("POST", f"/containers/{box.id}/exec", {"Cmd": ["true"]}, 409)
+    assert host.api("POST", f"/containers/{box.id}/exec", {}, 400)["message"] == "No exec command specified"
+    path = f"/events?since={since}&until={time.time()}&filters=" + json.dumps({"container": [box.id]})
+    lines = host.http("GET", API + path.replace('"', "%22").replace(" ", "")).lines
+    events = [(line["Action"], line["Actor"]["Attributes"].get("execID"),
+               line["Actor"]["Attributes"].get("exitCode")) for line in lines]  # fmt: skip
+    assert events == [
+        ("exec_create: sh -c exit 5", identity, None), ("exec_start: sh -c exit 5", identity, None),
+        ("exec_die", identity, "5"), (f"exec_create: sleep {NEVER}", running, None),
+        ("exec_create: true ", fresh, None), (f"exec_start: sleep {NEVER}", running, None),
+        ("kill", None, None), ("exec_die", running, "137"), ("die", None, "137"),
+    ]  # fmt: skip
+
+
+def test_exec_is_confined_as_its_container_is(host: Host) -> None:
+    """Namespaces, cgroups, capabilities, limits, filter and score are the container's, seen from the host."""
+    box = Execs(host, User="bob", HostConfig={"CapDrop": ["ALL"], "CapAdd": ["CHOWN"], "OomScoreAdj": 500,
+                "SecurityOpt": ["no-new-privileges"],
+                "Ulimits": [{"Name": "nofile", "Soft": 100, "Hard": 200}]})  # fmt: skip
+    identity = box.create("sleep", NEVER)
+    host.api("POST", f"/exec/{identity}/start", {"Detach": True})
+    pid, init = box.inspect(identity)["Pid"], host.inspect(box.id)["State"]["Pid"]
+    for name in ("cgroup", "oom_score_adj", "limits", "loginuid"):
+        assert read_text(f"/proc/{pid}/{name}") == read_text(f"/proc/{init}/{name}")
+    for name in os.listdir(f"/proc/{init}/ns"):
+        assert os.readlink(f"/proc/{pid}/ns/{name}") == os.readlink(f"/proc/{init}/ns/{name}")
+    pattern = re.compile("^(?:Cap|NoNewPrivs|Seccomp:|Groups|[UG]id|Sig(?:Ign|Blk)).*$", re.MULTILINE)
+    lines = [pattern.findall(read_text(f"/proc/{number}/status")) for number in (pid, init)]
+    assert lines[0] == lines[1] and len(lines[0]) > 9
+    assert [os.readlink(f"/proc/{pid}/fd/{fd}")[:5] for fd in sorted(os.listdir(f"/proc/{pid}/fd"))] == [
+        "/dev/", "pipe:", "pipe:"]  # fmt: skip
+    capabilities = box.run("grep", "CapBnd", "/proc/self/status", Privileged=True)[0].split()[1]
+    ours = read_text("/proc/self/status").partition("CapBnd:")[2].split()[0]
+    assert capabilities.decode() == ours
+    for error, config in (
+        ("unable to find user nosuch: no matching entries in passwd file", {"User": "nosuch"}),
+        ('chdir to cwd ("/nosuch") set in config.json failed: no such file or directory: unknown',
+         {"WorkingDir": "/nosuch"}),
+        ("OCI runtime exec failed: exec failed: Cwd must be an absolute path: unknown", {"WorkingDir": "x"}),
+    ):  # fmt: skip
+        assert box.run("true", **config)[0].decode().endswith(error + "\r\n")
+
+
+def test_exec_streams(host: Host) -> None:
+    """Lost and half-closed clients, terminals, sizes, detach keys: what goes on and what ends."""
+    box = Execs(host)
+    stdin = {"AttachStdin": True}
+    with contextlib.closing(box.start(box.create("cat", **stdin))) as stream:
+        stream.send(b"there\n")
+        assert demultiplex(stream.read_until(b"there\n"))[0] == b"there\n"
+        stream.close_write()
+        assert stream.read_all() == b""
+    lost = box.create("sh", "-c", f"cat; touch /lost; sleep {NEVER}", **stdin)
+    box.start(lost).close()  # its stdin ends, it goes on
+    wait_for(lambda: box.run("ls", "/lost")[0] == b"/lost\n")
+    assert box.inspect(lost)["Running"]
+    for words, config in (("true", {"AttachStdout": False, "AttachStderr": False}), ("sleep 1", stdin)):
+        with contextlib.closing(box.start(box.create(*words.split(), **config))) as stream:
+            stream.close_write()
+            assert stream.read_all() == b""
+    held = box.create("sh", "-c", f"sleep {NEVER} & echo done")  # something behind holds its output
+    with contextlib.closing(box.start(held)) as stream:
+        stream.read_until(b"done\n")
+        wait_for(lambda: box.inspect(held)["ExitCode"] == 0)
+        assert stream.read_all() == b""
+    terminal = box.create("sh", Tty=True, **stdin)
+    assert host.http("POST", f"{API}/exec/{terminal}/resize?h=33&w=44").status == 200
+    with contextlib.closing(box.start(terminal, Tty=True)) as stream:
+        stream.send(b"stty size\n")
+        stream.read_until(b"33 44\r\n")
+        assert host.http("POST", f"{API}/exec/{terminal}/resize?h=55&w=66").status == 200
+        stream.send(b"stty size; echo >&2 err\n")
+        stream.read_until(b"55 66\r\nerr\r\n")
+        stream.send(b"\x10\x11")
+        assert b"\x11" not in stream.read_all()
+    assert box.inspect(terminal)["Running"]
+    sized = box.create("stty", "size", Tty=True, **stdin)
+    with contextlib.closing(box.start(sized, Tty=True, ConsoleSize=[7, 8])) as stream:
+        assert stream.read_all() == b"7 8\r\n"
+    assert host.http("POST", f"{API}/exec/{sized}/resize?h=1&w=1").status == 404
+    events = host.http("GET", f"{API}/events?since=1&until={time.time()}").lines
+    assert [line["Actor"]["Attributes"]["execID"] for line in events if line["Action"] == "exec_detach"] == [
+        terminal]  # fmt: skip
+
+
+def test_execs_and_a_death_at_once(host: Host) -> None:
+    """Many instances start while their container is paused, unpaused and killed: each ends, none is left."""
+    box = Execs(host)
+    codes: list[Any] = []
+
+    def one() -> None:
+        for _ in range(6):
+            answer = host.http("POST", f"{API}/containers/{box.id}/exec", {"Cmd": ["sleep", NEVER]})
+            if answer.status == 201:
+                path = f"{API}/exec/{answer.json['Id']}/start"
+                codes.append((host.http("POST", path, {"Detach": True}).status, answer.json["Id"]))
+
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for verb in ("pause", "unpause", "pause", "unpause", "kill"):
+        wait_for(lambda: len(codes) > 1)
+        host.api("POST", f"/containers/{box.id}/{verb}")
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert {status for status, _ in codes} <= {200, 404, 409, 500}
+    for _, identity in codes:
+        answer = host.http("GET", f"{API}/exec/{identity}/json")
+        assert answer.status == 404 or not answer.json["Running"]
+    assert host.inspect(box.id)["State"]["Status"] == "exited"
+    wait_for(lambda: not [pid for pid in processes() if box.id in read_text(f"/proc/{pid}/cgroup")])
+
+
+def test_attach_ends_as_docker_ends_it(host: Host) -> None:
+    """What the end of a client's input means to the attachment, to others and to the container."""
+    script = "while read x; do echo got $x; done; echo eof; read y </dev/zero"
+    path = f"{API}/containers/%s/attach?stream=1&stdin=1&stdout=1"
+    once = Execs(host, "sh", "-c", script, OpenStdin=True, StdinOnce=True).id
+    first, second = (host.hijack(path % once) for _ in range(2))
+    first.send(b"one\n")
+    assert b"got one" in first.read_until(b"one\n") and b"got one" in second.read_until(b"one\n")
+    first.close()
+    second.read_until(b"eof\n")  # the first one's end has ended the container's input
+    second.close()
+    more = Execs(host, "sh", "-c", script, OpenStdin=True).id
+    first, second = (host.hijack(path % more) for _ in range(2))
+    first.close_write()
+    assert first.read_all() == b""  # it is over, the container's input is not
+    second.send(b"two\n")
+    second.read_until(b"got two\n")
+    for stream in (first, second, host.hijack(f"{API}/containers/{more}/attach?stream=1")):
+        stream.close_write()
+        assert stream.read_all() == b""
+        stream.close()
+    assert host.inspect(more)["State"]["Running"]
 
 
 def test_a_restart_finds_its_containers(new_host: Callable[..., Host], busybox: bytes) -> None:
