@@ -498,6 +498,21 @@ def move_mount(from_fd: int, from_path: str, to_fd: int, to_path: str, flags: in
     _syscall(SYSCALL_MOVE_MOUNT, from_fd, from_path, to_fd, to_path, flags, path=to_path)
 
 
+@contextlib.contextmanager
+def closing_fd(fd: int) -> Iterator[int]:
+    """The descriptor `fd` for the block, closed at its end."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def opened(path: Any, flags: int = os.O_RDONLY | os.O_DIRECTORY, mode: int = 0o600,
+           dir_fd: Optional[int] = None) -> contextlib.AbstractContextManager[int]:
+    """A descriptor of `path`, by default of a directory, for the block; it is closed by exec; open(2)."""
+    return closing_fd(os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=dir_fd))
+
+
 def new_mount(
     fstype: str, attributes: int = 0, source: str = "", options: Iterable[tuple[str, str]] = ()
 ) -> int:
@@ -4263,11 +4278,9 @@ def until_filter(filters: dict[str, list[str]]) -> int:
 
 def matches_labels(wanted: Iterable[str], labels: Optional[dict[str, str]]) -> bool:
     """Whether `labels` has every KEY or KEY=VALUE of `wanted`."""
-    for item in wanted:
-        key, equals, value = item.partition("=")
-        if key not in (labels or {}) or (equals and (labels or {})[key] != value):
-            return False
-    return True
+    known = labels or {}
+    pairs = (item.partition("=") for item in wanted)
+    return all(key in known and (not equals or known[key] == value) for key, equals, value in pairs)
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
@@ -4452,11 +4465,11 @@ _CONFIG_FIELDS: dict[str, Any] = {
     "AttachStderr": False, "ExposedPorts": _OMITTED, "Tty": False, "OpenStdin": False, "StdinOnce": False,
     "Env": None, "Cmd": None, "Healthcheck": _OMITTED, "ArgsEscaped": _OMITTED, "Image": "", "Volumes": None,
     "WorkingDir": "", "Entrypoint": None, "NetworkDisabled": _OMITTED, "MacAddress": _OMITTED,
-    "OnBuild": None, "Labels": None,     "StopSignal": _OMITTED, "StopTimeout": _OMITTED, "Shell": _OMITTED,
+    "OnBuild": None, "Labels": None, "StopSignal": _OMITTED, "StopTimeout": _OMITTED, "Shell": _OMITTED,
 }
-_IMAGE_CONFIG_FIELDS = {"User": "", "ExposedPorts": _OMITTED, "Env": None, "Entrypoint": None, "Cmd": None,
-                        "Volumes": None, "WorkingDir": "", "Labels": None, "StopSignal": _OMITTED,
-                        "ArgsEscaped": _OMITTED, "Healthcheck": _OMITTED, "OnBuild": None, "Shell": _OMITTED}
+_IMAGE_CONFIG_FIELDS = {name: _CONFIG_FIELDS[name] for name in (
+    "User ExposedPorts Env Entrypoint Cmd Volumes WorkingDir Labels StopSignal ArgsEscaped Healthcheck "
+    "OnBuild Shell").split()}
 
 
 def _fill(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -4559,27 +4572,25 @@ class ShellWord:
     def __init__(self, text: str, environment: list[str], escape: str) -> None:
         self.text, self.escape, self.at = text, escape, 0
         self.environment = dict(item.partition("=")[::2] for item in environment)
+        self._special = {"'": self._single_quoted, '"': self._double_quoted, "$": self._dollar,
+                         escape: self._next}
+        try:
+            self._parsed = self._pieces("")
+        except BadParameter as error:
+            raise BadParameter(f"failed to process {go_quote(text)}: {error}") from None
 
     def expand(self) -> str:
         """The word with its quotes removed and its variables replaced."""
-        return "".join(text for text, _ in self._parsed())
+        return "".join(text for text, _ in self._parsed)
 
     def split(self) -> list[str]:
         """The words that result when blanks outside of quotes separate, those in variables' values too."""
-        words, current = [], ""
-        for text, splits in self._parsed():
+        words = [""]
+        for text, splits in self._parsed:
             first, *rest = re.split(r"\s+", text) if splits else [text]
-            current += first
-            for word in rest:
-                words.append(current)
-                current = word
-        return [word for word in [*words, current] if word]
-
-    def _parsed(self) -> list[tuple[str, bool]]:
-        try:
-            return self._pieces("")
-        except BadParameter as error:
-            raise BadParameter(f"failed to process {go_quote(self.text)}: {error}") from None
+            words[-1] += first
+            words += rest
+        return list(filter(None, words))
 
     def _next(self) -> str:
         character = self.text[self.at:self.at + 1]
@@ -4596,16 +4607,8 @@ class ShellWord:
             character = self._next()
             if character == stop:
                 return pieces
-            if character == "'":
-                pieces.append((self._single_quoted(), False))
-            elif character == '"':
-                pieces.append((self._double_quoted(), False))
-            elif character == "$":
-                pieces.append((self._dollar(), True))
-            elif character == self.escape:
-                pieces.append((self._next(), False))
-            else:
-                pieces.append((character, True))
+            parse = self._special.get(character)
+            pieces.append((parse() if parse else character, parse is None or character == "$"))
         if stop:
             raise BadParameter("syntax error: missing '}'")
         return pieces
@@ -4682,6 +4685,16 @@ def parse_ports(specification: str) -> list[str]:
     return [f"{port}/{protocol.lower() or 'tcp'}" for port in range(first, last + 1)]
 
 
+_BLANKS = r"[\t\v\f\r ]+"
+
+
+def required(line: DockerfileLine, arguments: Any, count: str = "at least one") -> Any:
+    """`arguments`, which the instruction must have; BadParameter where there are none."""
+    if not arguments:
+        raise BadParameter(f"{line.instruction.upper()} requires {count} argument")
+    return arguments
+
+
 class Instructions:
     """Applies the instructions that change nothing but an image's configuration; the builder adds the others.
 
@@ -4702,27 +4715,20 @@ class Instructions:
         """`word` with its variables replaced from the ENV that stands so far."""
         return ShellWord(word, self.config.get("Env") or [], self.escape).expand()
 
-    def words(self, line: DockerfileLine, least: int = 1) -> list[str]:
-        """The arguments in exec form, or separated by blanks."""
+    def words(self, line: DockerfileLine) -> list[str]:
+        """The arguments, of which there must be some, in exec form or separated by blanks."""
         words = json_words(line.rest)
-        words = re.split(r"[\t\v\f\r ]+", line.rest) if words is None and line.rest else words or []
-        if len(words) < least:
-            raise BadParameter(f"{line.instruction.upper()} requires at least one argument")
-        return words
+        return required(line, re.split(_BLANKS, line.rest) if words is None and line.rest else words)
 
     def one(self, line: DockerfileLine) -> str:
         """The single argument, expanded."""
-        if not line.rest:
-            raise BadParameter(f"{line.instruction.upper()} requires exactly one argument")
-        return self.expand(line.rest)
+        return self.expand(required(line, line.rest, "exactly one"))
 
     def pairs(self, line: DockerfileLine) -> list[tuple[str, str]]:
         """The pairs of NAME=VALUE ..., or of the old form NAME VALUE."""
-        name, words = line.instruction.upper(), split_words(line.rest, self.escape)
-        if not words:
-            raise BadParameter(f"{name} requires at least one argument")
+        name, words = line.instruction.upper(), required(line, split_words(line.rest, self.escape))
         if "=" not in words[0]:
-            words = ["=".join(re.split(r"[\t\v\f\r ]+", line.rest, maxsplit=1))]
+            words = ["=".join(re.split(_BLANKS, line.rest, maxsplit=1))]
             if "=" not in words[0]:
                 raise BadParameter(f"{name} must have two arguments")
         for word in words:
@@ -4758,10 +4764,8 @@ class Instructions:
         self.config["Labels"] = {**(self.config.get("Labels") or {}), **dict(self.pairs(line))}
 
     def do_expose(self, line: DockerfileLine) -> None:
-        if not line.rest:
-            raise BadParameter("EXPOSE requires at least one argument")
         ports: dict[str, Any] = dict(self.config.get("ExposedPorts") or {})
-        for word in re.split(r"[\t\v\f\r ]+", line.rest):
+        for word in re.split(_BLANKS, required(line, line.rest)):
             for specification in ShellWord(word, self.config.get("Env") or [], self.escape).split():
                 ports.update((port, {}) for port in parse_ports(specification))
         self.config["ExposedPorts"] = ports
@@ -4793,14 +4797,10 @@ class Instructions:
         words = json_words(line.rest)
         if words is None and line.rest:
             raise BadParameter(f"SHELL requires the arguments to be in JSON form: {line.original}")
-        if not words:
-            raise BadParameter("SHELL requires at least one argument")
-        self.config["Shell"] = words
+        self.config["Shell"] = required(line, words)
 
     def do_onbuild(self, line: DockerfileLine) -> None:
-        if not line.rest:
-            raise BadParameter("ONBUILD requires at least one argument")
-        trigger = _split_instruction(line.rest, line.number)
+        trigger = _split_instruction(required(line, line.rest), line.number)
         name = trigger.instruction.upper()
         if name == "ONBUILD":
             raise BadParameter("Chaining ONBUILD via `ONBUILD ONBUILD` isn't allowed")
@@ -4811,9 +4811,7 @@ class Instructions:
         self.config["OnBuild"] = (self.config.get("OnBuild") or []) + [line.rest]
 
     def do_healthcheck(self, line: DockerfileLine) -> None:
-        kind, _, rest = re.sub(r"\s+", " ", line.rest, count=1).partition(" ")
-        if not kind:
-            raise BadParameter("HEALTHCHECK requires at least one argument")
+        kind, _, rest = re.sub(r"\s+", " ", required(line, line.rest), count=1).partition(" ")
         if kind.upper() == "NONE":
             if rest:
                 raise BadParameter("HEALTHCHECK NONE takes no arguments")
@@ -4896,10 +4894,9 @@ class HashingReader:
         self._hash.update(data)
         return data
 
-    def drain(self) -> str:
-        """Read to the end; the digest of everything."""
-        while self.read(1 << 20):
-            pass
+    @property
+    def digest(self) -> str:
+        """The digest of what has been read."""
         return "sha256:" + self._hash.hexdigest()
 
 
@@ -4933,6 +4930,24 @@ def chain_ids(diff_ids: Iterable[str]) -> list[str]:
     return list(itertools.accumulate(diff_ids, chain_id))
 
 
+def read_facts(directory: str, names: Iterable[str]) -> Iterator[str]:
+    """The texts of the small files of a record, in the order of their `names`; "" for one that cannot be
+    read."""
+    for name in names:
+        try:
+            yield read_state(os.path.join(directory, name.replace("_", "-"))).decode().strip()
+        except OSError:
+            yield ""
+
+
+def write_facts(directory: str, **facts: str) -> None:
+    """Write a record's small files in the order given, without those that are empty; they are synced in the
+    background."""
+    for name, text in facts.items():
+        if text:
+            write_state(os.path.join(directory, name.replace("_", "-")), text.encode(), durable=False)
+
+
 class LayerStore:
     """layerdb: the read-only layers and the containers' writable ones.
 
@@ -4961,7 +4976,7 @@ class LayerStore:
         for name in filter(HEX64.match, os.listdir(self._directory)):
             try:
                 layer = self._read_layer("sha256:" + name)
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 log.warning("ignoring the layer %s: %s", name, error)
                 continue
             found[layer.chain_id] = layer
@@ -4975,16 +4990,12 @@ class LayerStore:
         return found
 
     def _read_layer(self, chain: str) -> Layer:
-        """The record of one layer; ValueError when it contradicts itself, OSError when a file is missing."""
-        directory = self._path(chain)
-
-        def value(name: str) -> str:
-            return read_state(os.path.join(directory, name)).decode().strip()
-
-        parent = value("parent") if os.path.exists(os.path.join(directory, "parent")) else ""
-        layer = Layer(chain, value("diff"), parent, value("cache-id"), int(value("size")))
-        if chain_id(parent, layer.diff_id) != chain or not HEX64.match(layer.cache_id):
+        """The record of one layer; ValueError when it is not whole or contradicts itself."""
+        names = ("diff", "parent", "cache-id", "size")
+        diff_id, parent, cache_id, size = read_facts(self._path(chain), names)
+        if chain_id(parent, diff_id) != chain or not HEX64.match(cache_id) or not size.isdecimal():
             raise ValueError("its record is damaged")
+        layer = Layer(chain, diff_id, parent, cache_id, int(size))
         if not self.driver.exists(layer.cache_id):
             raise ValueError(f"the driver has lost its directory {layer.cache_id}")
         return layer
@@ -4992,17 +5003,12 @@ class LayerStore:
     def _load_mounts(self) -> dict[str, ReadWriteLayer]:
         found = {}
         for container in os.listdir(self._mounts_directory):
-            values = []
-            for name in ReadWriteLayer._fields:
-                try:
-                    path = os.path.join(self._mounts_directory, container, name.replace("_", "-"))
-                    values.append(read_state(path).decode().strip())
-                except OSError:
-                    values.append("")
-            if re.fullmatch("[0-9a-f]{64}(-init)?", values[0]):
-                found[container] = ReadWriteLayer(*values)
+            directory = os.path.join(self._mounts_directory, container)
+            mount = ReadWriteLayer(*read_facts(directory, ReadWriteLayer._fields))
+            if re.fullmatch("[0-9a-f]{64}(-init)?", mount.mount_id):
+                found[container] = mount
             else:  # the mount id is written last, and only then the driver is asked for anything
-                remove_tree(os.path.join(self._mounts_directory, container))
+                remove_tree(directory)
         return found
 
     def _path(self, chain: str) -> str:
@@ -5017,8 +5023,7 @@ class LayerStore:
         for name in os.listdir(self.tmp):
             directory = os.path.join(self.tmp, name)
             entries = os.listdir(directory) if os.path.isdir(directory) else []
-            with contextlib.suppress(OSError):
-                entries.append(read_state(os.path.join(directory, "cache-id")).decode())  # moby writes this
+            entries += read_facts(directory, ["cache-id"])  # which moby writes
             for cache_id in filter(HEX64.match, set(entries) - used):
                 log.warning("removing the layer directory %s of an interrupted import", cache_id)
                 self.driver.remove(cache_id)
@@ -5061,14 +5066,9 @@ class LayerStore:
         """What the driver tells of a chain's top layer."""
         return self.driver.metadata(self.get(chain).cache_id) if chain else None
 
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[LayerTransaction]:
+    def transaction(self) -> contextlib.closing[LayerTransaction]:
         """A block in which layers are made; those that no image names at its end are removed again."""
-        transaction = LayerTransaction(self)
-        try:
-            yield transaction
-        finally:
-            transaction.close()
+        return contextlib.closing(LayerTransaction(self))
 
     def publish(self, layer: Layer, record: str) -> Layer:
         """Let `layer`, whose record stands in the directory `record`, be found, and hold it.
@@ -5172,30 +5172,18 @@ class LayerStore:
             below: Optional[str] = self.get(chain).cache_id if chain else None
             self._mounts[container_id] = mount
         try:
-            self._write_mount(container_id, mount)
+            directory = os.path.join(self._mounts_directory, container_id)
+            os.mkdir(directory, 0o700)
+            write_facts(directory, parent=chain, init_id=mount.init_id, mount_id=mount_id)
             if setup:
                 self.driver.create(mount.init_id, below, writable=True)
-                self._set_up(mount.init_id, setup)
+                with closing_fd(self.driver.mount(mount.init_id)) as fd:
+                    setup(f"/proc/self/fd/{fd}")
                 below = mount.init_id
             self.driver.create(mount_id, below, writable=True, size=size)
         except BaseException:
             self.remove_rw(container_id)
             raise
-
-    def _write_mount(self, container_id: str, mount: ReadWriteLayer) -> None:
-        directory = os.path.join(self._mounts_directory, container_id)
-        os.mkdir(directory, 0o700)
-        for name in ("parent", "init_id", "mount_id"):
-            value = getattr(mount, name)
-            if value:
-                write_state(os.path.join(directory, name.replace("_", "-")), value.encode(), durable=False)
-
-    def _set_up(self, init_id: str, setup: Callable[[str], None]) -> None:
-        fd = self.driver.mount(init_id)
-        try:
-            setup(f"/proc/self/fd/{fd}")
-        finally:
-            os.close(fd)
 
     def _mount(self, container_id: str) -> ReadWriteLayer:
         mount = self._mounts.get(container_id)
@@ -5280,10 +5268,9 @@ class LayerTransaction:
             reader = HashingReader(stream)
             directory = store.driver.diff_dir(cache_id)
             stats = apply_layer(reader, directory, store.driver.whiteouts, store.idmap, **limits)
-            diff_id = reader.drain()
-            layer = Layer(chain_id(parent, diff_id), diff_id, parent, cache_id, stats.size)
+            layer = Layer(chain_id(parent, reader.digest), reader.digest, parent, cache_id, stats.size)
             published = self._publish(layer, record)
-            return self.store.get(layer.chain_id)
+            return store.get(layer.chain_id)
         finally:
             if not published:
                 store.driver.remove(cache_id)
@@ -5291,10 +5278,8 @@ class LayerTransaction:
 
     def _publish(self, layer: Layer, record: str) -> bool:
         """Write the layer's record and put it into the store; False when its like was there."""
-        for name, value in (("diff", layer.diff_id), ("size", str(layer.size)), ("cache-id", layer.cache_id),
-                            ("parent", layer.parent)):
-            if value:
-                write_state(os.path.join(record, name), value.encode(), durable=False)
+        write_facts(record, diff=layer.diff_id, size=str(layer.size), cache_id=layer.cache_id,
+                    parent=layer.parent)
         with contextlib.suppress(FileExistsError):
             os.mkdir(os.path.join(self._directory, f"{layer.chain_id[7:]}-published"), 0o700)
         return self._keep(self.store.publish(layer, record)) is layer
@@ -5308,11 +5293,8 @@ class LayerTransaction:
         failpoint("layers-sync")
         directories = [self.store.driver.diff_dir(self.store.get(chain).cache_id) for chain in self._chains]
         for path in {os.stat(path).st_dev: path for path in [self.store.tmp, *directories]}.values():
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
+            with opened(path) as fd:
                 syncfs(fd)
-            finally:
-                os.close(fd)
 
     def close(self) -> None:
         """Give the layers up: those that nobody names are removed."""
@@ -5413,14 +5395,12 @@ class ImageStore:
             log.error("ignoring the image %s: %s", image_id, error)
 
     def _fact(self, image_id: str, name: str) -> str:
-        try:
-            return read_state(os.path.join(self._metadata, image_id[7:], name)).decode()
-        except OSError:
-            return ""
+        return next(read_facts(os.path.join(self._metadata, image_id[7:]), [name]))
 
     def _write_fact(self, image_id: str, name: str, value: str) -> None:
-        os.makedirs(os.path.join(self._metadata, image_id[7:]), 0o700, exist_ok=True)
-        write_state(os.path.join(self._metadata, image_id[7:], name), value.encode())
+        directory = os.path.join(self._metadata, image_id[7:])
+        os.makedirs(directory, 0o700, exist_ok=True)
+        write_state(os.path.join(directory, name), value.encode())
 
     def create(self, raw: bytes, parent: str = "") -> Image:
         """Store the configuration `raw`, whose layers are in the layer store and held; durable on return.
@@ -5616,11 +5596,10 @@ class Images:
     @staticmethod
     def _names(references: Iterable[Reference]) -> tuple[list[str], list[str]]:
         """RepoTags and RepoDigests."""
-        tags: list[str] = []
-        digests: list[str] = []
+        names: tuple[list[str], list[str]] = ([], [])
         for reference in references:
-            (digests if reference.digest else tags).append(reference.familiar)
-        return tags, digests
+            names[bool(reference.digest)].append(reference.familiar)
+        return names
 
     # List and tell
 
