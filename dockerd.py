@@ -11943,7 +11943,10 @@ class Events:
     def get(self, job: Job) -> None:
         """Past events from `since`, then new ones as they come, until `until` or the client goes."""
         since, until = (self._time(job.env.get(key)) for key in ("since", "until"))
-        filters = job.env.get_json("filters") or {}
+        filters = parse_filters(job.env.get("filters"))
+        if until and since > until:
+            raise BadParameter(f"`since` time ({since // 10**9}) cannot be after `until` time "
+                               f"({until // 10**9})")
         listener: collections.deque[dict[str, Any]] = collections.deque()
         with self._lock:
             past = [event for event in self._past if since and event["timeNano"] >= since]
@@ -12006,25 +12009,29 @@ class Events:
         return len(self._listeners)
 
 
-def event_matches(event: dict[str, Any], filters: dict[str, Any]) -> bool:
-    """Whether `event` is among those that `filters` of GET /events ask for: all keys, any value of each."""
+def event_matches(event: dict[str, Any], filters: dict[str, list[str]]) -> bool:
+    """Whether `event` is among those that `filters` of GET /events ask for: all keys, and any value of each,
+    but every label.  Objects go by a beginning of their id or name, images by id or name with or without a
+    tag."""
+    actor, kind, action = event["Actor"]["ID"], event["Type"], event["Action"]
     attributes = event["Actor"]["Attributes"]
-    actor, kind = event["Actor"]["ID"], event["Type"]
+    name = attributes.get("name", "")
+    image = name if kind == "image" else attributes.get("image", "")
+    untagged = image[:image.find(":", image.rfind("/") + 1)] if ":" in image[image.rfind("/") + 1:] else image
 
-    def one(key: str, value: str) -> bool:
-        if key in ("container", "image", "network", "volume"):
-            names = (actor, attributes.get("name"), attributes.get(key))
-            same_kind = kind == key or (
-                key == "image" and kind == "container" and attributes.get("image") == value
-            )
-            return same_kind and (value in names or actor.startswith(value))
-        if key == "label":
-            name, equals, wanted = value.partition("=")
-            return name in attributes and (not equals or attributes[name] == wanted)
-        shown = {"event": event["Action"], "type": kind, "scope": event["scope"]}.get(key)
-        return shown == value or (key == "event" and event["Action"].startswith(value + ":"))
+    def of_kind(wanted: str) -> Callable[[str], bool]:
+        return lambda value: kind == wanted and (actor.startswith(value) or name.startswith(value))
 
-    return all(any(one(key, value) for value in values) for key, values in filters.items())
+    matches: dict[str, Callable[[str], bool]] = {
+        "daemon": lambda value: kind == "daemon" and value in (actor, name),
+        "event": lambda value: value == action or action.startswith(value + ":"),
+        "image": lambda value: kind in ("container", "image") and value in (actor, image, untagged),
+        "scope": lambda value: value == event["scope"],
+        "type": lambda value: value == kind,
+        **{key: of_kind(key) for key in ("container", "network", "volume")},
+    }
+    return matches_labels(filters.get("label", ()), attributes) and all(
+        any(map(one, filters[key])) for key, one in matches.items() if filters.get(key))
 
 
 class ContainerTable:

@@ -2630,6 +2630,69 @@ def test_containers_start_after_those_that_they_need() -> None:
     assert order.index("net") < order.index("db") < order.index("web")
 
 
+EXEC_EVENT = {"Type": "container", "Action": "exec_create: sh -c true", "scope": "local", "Actor": {
+    "ID": "abcd", "Attributes": {"image": "host:5000/busybox:1", "name": "web1", "a": "b", "c": ""}}}
+TAG_EVENT = {"Type": "image", "Action": "tag", "scope": "local", "Actor": {
+    "ID": "sha256:1234", "Attributes": {"name": "busybox:latest"}}}
+
+
+@pytest.mark.parametrize("event, filters, expected", [
+    (EXEC_EVENT, {}, True), (EXEC_EVENT, {"unknown": ["x"]}, True), (EXEC_EVENT, {"container": []}, True),
+    (EXEC_EVENT, {"container": ["web"]}, True), (EXEC_EVENT, {"container": ["ab", "x"]}, True),
+    (EXEC_EVENT, {"container": ["eb1"]}, False), (TAG_EVENT, {"container": ["busy"]}, False),
+    (EXEC_EVENT, {"image": ["host:5000/busybox"]}, True),
+    (EXEC_EVENT, {"image": ["host:5000/busybox:1"]}, True),
+    (EXEC_EVENT, {"image": ["host"]}, False), (TAG_EVENT, {"image": ["busybox"]}, True),
+    (TAG_EVENT, {"image": ["sha256:1234"]}, True), (TAG_EVENT, {"image": ["busy"]}, False),
+    (EXEC_EVENT, {"label": ["a=b", "c"]}, True), (EXEC_EVENT, {"label": ["a=b", "d"]}, False),
+    (EXEC_EVENT, {"event": ["exec_create"]}, True), (EXEC_EVENT, {"event": ["exec"]}, False),
+    (EXEC_EVENT, {"type": ["image", "container"], "scope": ["local"]}, True),
+    (EXEC_EVENT, {"scope": ["swarm"]}, False), (EXEC_EVENT, {"daemon": ["x"]}, False),
+    (EXEC_EVENT, {"type": ["container"], "event": ["die"]}, False),
+])
+def test_filters_of_events(event: Any, filters: Any, expected: bool) -> None:
+    assert dockerd.event_matches(event, filters) is expected
+
+
+def test_bounds_of_events(host: Host) -> None:
+    start = time.time()
+    host.create("true", name="one")
+    end = time.time()
+    assert [action for action, _ in events_since(host, start)] == ["create"]
+    path = f"/events?since={start:.9f}&until="
+    host.create("true", name="two")
+    assert [json.loads(line)["Actor"]["Attributes"]["name"] for line in
+            host.http("GET", f"{API}{path}{end:.9f}").body.splitlines()] == ["one"]
+    assert "cannot be after `until` time" in host.api("GET", path + "1", status=400)["message"]
+    assert "invalid filter" in host.api("GET", path + "9999999999&filters=[1]", status=400)["message"]
+
+
+def test_a_slow_listener_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes a bounded part of the memory, keeps nobody from publishing, and its stream ends."""
+    monkeypatch.setattr(dockerd, "EVENT_BACKLOG", 10)
+    engine, events = dockerd.Engine(), dockerd.Events()
+    engine.install(events)
+    job, blocked, go = engine.job("events"), threading.Event(), threading.Event()
+
+    class Slow:
+        def write(self, data: bytes) -> None:
+            blocked.set()
+            go.wait(20)
+
+    job.stdout.add(Slow())
+    listening = threading.Thread(target=job.run)
+    listening.start()
+    wait_for(lambda: events.count == 1)
+    events.publish("container", "start", "id", {})
+    assert blocked.wait(20)
+    for _ in range(12):
+        events.publish("container", "die", "id", {})
+    assert engine.job("subscribers_count").run() == {"Count": 0}
+    go.set()
+    listening.join(20)
+    assert not listening.is_alive()
+
+
 def test_timers_run_in_order_and_can_be_given_up() -> None:
     ran: list[str] = []
     workers, done = dockerd.Workers(1), threading.Event()
@@ -4333,7 +4396,7 @@ def test_image_shapes(fake_api: FakeApi, raw: Raw) -> None:
                 "Size": 7,
                 "SharedSize": -1,
                 "Labels": None,
-                "Containers": -1,
+                "Containers": 2,
                 "env": dict(job.env),
             }
         ],
@@ -4349,6 +4412,8 @@ def test_image_shapes(fake_api: FakeApi, raw: Raw) -> None:
     }
     assert fake_api.seen[-1].env == {"filters": {"reference": ["bu*"]}}
     v43, v44 = (raw.json(f"GET /v{version}/images/json")[1][0] for version in ("1.43", "1.44"))
+    assert raw.json("GET /v1.51/images/json")[1][0]["Containers"] == 2
+    assert v44["Containers"] == v43["Containers"] == -1
     assert v43["VirtualSize"] == 7 and v43["RepoTags"] == [] and "VirtualSize" not in v44
     fake_api.job(
         "image_inspect",
