@@ -2301,6 +2301,15 @@ def _date_seconds(text: str, utc: bool) -> int:
     return calendar.timegm(moment) if utc else int(time.mktime(moment))
 
 
+def go_duration(seconds: float) -> str:
+    """A length of time as Go prints it: 1h0m0s, 1.5s, 20ms."""
+    if seconds < 1:
+        return f"{seconds * 1000:.9g}ms"
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return (f"{hours}h" * bool(hours)) + (f"{minutes}m" * bool(hours or minutes)) + f"{rest:.9g}s"
+
+
 def rfc3339nano(nanoseconds: int, padded: bool = False) -> str:
     """Nanoseconds since 1970 as Go's RFC3339Nano in UTC: without trailing zeros, or `padded` to nine
     digits."""
@@ -10449,6 +10458,7 @@ class State:
         self.error = ""
         self.removal_error = ""
         self.started_at = self.finished_at = ZERO_TIME
+        self.health: Any = None  # as inspect shows it; replaced, never changed
         self.runs = 0   # ends seen so far: a waiter for the next exit compares it
 
     @property
@@ -10478,11 +10488,12 @@ class State:
             "Error": self.error,
             "StartedAt": self.started_at,
             "FinishedAt": self.finished_at,
+            **({"Health": self.health} if self.health else {}),
         }
 
     def to_disk(self) -> dict[str, Any]:
         """State as config.v2.json keeps it."""
-        disk = {**self.to_api(), "RemovalInProgress": self.removing, "Health": None}
+        disk = {**self.to_api(), "RemovalInProgress": self.removing, "Health": self.health}
         del disk["Status"]
         return disk
 
@@ -10490,7 +10501,7 @@ class State:
         """Take over what to_disk wrote."""
         self.running, self.paused, self.restarting = disk["Running"], disk["Paused"], disk["Restarting"]
         self.oom_killed, self.dead, self.pid = disk["OOMKilled"], disk["Dead"], disk["Pid"]
-        self.removing = disk["RemovalInProgress"]
+        self.removing, self.health = disk["RemovalInProgress"], disk.get("Health")
         self.exit_code, self.error = disk["ExitCode"], disk["Error"]
         self.started_at, self.finished_at = disk["StartedAt"], disk["FinishedAt"]
 
@@ -10517,6 +10528,8 @@ class Container:
         driver = JsonFileLog(record["LogPath"]) if record["LogPath"] else None
         self.streams = Streams(parts.pump, driver)
         self.streams.on_finished = self._streams_finished
+        self._health: Optional[HealthMonitor] = None
+        self._again = False         # this run is not to be the last, whatever the restart policy says
         self._stopping = False      # this run is to be the last, whatever the restart policy says
         self._clearing = False      # the last run has ended, and what it has left is being cleared away
         self._kept = False          # "restart" stops it: no time for --rm
@@ -10664,7 +10677,8 @@ class Container:
         self.state.started_at = rfc3339nano(time.time_ns())
         self.record["HasBeenStartedBefore"] = True
         self.record["HasBeenManuallyStopped"] = False
-        self._stopping = False
+        self._stopping = self._again = False
+        self._watch_health(fresh=True)
         self.save()
         self.changed.notify_all()
         self._connect(process, ours)
@@ -10678,6 +10692,7 @@ class Container:
                 flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
                 self._root_fd = os.open(f"/proc/{process.pid}/root", flags)
             kept, process.kept = process.kept, {}
+            self._watch_health()
             self._connect(process, kept)
 
     def _connect(self, process: Process, ours: dict[str, int]) -> None:
@@ -10839,7 +10854,9 @@ class Container:
             state.finished_at = rfc3339nano(process.end["time"])
             ran = max(0, process.end["time"] - parse_timestamp(state.started_at)) // 10**9
             self.streams.close_stdin()
-            state.paused, state.restarting = False, not self._stopping and self.wants_restart()
+            self._end_health()
+            state.paused = False
+            state.restarting = not self._stopping and (self._again or self.wants_restart())
             state.running = state.restarting  # Docker's: what comes back has not stopped
             self.record["RestartCount"] += state.restarting
             self.save()
@@ -10851,7 +10868,8 @@ class Container:
             self.execs.clear()
             self._end_waiters()
             self.streams.end_subscribers()
-            remove, self._clearing = self.host_config["AutoRemove"] and not self._kept, True
+            remove = self.host_config["AutoRemove"] and not (self._kept or state.restarting)
+            self._clearing = True
         try:
             process.forget()
             cgroup.remove()
@@ -10891,6 +10909,20 @@ class Container:
                     self._start_or_fail()
                 except DockerError as error:
                     log.error("cannot restart the container %s: %s", self.id, error)
+
+    def restart_unhealthy(self) -> None:
+        """End this run, by force after the stop timeout, and start again; who stops it meanwhile has the last
+        word."""
+        with self.lock:
+            if self.process is not None and not self._stopping:
+                self._again = True
+                self._signal(self._stop_signal(), last=False, manually=False)
+                self.parts.later(max(0, self.stop_timeout), self._kill_unhealthy, self.process)
+
+    def _kill_unhealthy(self, process: Process) -> None:
+        with self.lock:
+            if self.process is process and not self._stopping:
+                self._signal(signal.SIGKILL, last=False, manually=False)
 
     def _stop_restarting(self) -> None:
         """The restart that is waited for will not come."""
@@ -10949,6 +10981,27 @@ class Container:
         self.host_config = new
         self._save_host_config()
 
+    # Health
+
+    def _watch_health(self, fresh: bool = False) -> None:
+        """Begin the health checks of a run, or go on with them after a pause or under another daemon; the log
+        of earlier runs stays."""
+        command, state = health_command(self.config), self.state
+        known = (state.health if command else None) or {"Log": []}
+        if fresh or "Status" not in known:
+            known = {"Status": "starting", "FailingStreak": 0, "Log": known["Log"]}
+        state.health = known if command else None
+        self._health = HealthMonitor(self, command) if command and not state.paused else None
+
+    def _end_health(self) -> None:
+        if self._health is not None:
+            self._health.stop()
+            self._health = None
+
+    def label_is_set(self, name: str) -> bool:
+        """Whether the container has the label `name` with a true value."""
+        return str((self.config.get("Labels") or {}).get(name)).lower() in ("1", "true")
+
     # Signals
 
     def _require_running(self, what: str) -> Process:
@@ -10973,6 +11026,7 @@ class Container:
         if last and self.state.paused:
             self.cgroup.thaw()
             self.state.paused = False
+            self._watch_health()
             if number != signal.SIGKILL:
                 self.event("unpause")
 
@@ -10991,7 +11045,7 @@ class Container:
             -> None:
         """Send the stop signal and, after `timeout` seconds (-1: never), SIGKILL.  NotModified when it does
         not run.  One that is not stopped `manually` runs again when the daemon does."""
-        number = number or parse_signal(self.config.get("StopSignal") or "SIGTERM")
+        number = number or self._stop_signal()
         timeout = self.stop_timeout if timeout is None else timeout
         with self.lock:
             if not self.state.running:
@@ -11008,6 +11062,9 @@ class Container:
                         f"cannot stop container {self.name}: it did not die of SIGKILL within 10 s"
                     )
             self.event("stop")
+
+    def _stop_signal(self) -> int:
+        return parse_signal(self.config.get("StopSignal") or "SIGTERM")
 
     @property
     def stop_timeout(self) -> int:
@@ -11043,6 +11100,7 @@ class Container:
                 raise Conflict(f"Container {self.id} is already paused")
             self.cgroup.freeze()
             self.state.paused = True
+            self._end_health()
             self.save()
             self.event("pause")
 
@@ -11053,6 +11111,7 @@ class Container:
                 raise Conflict(f"Container {self.id} is not paused")
             self.cgroup.thaw()
             self.state.paused = False
+            self._watch_health()
             self.save()
             self.event("unpause")
 
@@ -11405,6 +11464,7 @@ class ExecInstance:
         self.ended_at = 0.0     # by the monotonic clock
         self.pid = 0
         self._process: Optional[Process] = None
+        self.on_end: Callable[[], None] = lambda: None  # its output is complete then; may not wait
         self._give_up_timer: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
 
@@ -11519,6 +11579,7 @@ class ExecInstance:
             self.streams.close_stdin()
             self.streams.end_subscribers()
             self.container.parts.background(process.forget)
+            self.on_end()
 
     def inspect(self) -> dict[str, Any]:
         """The instance as GET /exec/ID/json of the newest API shows it."""
@@ -11553,6 +11614,147 @@ class ExecInstance:
         removed, or its end is long past."""
         never = self.exit_code is None and self.id not in self.container.execs
         return never or self.container.state.removed or self.age() > 2 * EXEC_KEPT
+
+
+# Health checks
+
+HEALTH_LOG = 5                  # results that are kept
+HEALTH_OUTPUT = 4096            # bytes of a probe's output that are
+HEALTH_DEFAULTS = {"Interval": 30.0, "Timeout": 30.0, "StartPeriod": 0.0, "StartInterval": 5.0}  # seconds
+HEALTH_RETRIES = 3
+RESTART_UNHEALTHY = "dockerd.py.restart-unhealthy"  # the label of a container that is to be restarted then
+
+
+def health_command(config: dict[str, Any]) -> list[str]:
+    """The command of the health check in a container's Config; [] where there is none."""
+    kind, *words = (config.get("Healthcheck") or {}).get("Test") or ["NONE"]
+    if kind == "CMD-SHELL":
+        return [*(config.get("Shell") or ["/bin/sh", "-c"]), *words]
+    if kind not in ("CMD", "NONE"):
+        log.warning("Unknown healthcheck type '%s' (expected 'CMD')", kind)
+    return words if kind == "CMD" else []
+
+
+class Beginning(Subscriber):
+    """A subscriber that keeps up always: it keeps the first `limit` bytes, and one that tells of more."""
+
+    def __init__(self, streams: Streams, limit: int) -> None:
+        super().__init__(streams, set(STREAM_NAMES))
+        self.limit, self._kept_bytes = limit, bytearray()
+        with streams.lock:
+            streams.subscribers.add(self)
+
+    def wake(self) -> None:
+        """Take what has just been queued; the streams' lock is held."""
+        for _, data in self.chunks:
+            self._kept_bytes += data[:self.limit + 1 - len(self._kept_bytes)]
+        self.chunks.clear()
+        self.size = 0
+
+    @property
+    def text(self) -> str:
+        """What has been kept, with an ellipsis for what has not."""
+        text = self._kept_bytes[:self.limit].decode(errors="replace")
+        return text + "..." * (len(self._kept_bytes) > self.limit)
+
+
+class Probe(ExecInstance):
+    """One run of a health check: an exec whose output is kept."""
+
+    def __init__(self, container: Container, command: list[str]) -> None:
+        super().__init__(container, decode_struct({
+            "Cmd": command, "AttachStdout": True, "AttachStderr": True,
+            "User": container.config.get("User") or ""}, "ExecConfig"))
+        self.begun = time.time_ns()
+        self.late = False
+        self.output = Beginning(self.streams, HEALTH_OUTPUT)
+
+    def end(self) -> None:
+        """Its time is over."""
+        self.late = True
+        with self._lock:
+            if self._process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    self._process.send_signal(signal.SIGKILL)
+
+
+class HealthMonitor:
+    """The health checks of a container while it runs: one probe after the other, by the daemon's timers and
+    workers.  What they find is the state's `health`; the container's lock guards it."""
+
+    def __init__(self, container: Container, command: list[str]) -> None:
+        self.container, self.command = container, command
+        self._stopped = False
+        self._plan()
+
+    def _seconds(self, key: str) -> float:
+        return (self.container.config["Healthcheck"].get(key) or 0) / 1e9 or HEALTH_DEFAULTS[key]
+
+    def _starts(self, now: int) -> bool:
+        """Whether failures do not count yet: within the start period, before the first success."""
+        state = self.container.state
+        age = (now - parse_timestamp(state.started_at)) / 1e9
+        return state.health["Status"] == "starting" and age < self._seconds("StartPeriod")
+
+    def _plan(self) -> None:
+        delay = self._seconds("StartInterval" if self._starts(time.time_ns()) else "Interval")
+        self._give_up = self.container.parts.later(delay, self._run)
+
+    def stop(self) -> None:
+        """No further probe, and no result of one that runs; who is not watched counts as unhealthy."""
+        self._stopped = True
+        self._give_up()
+        self.container.state.health = {**self.container.state.health, "Status": "unhealthy"}
+
+    def _run(self) -> None:
+        """A worker's: begin a probe.  Its end brings _ended, be it its own or by force when it is late."""
+        container = self.container
+        with container.lock:
+            if self._stopped:
+                return
+            probe = Probe(container, self.command)
+            probe.on_end = functools.partial(container.parts.background, self._ended, probe)
+            container.execs[probe.id] = probe
+            self._give_up = container.parts.later(self._seconds("Timeout"), probe.end)
+        probe.event("exec_create: " + probe.command)
+        try:
+            probe.start()
+        except (DockerError, OSError) as error:
+            self._record(probe, -1, str(error))
+        if probe.late:
+            probe.end()
+
+    def _ended(self, probe: Probe) -> None:
+        if probe.late:
+            text = f"Health check exceeded timeout ({go_duration(self._seconds('Timeout'))})"
+            self._record(probe, -1, ": ".join(filter(None, (text, probe.output.text))))
+        else:
+            self._record(probe, probe.exit_code or 0, probe.output.text)
+
+    def _record(self, probe: Probe, code: int, output: str) -> None:
+        """Keep the result, tell when the status changes, and go on."""
+        container, state = self.container, self.container.state
+        probe.output.close()
+        with container.lock:
+            if self._stopped:
+                return
+            self._give_up()
+            old, streak = state.health, 0
+            status = "healthy" if code == 0 else old["Status"]
+            if code:
+                streak = old["FailingStreak"] + (not self._starts(probe.begun))
+                if streak >= (container.config["Healthcheck"].get("Retries") or HEALTH_RETRIES):
+                    status = "unhealthy"
+            result = {"Start": rfc3339nano(probe.begun), "End": rfc3339nano(time.time_ns()), "ExitCode": code,
+                      "Output": output}
+            state.health = {"Status": status, "FailingStreak": streak,
+                            "Log": [*old["Log"], result][-HEALTH_LOG:]}
+            self._plan()
+            if status != old["Status"]:
+                container.save()
+                container.event("health_status: " + status)
+                if status == "unhealthy" and container.label_is_set(RESTART_UNHEALTHY):
+                    container.restart_unhealthy()
 
 
 def make_pipes(stdin: bool, outputs: Iterable[int]) -> tuple[dict[str, int], dict[str, int]]:

@@ -2475,8 +2475,9 @@ def events_since(host: Host, start: float, **filters: list[str]) -> list[tuple[s
     query = f"since={start:.6f}&until={time.time():.6f}&filters=" + urllib.parse.quote(
         json.dumps({"type": ["container"], **filters}))
     events = host.http("GET", f"{API}/events?{query}").lines
+    hidden = ("image", "name", "execDuration", "dockerd.py.restart-unhealthy")
     return [(event["Action"], {key: value for key, value in event["Actor"]["Attributes"].items()
-                               if key not in ("image", "name", "execDuration")}) for event in events]
+                               if key not in hidden}) for event in events]
 
 
 def until_restarting(host: Host, name: str, count: int = 4) -> Any:
@@ -2799,6 +2800,135 @@ def test_cli_lifecycle(docker: Docker) -> None:
     docker("stop", "-t", "0", "two")
     assert docker("container", "prune", "-f", "--filter", "label=a=c").split()[-1] == "0B"
     assert "Deleted Containers" in docker("container", "prune", "-f", "--filter", "label=a=b")
+
+
+def health_check(*test: str, **milliseconds: int) -> dict[str, Any]:
+    """Healthcheck of Config: a probe every 50 ms unless told otherwise; Retries is a number."""
+    given = {"Interval": 50, "Timeout": 10000, **milliseconds}
+    return {"Test": list(test), "Retries": given.pop("Retries", 2),
+            **{key: value * 10**6 for key, value in given.items()}}
+
+
+def health(host: Host, name: str = "one") -> Any:
+    """State.Health of a container."""
+    return host.inspect(name)["State"].get("Health")
+
+
+def test_health(host: Host) -> None:
+    """From starting to unhealthy to healthy; a pause, a stop and a restart on the way."""
+    host.create("sleep", NEVER, name="one", Healthcheck=health_check("CMD-SHELL", "echo looked; test -e /ok"))
+    start = time.time()
+    threads = host.api("GET", "/info")["NGoroutines"]
+    host.api("POST", "/containers/one/start")
+    assert health(host)["Status"] in ("starting", "unhealthy")
+    unhealthy = wait_for(lambda: (shown := health(host))["Status"] == "unhealthy" and shown)
+    assert unhealthy["FailingStreak"] >= 2 and len(unhealthy["Log"]) >= 2
+    assert {(entry["ExitCode"], entry["Output"]) for entry in unhealthy["Log"]} == {(1, "looked\n")}
+    wait_for(lambda: health(host)["FailingStreak"] > 5)
+    assert len(health(host)["Log"]) == 5
+    wait_for(lambda: host.api("GET", "/info")["NGoroutines"] <= threads, "no thread for a container")
+    listed = host.api("GET", "/containers/json?filters=" + urllib.parse.quote('{"health": ["unhealthy"]}'))
+    assert [shown["Status"].endswith("(unhealthy)") for shown in listed] == [True]
+    touch = host.api("POST", "/containers/one/exec", {"Cmd": ["touch", "/ok"]})["Id"]
+    host.api("POST", f"/exec/{touch}/start", {"Detach": True})
+    wait_for(lambda: health(host)["Status"] == "healthy")
+    assert health(host)["FailingStreak"] == 0
+    assert host.api("GET", "/containers/json")[0]["Status"].endswith("(healthy)")
+    host.api("POST", "/containers/one/pause")
+    paused = health(host)
+    assert paused["Status"] == "unhealthy" and health(host)["Log"] == paused["Log"]
+    host.api("POST", "/containers/one/unpause")
+    wait_for(lambda: health(host)["Status"] == "healthy")
+    host.api("POST", "/containers/one/stop?t=0")
+    assert health(host)["Status"] == "unhealthy"
+    assert [action for action, _ in events_since(host, start) if action.startswith("health")] == [
+        "health_status: unhealthy", "health_status: healthy", "health_status: healthy"]
+    told = [(action.partition(":")[0], list(attributes)) for action, attributes in events_since(host, start)]
+    assert told[:4] == [("start", []), ("exec_create", ["execID"]), ("exec_start", ["execID"]),
+                        ("exec_die", ["execID", "exitCode"])]
+
+
+@pytest.mark.parametrize("check, code, output", [
+    (health_check("CMD", "nosuch"), -1, "OCI runtime exec failed: exec failed: unable to start container "
+     'process: exec: "nosuch": executable file not found in $PATH: unknown'),
+    (health_check("CMD-SHELL", "echo out; exec sleep 100", Timeout=300), -1,
+     "Health check exceeded timeout (300ms): out\n"),
+    (health_check("CMD-SHELL", "head -c 200000 /dev/zero | tr '\\0' x; exit 3"), 3, "x" * 4096 + "..."),
+    (health_check("CMD", "sh", "-c", "echo err >&2; exit 0"), 0, "err\n"),
+])
+def test_results_of_probes(host: Host, check: dict[str, Any], code: int, output: str) -> None:
+    host.create("sleep", NEVER, name="one", Healthcheck=check)
+    host.api("POST", "/containers/one/start")
+    shown = wait_for(lambda: health(host)["Log"] and health(host))
+    assert (shown["Log"][0]["ExitCode"], shown["Log"][0]["Output"]) == (code, output)
+    assert shown["Status"] == "healthy" if code == 0 else shown["FailingStreak"] >= 1
+
+
+@pytest.mark.parametrize("test", [["NONE"], [], ["CMD"], ["BOGUS", "x"]])
+def test_no_health_check(host: Host, test: list[str]) -> None:
+    host.create("sleep", NEVER, name="one", Healthcheck=health_check(*test))
+    host.api("POST", "/containers/one/start")
+    assert health(host) is None
+
+
+def test_failures_do_not_count_in_the_start_period(host: Host) -> None:
+    """There the start interval holds, and the first success ends it."""
+    hour = 3600 * 1000
+    host.create("sleep", NEVER, name="one", Healthcheck=health_check(
+        "CMD", "test", "-e", "/ok", Interval=hour, StartPeriod=hour, StartInterval=50))
+    host.api("POST", "/containers/one/start")
+    shown = wait_for(lambda: len(health(host)["Log"]) == 5 and health(host))
+    assert (shown["Status"], shown["FailingStreak"]) == ("starting", 0)
+    touch = host.api("POST", "/containers/one/exec", {"Cmd": ["touch", "/ok"]})["Id"]
+    host.api("POST", f"/exec/{touch}/start", {"Detach": True})
+    wait_for(lambda: health(host)["Status"] == "healthy")
+
+
+def test_the_health_check_of_an_image(host: Host, busybox: bytes) -> None:
+    host.import_image("checked", busybox, 'HEALTHCHECK --interval=50ms CMD ["true"]')
+    host.create("sleep", NEVER, name="one", image="checked")
+    host.create("sleep", NEVER, name="none", image="checked", Healthcheck={"Test": ["NONE"]})
+    for name in ("one", "none"):
+        host.api("POST", f"/containers/{name}/start")
+    wait_for(lambda: health(host)["Status"] == "healthy")
+    assert health(host, "none") is None
+    host.remove_all()
+    host.api("DELETE", "/images/checked")
+
+
+def test_health_under_another_daemon(new_host: Callable[..., Host], busybox: bytes) -> None:
+    """With live restore the next daemon goes on with the probes, from the state that was."""
+    host = new_host("--live-restore")
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    host.create("sleep", "1000", name="one", StopTimeout=0, Healthcheck=health_check("CMD", "true"))
+    host.api("POST", "/containers/one/start")
+    wait_for(lambda: health(host)["Status"] == "healthy")
+    host.kill()
+    host.start()
+    start = time.time()
+    assert health(host)["Status"] == "healthy"
+    wait_for(lambda: [event for event in events_since(host, start) if event[0].startswith("exec_die")])
+    assert health(host)["Status"] == "healthy"
+    host.api("DELETE", "/containers/one?force=1")
+
+
+def test_an_unhealthy_container_is_restarted(host: Host) -> None:
+    """Where its label asks for it: by force in the end, without a policy, until somebody stops it."""
+    host.create("sleep", NEVER, name="one", StopTimeout=0, Labels={"dockerd.py.restart-unhealthy": "true"},
+                Healthcheck=health_check("CMD", "false", Retries=1))
+    start = time.time()
+    host.api("POST", "/containers/one/start")
+    wait_for(lambda: host.inspect("one")["RestartCount"] >= 2)
+    host.api("POST", "/containers/one/stop")
+    assert host.inspect("one")["State"]["Status"] == "exited"
+    assert [event for event in events_since(host, start) if "exec" not in event[0]][:6] == [
+        ("start", {}), ("health_status: unhealthy", {}), TERM, KILL, DIE, ("start", {})]
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (1, "1s"), (0.3, "300ms"), (90, "1m30s"), (3600, "1h0m0s"), (1.5, "1.5s")])
+def test_go_durations(seconds: float, text: str) -> None:
+    assert dockerd.go_duration(seconds) == text
 
 
 def test_races_on_one_container(host: Host) -> None:
