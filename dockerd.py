@@ -10583,7 +10583,7 @@ class Container:
             parts.layers.create_rw(container_id, image.chain_id, _fill_init_layer)
             undo.callback(parts.layers.remove_rw, container_id)
             container._save_host_config()
-            container.save()
+            container.save(needed=True)
             undo.pop_all()
         return container
 
@@ -10591,6 +10591,9 @@ class Container:
     def load(cls, parts: Parts, directory: str) -> Container:
         """The container whose record stands in `directory`; ValueError, KeyError or OSError when it is not
         whole."""
+        for name in os.listdir(directory):
+            if name.startswith(".tmp-"):  # of a state file whose writer was killed
+                os.unlink(os.path.join(directory, name))
         record = json.loads(read_state(os.path.join(directory, "config.v2.json")))
         host_config = json.loads(read_state(os.path.join(directory, "hostconfig.json")))
         container = cls(parts, record, host_config)
@@ -10612,10 +10615,16 @@ class Container:
         """The id of the image that it was made of."""
         return self.record["Image"]
 
-    def save(self) -> None:
-        """Write the record: renamed at once, synced with the next group."""
+    def save(self, needed: bool = False) -> None:
+        """Write the record: renamed at once, synced with the next group.  OSError only if it is `needed`: a
+        full disk keeps no container from ending, nor from being stopped or removed, as in Docker."""
         self.record["State"] = self.state.to_disk()
-        write_state(os.path.join(self.directory, "config.v2.json"), self.record, durable=False)
+        try:
+            write_state(os.path.join(self.directory, "config.v2.json"), self.record, durable=False)
+        except OSError as error:
+            if needed:
+                raise
+            log.error("cannot save the state of the container %s: %s", self.id, error.strerror)
 
     def _save_host_config(self) -> None:
         write_state(os.path.join(self.directory, "hostconfig.json"), self.host_config, durable=False)
@@ -11229,8 +11238,7 @@ class Container:
     def _removal_failed(self, text: str) -> None:
         """Leave what is there to another attempt, and tell why."""
         self.state.removing, self.state.removal_error = False, text
-        with contextlib.suppress(OSError):
-            self.save()
+        self.save()
         self.changed.notify_all()
         raise DockerError(text) from None
 
@@ -12288,7 +12296,7 @@ class ContainerTable:
                 raise type(error)(f"Error when allocating new name: {error}") from None
             container.record["Name"] = "/" + name
             try:
-                container.save()
+                container.save(needed=True)
             except OSError:
                 container.record["Name"] = "/" + old
                 self.release(name)

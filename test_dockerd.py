@@ -3369,6 +3369,38 @@ def test_create_reads_its_image_as_go_does(host: Host) -> None:
     assert answer["message"].startswith("image with reference busybox was found but its platform (linux/")
 
 
+def test_a_full_disk_keeps_no_container_running(new_host: Callable[..., Host], busybox: bytes) -> None:
+    """What runs ends, is waited for, stopped and removed while no state can be written, and nothing is lost
+    or left behind once there is room again."""
+    host = new_host(start=False)
+    os.mkdir(host.data_root)
+    host.enter("mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", host.data_root).wait()
+    host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    ends, stopped, removed, later = (host.create("sh", "-c", command) for command in
+                                     ("exit 3", "exec sleep 1000", "exec sleep 1000", "echo again"))
+    for identity in (stopped, removed):
+        host.api("POST", f"/containers/{identity}/start")
+    filling = host.create("sh", "-c", "cat /dev/zero >/full; exit 7")
+    host.api("POST", f"/containers/{filling}/start")
+    assert host.api("POST", f"/containers/{filling}/wait")["StatusCode"] == 7
+    assert host.http("POST", f"{API}/containers/{later}/start").status == 500
+    assert host.inspect(later)["State"]["Status"] == "created"
+    host.api("POST", f"/containers/{stopped}/stop?t=0")
+    assert host.inspect(stopped)["State"]["ExitCode"] == 137
+    assert host.http("POST", f"{API}/containers/create", {"Image": "busybox"}).status == 500
+    for identity in (removed, filling):
+        host.api("DELETE", f"/containers/{identity}?force=1")
+    for identity, code in ((ends, 3), (later, 0)):
+        host.api("POST", f"/containers/{identity}/start")
+        assert host.api("POST", f"/containers/{identity}/wait")["StatusCode"] == code
+    host.kill()
+    host.start()
+    assert {each["Id"] for each in host.api("GET", "/containers/json?all=1")} == {ends, stopped, later}
+    host.remove_all()
+    assert host.stop() == 0
+    host.enter("umount", host.data_root).wait()
+
+
 def test_odd_account_files_cost_nothing(host: Host) -> None:
     """A directory for passwd is none, as in Docker; a working directory that is a file is told of."""
     fds = f"/proc/{host.process.pid}/fd" if host.process else ""
