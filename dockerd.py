@@ -1228,20 +1228,18 @@ OPTIONS = (
            "containers"),
     Option("selinux-enabled", "--selinux-enabled", "bool", "Enable selinux support",
            status=("unlanded", "SELinux")),
-    Option("init", "--init", "bool", "Run an init in the container to forward signals and reap processes",
-           status=("unlanded", "an init inside containers")),
-    Option("init-path", "--init-path", "string", "Path to the docker-init binary",
-           status=("ignored", "there is no init inside containers yet")),
+    Option("init", "--init", "bool", "Run an init in the container to forward signals and reap processes"),
+    Option("init-path", "--init-path", "string", "Path to the docker-init binary"),
     Option("cpu-rt-period", "--cpu-rt-period", "int", "CPU real-time period of the parent cgroup, in "
-           "microseconds", status=("unlanded", "real-time scheduling of containers")),
+           "microseconds"),
     Option("cpu-rt-runtime", "--cpu-rt-runtime", "int", "CPU real-time runtime of the parent cgroup, in "
-           "microseconds", status=("unlanded", "real-time scheduling of containers")),
+           "microseconds"),
     Option("default-runtime", "--default-runtime", "string", "Default OCI runtime for containers", "runc",
            reload=True, status=("unlanded", "OCI runtimes other than its own, which goes by the name runc,")),
     Option("runtimes", "--add-runtime", "runtimes", "Register an additional OCI compatible runtime",
            reload=True, status=("unlanded", "OCI runtimes")),
-    Option("cdi-spec-dirs", "--cdi-spec-dir", "list", "CDI specification directories to use",
-           status=("ignored", "CDI devices have not landed yet; containers that ask for one are refused")),
+    Option("cdi-spec-dirs", "--cdi-spec-dir", "list", "CDI specification directories to use (default "
+           "/etc/cdi and /var/run/cdi)"),
     Option("containerd", "--containerd", "string", "containerd grpc address", status=CONTAINERD),
     Option("containerd-namespace", "--containerd-namespace", "string", "Containerd namespace to use", "moby",
            status=CONTAINERD),
@@ -6764,6 +6762,13 @@ _FREEZE_SECONDS = 10.0
 _MINIMUM_MEMORY = 6 << 20
 
 
+# (HostConfig's key, v1's file, v2's key in io.max) of the limits by device
+_BLKIO_RATES = (("BlkioDeviceReadBps", "blkio.throttle.read_bps_device", "rbps"),
+                ("BlkioDeviceWriteBps", "blkio.throttle.write_bps_device", "wbps"),
+                ("BlkioDeviceReadIOps", "blkio.throttle.read_iops_device", "riops"),
+                ("BlkioDeviceWriteIOps", "blkio.throttle.write_iops_device", "wiops"))
+
+
 class _Support(NamedTuple):
     """Something that a host's cgroups may lack: where v1 and v2 have it, and info's warning."""
 
@@ -6772,6 +6777,7 @@ class _Support(NamedTuple):
     file: str           # in a v1 hierarchy's root; "" for what only children have; alternatives with spaces
     unified: str        # the v2 controller, "" where v2 has no such thing
     warning: str = ""
+    v2_warning: str = ""    # where it is another one
 
 
 _SUPPORT = (
@@ -6788,8 +6794,11 @@ _SUPPORT = (
     _Support("MemorySwappiness", "memory", "memory.swappiness", ""),
     _Support("MemoryReservation", "memory", "memory.soft_limit_in_bytes", "memory"),
     _Support("RealTime", "cpu", "cpu.rt_runtime_us", ""),
-    _Support("BlkioWeight", "blkio", "blkio.weight blkio.bfq.weight", "io"),
-    _Support("BlkioThrottle", "blkio", "blkio.throttle.read_bps_device", "io"),
+    _Support("BlkioWeight", "blkio", "blkio.weight blkio.bfq.weight", "io", "", "No io.weight support"),
+    _Support("BlkioWeightDevice", "blkio", "blkio.weight_device blkio.bfq.weight_device", "io", "",
+             "No io.weight (per device) support"),
+    *(_Support(key, "blkio", file, "io", f"No {file.replace('.', ' ', 1)} support",
+               f"No io.max ({name}) support") for key, file, name in _BLKIO_RATES),
 )
 _INFO_FLAGS = ("MemoryLimit", "SwapLimit", "KernelMemoryTCP", "CpuCfsPeriod", "CpuCfsQuota", "CPUShares",
                "CPUSet", "PidsLimit", "OomKillDisable")
@@ -6805,17 +6814,15 @@ _DISCARDS: tuple[tuple[str, str, str, str, Any], ...] = (
     ("CpuQuota", "CpuCfsQuota", "CPU CFS scheduler", "Quota", 0),
     ("CpusetCpus CpusetMems", "CPUSet", "cpuset", "Cpuset", ""),
     ("BlkioWeight", "BlkioWeight", "Block I/O weight", "Weight", 0),
-    ("BlkioWeightDevice", "BlkioWeight", "Block I/O weight_device", "Weight-device", []),
-    ("BlkioDeviceReadBps", "BlkioThrottle", "BPS Block I/O read limit", "Block I/O BPS read limit", []),
-    ("BlkioDeviceWriteBps", "BlkioThrottle", "BPS Block I/O write limit", "Block I/O BPS write limit", []),
-    ("BlkioDeviceReadIOps", "BlkioThrottle", "IOPS Block read limit", "Block I/O IOPS read limit", []),
-    ("BlkioDeviceWriteIOps", "BlkioThrottle", "IOPS Block write limit", "Block I/O IOPS write limit", []),
+    ("BlkioWeightDevice", "BlkioWeightDevice", "Block I/O weight_device", "Weight-device", []),
+    ("BlkioDeviceReadBps", "BlkioDeviceReadBps", "BPS Block I/O read limit", "Block I/O BPS read limit", []),
+    ("BlkioDeviceWriteBps", "BlkioDeviceWriteBps", "BPS Block I/O write limit",
+     "Block I/O BPS write limit", []),
+    ("BlkioDeviceReadIOps", "BlkioDeviceReadIOps", "IOPS Block read limit",
+     "Block I/O IOPS read limit", []),
+    ("BlkioDeviceWriteIOps", "BlkioDeviceWriteIOps", "IOPS Block write limit",
+     "Block I/O IOPS write limit", []),
 )
-# (HostConfig's key, v1's file, v2's key in io.max) of the limits by device
-_BLKIO_RATES = (("BlkioDeviceReadBps", "blkio.throttle.read_bps_device", "rbps"),
-                ("BlkioDeviceWriteBps", "blkio.throttle.write_bps_device", "wbps"),
-                ("BlkioDeviceReadIOps", "blkio.throttle.read_iops_device", "riops"),
-                ("BlkioDeviceWriteIOps", "blkio.throttle.write_iops_device", "wiops"))
 # The members of the memory_stats.stats of GET /containers/ID/stats: of v1 each also as total_*, of v2
 _V1_MEMORY = tuple(f"{prefix}{name}" for prefix in ("", "total_") for name in (
     "active_anon active_file cache dirty inactive_anon inactive_file mapped_file pgfault pgmajfault pgpgin "
@@ -6923,29 +6930,45 @@ def _write_file(path: str, *texts: str) -> None:
         os.close(fd)
 
 
+def host_devices(devices: Optional[list[dict[str, Any]]]) -> list[tuple[str, os.stat_result, str]]:
+    """(path in the container, the host's node, "rwm" or less) of HostConfig's Devices; a directory stands for
+    all nodes below it.  DockerError for what is no device."""
+    found = []
+    for device in devices or ():
+        source = os.path.realpath(device["PathOnHost"])
+        text = f"error gathering device information while adding custom device \"{device['PathOnHost']}\": "
+        nodes, below = [], (os.path.join(top, name) for top, _, names in os.walk(source) for name in names)
+        for path in [source, *below]:
+            try:
+                facts = os.lstat(path)
+            except OSError as error:
+                raise DockerError(text + (error.strerror or "").lower()) from None
+            if stat.S_ISCHR(facts.st_mode) or stat.S_ISBLK(facts.st_mode):
+                inside = device.get("PathInContainer") or device["PathOnHost"]
+                nodes.append((inside + path[len(source):], facts, device.get("CgroupPermissions") or "rwm"))
+        if not nodes:
+            raise DockerError(text + "not a device node")
+        found += nodes
+    return found
+
+
 def device_rules(host_config: dict[str, Any]) -> list[str]:
     """What a container may do with devices, "c MAJOR:MINOR rwm" each, in the order in which the kernel lists
     them.
 
-    From HostConfig's Privileged, Devices and DeviceCgroupRules; BadParameter for one that is none."""
+    From HostConfig's Privileged, Devices and DeviceCgroupRules; DockerError for one that is none."""
     if host_config.get("Privileged"):
         return ["a *:* rwm"]
     if not host_config.get("Devices") and not host_config.get("DeviceCgroupRules"):
         return list(_DEVICE_RULES)
     rules = set(_DEVICE_RULES)
-    for device in host_config.get("Devices") or ():
-        try:
-            information = os.stat(device["PathOnHost"])
-        except OSError as error:
-            raise BadParameter("error gathering device information while adding custom device "
-                               f"\"{device['PathOnHost']}\": {(error.strerror or '').lower()}")
-        kind = "b" if stat.S_ISBLK(information.st_mode) else "c"
-        number = information.st_rdev
-        rules.add(f"{kind} {os.major(number)}:{os.minor(number)} {device.get('CgroupPermissions') or 'rwm'}")
+    for _, facts, access in host_devices(host_config.get("Devices")):
+        kind = "b" if stat.S_ISBLK(facts.st_mode) else "c"
+        rules.add(f"{kind} {os.major(facts.st_rdev)}:{os.minor(facts.st_rdev)} {access}")
     rules.update(host_config.get("DeviceCgroupRules") or ())
     for rule in rules:
         if not _DEVICE_RULE.fullmatch(rule):
-            raise BadParameter(f"invalid device cgroup rule format: '{rule}'")
+            raise DockerError(f"invalid device cgroup rule format: '{rule}'")
     return sorted(rules, key=lambda rule: [int(part) if part.isdigit() else -1 if part == "*" else part
                                            for part in re.split("[ :]", rule)])
 
@@ -6992,7 +7015,7 @@ def _device_lines(entries: Optional[list[dict[str, Any]]], key: str) -> list[tup
         try:
             number = os.stat(entry["Path"]).st_rdev
         except OSError as error:
-            raise BadParameter(f"cannot limit the device {entry['Path']}: {(error.strerror or '').lower()}")
+            raise DockerError(f"stat {entry['Path']}: {(error.strerror or '').lower()}") from None
         lines.append((f"{os.major(number)}:{os.minor(number)}", entry[key]))
     return lines
 
@@ -7019,6 +7042,7 @@ def v1_settings(resources: dict[str, Any]) -> list[Setting]:
         ("memory", "memory.limit_in_bytes", get("Memory")),
         ("memory", "memory.memsw.limit_in_bytes", get("MemorySwap")),
         ("memory", "memory.soft_limit_in_bytes", get("MemoryReservation")),
+        ("memory", "memory.kmem.tcp.limit_in_bytes", get("KernelMemoryTCP")),
         ("memory", "memory.swappiness", "" if swappiness in (None, -1) else str(swappiness)),
         ("memory", "memory.oom_control", int(bool(get("OomKillDisable")))),
         ("cpu", "cpu.shares", get("CpuShares")),
@@ -7053,6 +7077,7 @@ def v2_settings(resources: dict[str, Any]) -> list[Setting]:
         ("cpuset.cpus", get("CpusetCpus")),
         ("cpuset.mems", get("CpusetMems")),
         ("pids.max", _pids_limit(resources)),
+        *(("io.bfq.weight", f"{device} {weight}") for device, weight in weights),
         *(("io.weight", f"{device} {1 + (weight - 10) * 9999 // 990}") for device, weight in weights),
         *(("io.max", f"{device} {name}={rate}") for key, _, name in _BLKIO_RATES
           for device, rate in _device_lines(get(key), "Rate")))
@@ -7326,6 +7351,7 @@ class CgroupManager:
     cgroup."""
 
     driver, default_parent, naming = "cgroupfs", "/docker", "{}"
+    real_time = (0, 0)  # (period, runtime) in microseconds that parents on v1 are given
 
     def __init__(self, cgroup_parent: str = "", mountinfo: str = "/proc/self/mountinfo",
                  membership: str = "/proc/self/cgroup") -> None:
@@ -7360,7 +7386,7 @@ class CgroupManager:
         paths = {name: tree.path for tree in self.hierarchies for name in tree.controllers or ("",)}
         unified = _read_file(paths.get("", "") + "/cgroup.controllers").split()
         support = {}
-        for flag, controller, file, unified_controller, _ in _SUPPORT:
+        for flag, controller, file, unified_controller, *_ in _SUPPORT:
             if self.version == 2:
                 support[flag] = unified_controller in unified
             else:
@@ -7432,6 +7458,9 @@ class CgroupManager:
                     if "cpuset" in hierarchy.controllers:
                         inherit_cpuset(directory, [file for file in ("cpuset.cpus", "cpuset.mems")
                                                    if _read_file(f"{directory}/{file}").strip()])
+                    for file, value in zip(("cpu.rt_period_us", "cpu.rt_runtime_us"), self.real_time):
+                        if value and "cpu" in hierarchy.controllers:
+                            _write_file(f"{directory}/{file}", str(value))
                 self._delegate(hierarchy, directory)
             self._prepared.add(parent)
 
@@ -7502,8 +7531,9 @@ class CgroupManager:
 
     def warnings(self) -> list[str]:
         """What GET /info warns of, in Docker's words."""
-        return ["WARNING: " + entry.warning for entry in _SUPPORT
-                if entry.warning and not self.support[entry.flag] and (self.version == 1 or entry.unified)]
+        texts = [(entry.warning if self.version == 1 or entry.unified and not entry.v2_warning
+                  else entry.v2_warning) for entry in _SUPPORT if not self.support[entry.flag]]
+        return ["WARNING: " + text for text in texts if text]
 
     def check_parent(self, parent: str) -> None:
         """BadParameter for a cgroup parent that the driver cannot serve; "" is the default one."""
@@ -7958,6 +7988,7 @@ class Init:
         self.slave = -1
         self.devpts = -1
         self.cgroups: list[int] = []
+        self.proc = -1
 
     def prepare(self) -> None:
         """What needs the host's own /proc and /sys: the out-of-memory score, descriptors of the cgroups."""
@@ -7967,6 +7998,7 @@ class Init:
         if self.plan.get("oom_score_adj") is not None:
             with _init_step("cannot set oom_score_adj"), open("/proc/self/oom_score_adj", "wb", 0) as file:
                 file.write(str(self.plan["oom_score_adj"]).encode())
+        self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def run(self) -> None:
         """Carry the plan out; returns only by an exception."""
@@ -8017,10 +8049,16 @@ class Init:
             with _init_step(f"cannot join the cgroup {path}"):
                 os.write(fd, text.encode())
                 os.close(fd)
+        for name, text in self.plan["labels"]:  # by the host's /proc: a container's may lie (CVE-2019-16884)
+            with _init_step(f"cannot write {text!r} to /proc/self/attr/{name}"):
+                fd = os.open(f"self/attr/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=self.proc)
+                os.write(fd, text.encode())
+                os.close(fd)
 
     def _join(self, names: list[str]) -> None:
-        """Join the namespaces behind the descriptors `names`, of another container or the host."""
-        for name in names:
+        """Join the namespaces behind the descriptors `names`, of another container or the host; the mounts'
+        is for a mount of its own."""
+        for name in set(names) - {"mnt"}:
             with _init_step(f"cannot join the namespace {name}"):
                 setns(self.fds[name])
 
@@ -8052,6 +8090,8 @@ class Init:
             if "node" in entry or "link" in entry:
                 with contextlib.suppress(FileExistsError):  # --device comes before the default ones
                     self._make_node(to, entry)
+            elif "shared" in entry:
+                self._share(entry["shared"])
             elif "from" in entry:
                 self._bind(entry)
             else:
@@ -8070,6 +8110,16 @@ class Init:
             mount_setattr(made, "", AT_EMPTY_PATH | (AT_RECURSIVE if entry.get("recursive") else 0),
                           set=entry.get("attributes", 0), propagation=entry.get("propagation", 0))
         _attach(made, self.root, entry["to"])
+
+    def _share(self, path: str) -> None:
+        """Have the mount at `path` of the container whose mount namespace is the descriptor "mnt"; its links
+        lead nowhere out of that one."""
+        own = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        setns(self.fds["mnt"], CLONE_NEWNS)
+        shared = open_tree(AT_FDCWD, path)
+        setns(own, CLONE_NEWNS)
+        os.close(own)
+        _attach(shared, self.root, path)
 
     def _make_node(self, path: str, entry: dict[str, Any]) -> None:
         """Make a device node or a link; FileExistsError where something is."""
@@ -8278,11 +8328,40 @@ class Init:
         if seccomp:
             with _init_step("cannot load the seccomp filter"):
                 seccomp_load(seccomp, plan.get("seccomp_flags", 0))
+        if plan.get("resident"):
+            self._stay()
         try:
             os.execve(program, arguments, environment)
         except OSError as error:
             code = 126 if error.errno in (errno.EACCES, errno.ENOEXEC) else 127
             raise InitError(f"exec {os.fsdecode(program)}: {str(error.strerror).lower()}", code) from None
+
+
+    def _stay(self) -> None:
+        """Go on in a child, a process group of its own; this process stays as pid 1: it passes signals on,
+        reaps whatever ends, and ends as the child does."""
+        everything = signal.valid_signals()
+        signal.pthread_sigmask(signal.SIG_BLOCK, everything)
+        child = os.fork()
+        if not child:
+            os.setpgid(0, 0)
+            if self.plan["tty"]:
+                os.tcsetpgrp(0, os.getpid())
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
+            return
+        close_range(3)
+        while True:
+            number = signal.sigwait(everything)
+            if number not in (signal.SIGCHLD, signal.SIGTTIN, signal.SIGTTOU):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, number)
+            while number == signal.SIGCHLD:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == child:
+                    code = os.waitstatus_to_exitcode(status)
+                    os._exit(code if code >= 0 else 128 - code)
+                if not pid:
+                    break
 
 
 def _find_program(name: str, path: bytes) -> bytes:
@@ -8494,9 +8573,10 @@ class Shim:
         if request["key"] in self.processes:
             raise KeyError(f"{request['key']} is running")
         keep = {name[5:]: fds.pop(name) for name in list(fds) if name.startswith("keep:")}
-        pid, pidfd = clone3(request["flags"], fds.get("cgroup"))
+        pid, pidfd = self._clone(request["flags"], fds.get("cgroup"), fds.get("pid"))
         if pid == 0:
-            fds.pop("cgroup", None)
+            for name in ("cgroup", "pid"):
+                fds.pop(name, None)
             _init_main(fds)
         self._watch(request["key"], pid, pidfd, keep)
         answer.update(pid=pid, key=request["key"])
@@ -8535,6 +8615,21 @@ class Shim:
     def _watch(self, key: str, pid: int, pidfd: int, keep: dict[str, int]) -> None:
         self.by_pidfd[pidfd] = self.processes[key] = ShimProcess(key, pid, pidfd, keep)
         self.poll.register(pidfd, select.EPOLLIN)
+
+    @staticmethod
+    def _clone(flags: int, cgroup: Optional[int], processes: Optional[int]) -> tuple[int, int]:
+        """clone3, into the PID namespace behind the descriptor `processes` where there is one: joining it
+        counts for children, and the shim itself stays where it is."""
+        own, pid = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC), -1
+        try:
+            if processes is not None:
+                setns(processes, CLONE_NEWPID)
+            pid, pidfd = clone3(flags, cgroup)
+            return pid, pidfd
+        finally:
+            if processes is not None and pid:
+                setns(own, CLONE_NEWPID)
+            os.close(own)
 
     def op_keep(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
         """Hold further descriptors for a process (its terminal)."""
@@ -8661,6 +8756,48 @@ DEVICE_LINKS = (("/dev/ptmx", "pts/ptmx"), ("/dev/fd", "/proc/self/fd"), ("/dev/
                 ("/dev/stdout", "/proc/self/fd/1"), ("/dev/stderr", "/proc/self/fd/2"))
 
 
+APPARMOR = "/sys/kernel/security/apparmor"
+APPARMOR_DEFAULT = "docker-default"
+
+
+def _deny_beside(top: str, kept: str, access: str) -> list[str]:
+    """AppArmor rules that deny `access` to all below `top` whose path there does not begin with `kept`."""
+    return [f"deny {top}/{kept[:end]}[^{kept[end]}]** {access}," for end in range(len(kept))]
+
+
+def apparmor_profile() -> str:
+    """The profile docker-default: what a container's root may do but for the kernel's and the host's knobs in
+    /proc and /sys, mounts, and processes outside.  apparmor.d(5)."""
+    rules = [
+        "#include <abstractions/base>", "network,", "capability,", "file,", "umount,", "deny mount,",
+        "signal (receive) peer=unconfined,", f"signal (send,receive) peer={APPARMOR_DEFAULT},",
+        f"ptrace (trace,read,tracedby,readby) peer={APPARMOR_DEFAULT},",
+        "deny @{PROC}/[^s0-9]** w,", *_deny_beside("@{PROC}", "sys/kernel/shm", "w")[1:],
+        "deny @{PROC}/{kcore,sysrq-trigger} rwklx,",
+        *_deny_beside("/sys", "fs/cgroup/", "wklx"),
+        "deny /sys/{firmware,kernel/security,devices/virtual/powercap}/** rwklx,"]
+    return "\n  ".join(["#include <tunables/global>\n\n"
+                        f"profile {APPARMOR_DEFAULT} flags=(attach_disconnected,mediate_deleted) {{", *rules]
+                       ) + "\n}\n"
+
+
+@functools.cache
+def apparmor_default() -> str:
+    """The profile of containers that name none, loaded where it was not; "" without AppArmor."""
+    if not os.path.isdir(APPARMOR) or read_text("/sys/module/apparmor/parameters/enabled")[:1] != "Y":
+        return ""
+    if f"{APPARMOR_DEFAULT} (" not in read_text(APPARMOR + "/profiles"):
+        import subprocess
+        try:
+            subprocess.run(["apparmor_parser", "-Kr"], input=apparmor_profile().encode(), check=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        except (OSError, subprocess.CalledProcessError) as error:
+            log.warning("containers are not confined by AppArmor: its profile %s cannot be loaded: %s %s",
+                        APPARMOR_DEFAULT, error, getattr(error, "output", ""))
+            return ""
+    return APPARMOR_DEFAULT
+
+
 START_FAILED = ("failed to create task for container: failed to create shim task: OCI runtime create failed: "
                 "unable to start container process: {}")
 EXEC_FAILED = "OCI runtime exec failed: exec failed: unable to start container process: {}: unknown"
@@ -8697,6 +8834,7 @@ class Spec(NamedTuple):
     namespaces: int = 0                             # CLONE_NEW* to make
     join: dict[str, int] = {}                     # namespace descriptors to join, by name
     cgroup_join: list[list[str]] = []             # [path, text] writes that put the caller into its cgroups
+    labels: list[list[str]] = []                  # [file of /proc/PID/attr, text]: its LSMs' from execve on
     cgroup_fd: Optional[int] = None                 # the v2 directory to be born in
     cgroup_enter: Optional[Callable[[int], None]] = None  # puts the waiting process into its cgroups
     cgroup_namespace: bool = False
@@ -8711,6 +8849,7 @@ class Spec(NamedTuple):
     seccomp_flags: int = 0
     no_new_privileges: bool = False
     rlimits: list[tuple[int, int, int]] = []      # (RLIMIT_*, soft, hard)
+    resident: bool = False                        # the init stays as pid 1
     sysctls: list[tuple[str, str]] = []
     oom_score_adj: Optional[int] = None
     shm_size: int = 64 << 20                        # bytes; 0 for no /dev/shm of its own
@@ -8781,9 +8920,10 @@ def build_plan(spec: Spec, root_place: str) -> dict[str, Any]:
         "console_size": spec.console_size,
         "hostname": spec.hostname,
         "domainname": spec.domainname,
-        "join": list(spec.join),
+        "join": [name for name in spec.join if name != "pid"],
         "loopback": bool(spec.namespaces & CLONE_NEWNET),
         "cgroup_join": spec.cgroup_join,
+        "labels": spec.labels,
         "await_cgroup": spec.cgroup_enter is not None,
         "cgroup_namespace": spec.cgroup_namespace,
         "root_place": root_place,
@@ -8795,6 +8935,7 @@ def build_plan(spec: Spec, root_place: str) -> dict[str, Any]:
         "seccomp_flags": spec.seccomp_flags,
         "no_new_privileges": spec.no_new_privileges,
         "rlimits": spec.rlimits,
+        "resident": spec.resident,
         "sysctls": spec.sysctls,
         "oom_score_adj": spec.oom_score_adj,
     }
@@ -10088,8 +10229,10 @@ RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
      "invalid Annotations: the empty string is not permitted as an annotation key"),
     (lambda c: c["IOMaximumIOps"] or c["IOMaximumBandwidth"],
      "Invalid QoS settings: linux does not support Maximum IO Bandwidth or Maximum IO IOps"),
-    (lambda c: c["IpcMode"] not in ("none", "private", "shareable", "host"), "invalid IPC mode: {IpcMode}"),
-    (lambda c: c["PidMode"] not in ("", "host"), "invalid PID mode: {PidMode}"),
+    (lambda c: not re.fullmatch("none|private|shareable|host|container:.+", c["IpcMode"], re.DOTALL),
+     "invalid IPC mode: {IpcMode}"),
+    (lambda c: not re.fullmatch("|host|container:.+", c["PidMode"], re.DOTALL),
+     "invalid PID mode: {PidMode}"),
     (lambda c: c["UTSMode"] not in ("", "host"), "invalid UTS mode: {UTSMode}"),
     (lambda c: c["UsernsMode"] not in ("", "host"), "invalid user namespace mode: {UsernsMode}"),
     (lambda c: c["CgroupnsMode"] not in ("host", "private"), "invalid cgroup namespace mode: {CgroupnsMode}"),
@@ -10101,6 +10244,8 @@ RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     (lambda c: len(c["ConsoleSize"]) != 2 or max(c["ConsoleSize"]) > 65535,
      "invalid console size {ConsoleSize}"),
     (lambda c: c["Runtime"] not in ("runc", "io.containerd.runc.v2"), "Unknown runtime specified {Runtime}"),
+    (lambda c: any(request["Count"] and request["DeviceIDs"] for request in c["DeviceRequests"] or ()),
+     "cannot set both Count and DeviceIDs on device request"),
     (lambda c: c["StorageOpt"],
      "--storage-opt is supported only for overlay over xfs with 'pquota' mount option"),
     (lambda c: not c["Entrypoint"] and not c["Cmd"], "No command specified"),
@@ -10117,9 +10262,6 @@ UNLANDED: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     (lambda c: c["NetworkMode"] not in ("none", "host", "bridge"),
      'the network "{NetworkMode}": networks beside none, host and bridge'),
     (lambda c: set(c["networks"]) - {c["NetworkMode"], "default"}, "a second network"),
-    (lambda c: c["PidMode"].startswith("container:"), "another container's PID namespace"),
-    (lambda c: c["IpcMode"].startswith("container:"), "another container's IPC namespace"),
-    (lambda c: c["Init"], "--init"),
     (lambda c: c["LogConfig"]["Type"] in _UNLANDED_LOG_DRIVERS, "the log driver {LogConfig[Type]}"),
 )
 
@@ -10229,10 +10371,6 @@ def _check_host_config(host: dict[str, Any]) -> None:
     _check_ports(host["PortBindings"] or {})
     for key in ("CapAdd", "CapDrop"):
         _capability_numbers(host[key] or [], key)
-    for request in host["DeviceRequests"] or []:
-        wanted = " ".join(f"[{' '.join(names)}]" for names in request["Capabilities"] or [])
-        raise BadParameter(f"could not select device driver {go_quote(request['Driver'])} with capabilities: "
-                           f"[{wanted}]")
     for limit in host["Ulimits"] or []:
         check_ulimit(limit)
     for entry in host["ExtraHosts"] or []:
@@ -10245,10 +10383,6 @@ def _check_host_config(host: dict[str, Any]) -> None:
     for address in host["Dns"] or []:
         parse_ip(address or "?")
     _check_log_config(host["LogConfig"])
-    apparmor = parse_security_options(host["SecurityOpt"] or []).apparmor
-    if apparmor not in ("", "unconfined") and os.path.exists("/sys/kernel/security/apparmor/profiles"):
-        raise NotSupported(f"the AppArmor profile {apparmor} cannot be used: this version of the daemon does "
-                           "not confine containers by AppArmor yet")
     check_sysctls(host)
 
 
@@ -10444,6 +10578,7 @@ class Parts(NamedTuple):
     later: Callable[..., Callable[[], None]]    # the same in so many seconds; call the result to give that up
     networks: dict[str, str]                  # network names to ids
     removed: Callable[[Container], None]      # takes a removed container out of the table
+    find: Callable[[str], Container]          # of another container, by name or id
 
 
 class State:
@@ -10525,6 +10660,7 @@ class Container:
         self.cgroup: Any = None
         self._root_fd = -1
         self.execs: dict[str, ExecInstance] = {}    # those that have not ended
+        self._edits = DeviceEdits([], [], [], [])
         driver = JsonFileLog(record["LogPath"]) if record["LogPath"] else None
         self.streams = Streams(parts.pump, driver)
         self.streams.on_finished = self._streams_finished
@@ -10676,10 +10812,14 @@ class Container:
             self._root_fd = parts.layers.mount_rw(self.id)
             undo.callback(self._close_root)
             user = self._user()
-            self.cgroup = parts.cgroups.create(self.id, self.host_config)
+            self._edits = requested_devices(
+                self.host_config.get("DeviceRequests"), parts.config.cdi_spec_dirs or CDI_DIRECTORIES)
+            self.cgroup = parts.cgroups.create(self.id, self._with_devices())
             undo.callback(self.cgroup.remove)
             notes = os.memfd_create("notes", os.MFD_CLOEXEC)
-            process, ours = launch(parts.driver, self._spec(user), self.config["OpenStdin"], notes=notes)
+            with contextlib.ExitStack() as held:
+                spec = self._spec(user, self._joined(held))
+                process, ours = launch(parts.driver, spec, self.config["OpenStdin"], notes=notes)
             undo.pop_all()
         self.state.running, self.state.restarting, self.state.pid = True, False, process.pid
         self.state.exit_code, self.state.error, self.state.oom_killed = 0, "", False
@@ -10722,6 +10862,11 @@ class Container:
             user or self.config.get("User") or "", passwd, group, self.host_config.get("GroupAdd") or []
         )
 
+    def _with_devices(self) -> dict[str, Any]:
+        """HostConfig with the devices that were asked for by name among the others."""
+        devices = [*(self.host_config.get("Devices") or []), *self._edits.devices]
+        return {**self.host_config, "Devices": devices}
+
     def _environment(self, home: str, tty: bool, further: Iterable[str] = ()) -> list[str]:
         """A process's environment in Docker's order: what Docker sets, the container's own, HOME."""
         values = {"PATH": DEFAULT_PATH, "HOSTNAME": self._hostname()}
@@ -10745,7 +10890,39 @@ class Container:
             CLONE_NEWUTS: host["UTSMode"],
             CLONE_NEWNET: host["NetworkMode"],
         }
-        return CLONE_NEWNS | sum(flag for flag, mode in shared.items() if mode != "host")
+        return CLONE_NEWNS | sum(flag for flag, mode in shared.items()
+                                 if mode != "host" and not mode.startswith("container:"))
+
+    def _joined(self, undo: contextlib.ExitStack) -> dict[str, int]:
+        """Descriptors, which `undo` closes, of the namespaces that it shares with other containers: "pid",
+        "ipc", and "mnt" for the shared memory.  DockerError, with Docker's text, where that cannot be."""
+        joined = {}
+        for key, names, text in (("PidMode", ("pid",), ""),
+                                 ("IpcMode", ("ipc", "mnt"), "can't join IPC of container {}: ")):
+            kind, _, other = self.host_config[key].partition(":")
+            if kind != "container":
+                continue
+            try:
+                joined.update(self.parts.find(other).namespaces(names, undo))
+            except DockerError as error:
+                raise DockerError(text.format(other) + str(error)) from None
+        return joined
+
+    def namespaces(self, names: Iterable[str], undo: contextlib.ExitStack) -> dict[str, int]:
+        """Descriptors, which `undo` closes, of this container's namespaces by the names of /proc/PID/ns."""
+        process, fds = self.process, {}
+        try:
+            if process is None:
+                raise ProcessLookupError
+            if "ipc" in names and self.host_config["IpcMode"] in ("private", "none"):
+                raise DockerError("non-shareable IPC (hint: use IpcMode:shareable for the donor container)")
+            for name in names:
+                fds[name] = os.open(f"/proc/{process.pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
+                undo.callback(os.close, fds[name])
+            process.send_signal(0)  # it has not ended meanwhile: the pid was its own
+        except (FileNotFoundError, ProcessLookupError):
+            raise DockerError(f"container {self.id} is not running") from None
+        return fds
 
     def _seccomp(self, options: SecurityOptions, capabilities: set[int]) -> tuple[bytes, int]:
         """The filter's program and flags: the container's own profile, else the daemon's; none when
@@ -10755,6 +10932,14 @@ class Container:
             return b"", 0
         names = {CAPABILITIES[number] for number in capabilities}
         return compile_seccomp(profile, names), seccomp_flags(profile)
+
+    def _labels(self, options: SecurityOptions) -> list[list[str]]:
+        """What the process is to write for its AppArmor profile: its own, the default, or none."""
+        default = apparmor_default()
+        profile = options.apparmor or ("unconfined" if self.host_config["Privileged"] else default)
+        self.record["AppArmorProfile"] = profile if default else ""
+        place = "apparmor/exec" if os.path.exists("/proc/self/attr/apparmor/exec") else "exec"
+        return [[place, f"exec {profile}"]] if default and profile != "unconfined" else []
 
     def _sysctls(self, namespaces: int) -> list[tuple[str, str]]:
         """Those asked for, and Docker's for a network namespace of the container's own."""
@@ -10777,8 +10962,17 @@ class Container:
             "HostsPath": "/etc/hosts",
         }
         files = [{"from": self.record[key], "to": to, "attributes": readonly} for key, to in places.items()]
-        shm = [{"from": "/dev/shm", "to": "/dev/shm"}] if self.host_config["IpcMode"] == "host" else []
-        return shm + files
+        ipc = self.host_config["IpcMode"].partition(":")[0]
+        shm = {"host": [{"from": "/dev/shm", "to": "/dev/shm"}],
+               "container": [{"shared": "/dev/shm", "to": "/dev/shm"}]}.get(ipc, [])
+        init = [{"from": init_program(self.parts.config), "to": INIT_PLACE, "attributes": MOUNT_ATTR_RDONLY}]
+        return shm + (init if self._has_init and init[0]["from"] else []) + self._edits.mounts + files
+
+    @property
+    def _has_init(self) -> bool:
+        """Whether an init is its first process; only a PID namespace of its own can have one."""
+        wanted = self.host_config.get("Init")
+        return (self.parts.config.init if wanted is None else wanted) and not self.host_config["PidMode"]
 
     def _confinement(self, user: Any) -> dict[str, Any]:
         """The Spec's fields that hold for every process in the container, run by `user`."""
@@ -10791,10 +10985,11 @@ class Container:
         return {
             "uid": uid,
             "gid": gid,
-            "groups": groups,
+            "groups": groups + self._edits.groups,
             "capabilities": capabilities,
             "root_fd": self._root_fd,
             "cgroup_join": self.cgroup.join,
+            "labels": self._labels(options),
             "cgroup_fd": self.cgroup.directory_fd,
             "seccomp": seccomp,
             "seccomp_flags": seccomp_mode,
@@ -10803,33 +10998,36 @@ class Container:
             "oom_score_adj": host["OomScoreAdj"] or None,
         }
 
-    def _spec(self, user: Any) -> Spec:
-        """What the execution driver must know, from the record."""
+    def _spec(self, user: Any, join: dict[str, int]) -> Spec:
+        """What the execution driver must know, from the record; `join` are the namespaces of others."""
         host = self.host_config
         privileged, namespaces = host["Privileged"], self._namespaces()
         own_names = bool(namespaces & CLONE_NEWUTS)
+        program = init_program(self.parts.config) if self._has_init else ""
         return Spec(
             **self._confinement(user),
             key=self.id,
-            args=[self.record["Path"], *self.record["Args"]],
-            env=self._environment(user[3], self.config["Tty"]),
+            args=[*([INIT_PLACE, "--"] if program else []), self.record["Path"], *self.record["Args"]],
+            resident=self._has_init and not program,
+            env=self._environment(user[3], self.config["Tty"], self._edits.env),
             cwd=self.config.get("WorkingDir") or "/",
             tty=self.config["Tty"],
             console_size=tuple(host.get("ConsoleSize") or (0, 0)),
             hostname=self._hostname() if own_names else "",
             domainname=(self.config.get("Domainname") or "") if own_names else "",
             namespaces=namespaces,
+            join=join,
             cgroup_enter=self.cgroup.enter,
             cgroup_namespace=host["CgroupnsMode"] == "private",
             cgroup_mounts=self.cgroup.mounts(host["CgroupnsMode"] == "private", not privileged),
             mounts=self._mounts(),
-            devices=container_devices(host),
+            devices=container_devices(self._with_devices()),
             privileged=privileged,
             readonly_root=host["ReadonlyRootfs"],
             masked_paths=tuple(host.get("MaskedPaths") or ()),
             readonly_paths=tuple(host.get("ReadonlyPaths") or ()),
             sysctls=self._sysctls(namespaces),
-            shm_size=0 if host["IpcMode"] in ("host", "none") else host["ShmSize"],
+            shm_size=host["ShmSize"] if host["IpcMode"] in ("private", "shareable") else 0,
         )
 
     def _close_root(self) -> None:
@@ -10840,7 +11038,7 @@ class Container:
     # The end of a run: when the process has ended and its output has been read, whichever comes last
 
     def _process_ended(self, process: Process) -> None:
-        if self.host_config["PidMode"] == "host":  # no pid namespace took the rest with it
+        if self.host_config["PidMode"]:  # no pid namespace took the rest with it
             self.parts.background(self.cgroup.kill)
         if self.streams.finished.is_set():
             self.parts.background(self._finish, process)
@@ -11375,6 +11573,92 @@ class Container:
         return listed
 
 
+CDI_DIRECTORIES = ("/etc/cdi", "/var/run/cdi")
+_MOUNT_WORDS = {"ro": MOUNT_ATTR_RDONLY, "nosuid": MOUNT_ATTR_NOSUID, "nodev": MOUNT_ATTR_NODEV,
+                "noexec": MOUNT_ATTR_NOEXEC}
+
+
+class DeviceEdits(NamedTuple):
+    """What devices asked for by name add to a container."""
+
+    devices: list[dict[str, Any]]       # as HostConfig's Devices
+    env: list[str]
+    mounts: list[dict[str, Any]]        # for the init's plan
+    groups: list[int]
+
+    def add(self, edits: dict[str, Any]) -> None:
+        """Take over one containerEdits of a specification."""
+        if edits.get("hooks"):
+            raise DockerError("CDI device injection failed: the device needs hooks, which are not supported")
+        self.devices.extend({
+            "PathOnHost": node.get("hostPath") or node["path"], "PathInContainer": node["path"],
+            "CgroupPermissions": node.get("permissions")} for node in edits.get("deviceNodes", ()))
+        self.env.extend(edits.get("env", ()))
+        self.mounts.extend({
+            "from": mount["hostPath"], "to": mount["containerPath"],
+            "recursive": "rbind" in mount.get("options", ()),
+            "attributes": sum({_MOUNT_WORDS.get(word, 0) for word in mount.get("options", ())})}
+            for mount in edits.get("mounts", ()))
+        self.groups.extend(edits.get("additionalGids", ()))
+
+
+def cdi_devices(directories: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+    """The containerEdits, the whole file's first, of each device "VENDOR/CLASS=NAME" of the JSON files in the
+    directories; a later directory goes before, and what one has twice has none.  Container Device Interface
+    specification 0.8."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for directory in directories:
+        here: dict[str, list[dict[str, Any]]] = {}
+        names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
+        for path in (os.path.join(directory, name) for name in names if name.endswith(".json")):
+            try:
+                specification = json.loads(read_text(path))
+                common = specification.get("containerEdits", {})
+                for device in specification["devices"]:
+                    name = f"{specification['kind']}={device['name']}"
+                    here[name] = [] if name in here else [common, device.get("containerEdits", {})]
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                log.warning("the CDI specification %s is not one: %s", path, error)
+        found.update(here)
+    return found
+
+
+def requested_devices(requests: Optional[list[dict[str, Any]]], directories: Iterable[str]) -> DeviceEdits:
+    """What HostConfig's DeviceRequests come to; DockerError, with Docker's text, for what is not there."""
+    edits = DeviceEdits([], [], [], [])
+    names: list[str] = []
+    for request in requests or ():
+        if request["Driver"] != "cdi":
+            wanted = " ".join(f"[{' '.join(group)}]" for group in request["Capabilities"] or [])
+            raise DockerError(f"could not select device driver {go_quote(request['Driver'])} with "
+                              f"capabilities: [{wanted}]")
+        names += request["DeviceIDs"] or []
+    known = cdi_devices(directories) if names else {}
+    missing = [name for name in names if not known.get(name)]
+    if missing:
+        raise DockerError("CDI device injection failed: unresolvable CDI devices " + ", ".join(missing))
+    parts = {id(part): part for name in names for part in known[name]}  # a file's common one once
+    for part in parts.values():
+        try:
+            edits.add(part)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise DockerError(f"CDI device injection failed: a malformed specification: {error!r}") from None
+    return edits
+
+
+INIT_PLACE = "/sbin/docker-init"    # where a container has the host's
+
+
+def init_program(config: Any) -> str:
+    """The host's program for --init, which must be a static one; "" where it has none, and then the
+    container's first process stays with it instead."""
+    path = os.fsencode(os.environ.get("PATH", DEFAULT_PATH))
+    for name in [config.init_path] if config.init_path else ["docker-init", "tini-static"]:
+        with contextlib.suppress(InitError):
+            return os.fsdecode(_find_program(name, path))
+    return ""
+
+
 NETWORK_STATS = ("rx_bytes", "rx_packets", "rx_errors", "rx_dropped",
                  "tx_bytes", "tx_packets", "tx_errors", "tx_dropped")
 
@@ -11851,37 +12135,36 @@ def _make_mount_places() -> None:
 
 
 def container_limits(host_config: dict[str, Any], config: Any) -> list[tuple[int, int, int]]:
-    """(RLIMIT_*, soft, hard) of a container: the daemon's defaults, overridden by its own."""
+    """(RLIMIT_*, soft, hard) of a container: the daemon's defaults, overridden by its own.
+
+    A hard limit above the daemon's is cut to that where it may not raise any: without CAP_SYS_RESOURCE."""
     import resource
 
     limits = {
         **{name: (limit["Soft"], limit["Hard"]) for name, limit in (config.default_ulimits or {}).items()},
         **{limit["Name"]: (limit["Soft"], limit["Hard"]) for limit in host_config.get("Ulimits") or []},
     }
-    return [
-        (getattr(resource, "RLIMIT_" + name.upper()), soft, hard)
-        for name, (soft, hard) in sorted(limits.items())
-    ]
+    bounded = CAPABILITIES.index("CAP_SYS_RESOURCE") not in bounding_capabilities()
+    taken = []
+    for name, (soft, hard) in sorted(limits.items()):
+        number = getattr(resource, "RLIMIT_" + name.upper())
+        own = resource.getrlimit(number)[1] if bounded else -1
+        if own != -1 and not 0 <= hard <= own:
+            log.warning("ulimit %s=%d becomes %d: without CAP_SYS_RESOURCE none can be raised", name, hard,
+                        own)
+            soft, hard = own if soft == -1 else min(soft, own), own
+        taken.append((number, soft, hard))
+    return taken
+
+
+def device_node(path: str, facts: os.stat_result) -> dict[str, Any]:
+    """A node like the host's at `path`, for the init's plan."""
+    return {"to": path, "node": facts.st_mode, "rdev": facts.st_rdev, "owner": [facts.st_uid, facts.st_gid]}
 
 
 def container_devices(host_config: dict[str, Any]) -> list[dict[str, Any]]:
     """The nodes of --device, and of all the host's devices for a privileged container."""
-    nodes = []
-    for device in host_config.get("Devices") or []:
-        information = os.stat(device["PathOnHost"])
-        if not stat.S_ISCHR(information.st_mode) and not stat.S_ISBLK(information.st_mode):
-            raise BadParameter(
-                f"error gathering device information while adding custom device \"{device['PathOnHost']}\": "
-                "not a device node"
-            )
-        nodes.append(
-            {
-                "to": device.get("PathInContainer") or device["PathOnHost"],
-                "node": information.st_mode,
-                "rdev": information.st_rdev,
-                "owner": [information.st_uid, information.st_gid],
-            }
-        )
+    nodes = [device_node(path, facts) for path, facts, _ in host_devices(host_config.get("Devices"))]
     if host_config["Privileged"]:
         nodes += _all_host_devices({node["to"] for node in nodes})
     return nodes
@@ -11904,8 +12187,7 @@ def _all_host_devices(taken: set[str]) -> list[dict[str, Any]]:
                 if path not in given and (
                     stat.S_ISCHR(information.st_mode) or stat.S_ISBLK(information.st_mode)
                 ):
-                    nodes.append({"to": path, "node": information.st_mode, "rdev": information.st_rdev,
-                                  "owner": [information.st_uid, information.st_gid]})
+                    nodes.append(device_node(path, information))
     return nodes
 
 
@@ -12341,6 +12623,13 @@ class ContainerJobs:
         image = self.images.resolve(asked or "", job.env.get("platform") or "")
         config, host_config, _, warnings = container_config(body, image.config, self.parts.config)
         warnings = warnings + self.parts.cgroups.adapt(host_config)
+        for key in ("IpcMode", "PidMode"):
+            kind, _, other = host_config[key].partition(":")
+            if other:
+                try:
+                    host_config[key] = f"{kind}:{self.table.find(other).id}"
+                except NotFound as error:
+                    raise BadParameter(str(error)) from None
         container_id = secrets.token_hex(32)
         if not config.get("Hostname"):
             config["Hostname"] = "" if host_config["NetworkMode"] == "host" else container_id[:12]
@@ -12680,6 +12969,8 @@ class SystemJobs:
         containers = daemon.containers.all()
         states = [container.state.status for container in containers]
         release = _os_release()
+        cdi_directories = config.cdi_spec_dirs or CDI_DIRECTORIES
+        forwards = read_text("/proc/sys/net/ipv4/ip_forward").strip() == "1"
         job.reply(
             {
                 "ID": daemon.id,
@@ -12697,7 +12988,7 @@ class SystemJobs:
                     "Log": ["json-file", "none"],
                 },
                 **daemon.cgroups.info(),
-                "IPv4Forwarding": read_text("/proc/sys/net/ipv4/ip_forward").strip() == "1",
+                "IPv4Forwarding": forwards,
                 "Debug": config.debug,
                 "NFd": len(os.listdir("/proc/self/fd")),
                 "NGoroutines": threading.active_count(),
@@ -12734,14 +13025,15 @@ class SystemJobs:
                 },
                 "LiveRestoreEnabled": config.live_restore,
                 "Isolation": "",
-                "InitBinary": "",
+                "InitBinary": config.init_path or "docker-init",
                 "ContainerdCommit": {"ID": ""},
                 "RuncCommit": {"ID": ""},
                 "InitCommit": {"ID": ""},
                 "SecurityOptions": daemon.security_options,
-                "CDISpecDirs": [],
-                "DiscoveredDevices": [],
-                "Warnings": daemon.cgroups.warnings(),
+                "CDISpecDirs": list(cdi_directories),
+                "DiscoveredDevices": [{"Source": "cdi", "ID": name} for name in cdi_devices(cdi_directories)],
+                "Warnings": daemon.cgroups.warnings() + (
+                    [] if forwards else ["WARNING: IPv4 forwarding is disabled"]),
             }
         )
 
@@ -12825,6 +13117,7 @@ class Daemon:
         self.containers = ContainerTable()
         self.workers = Workers(WORKERS)
         self.cgroups = cgroup_manager(config.cgroup_parent, config.exec_opts)
+        self.cgroups.real_time = (config.cpu_rt_period, config.cpu_rt_runtime)
         self.driver = ExecutionDriver(config.exec_root)
         self.images = Images(config, self.events.image_event, self._image_users)
         self.layers = self.images.layers
@@ -12841,6 +13134,7 @@ class Daemon:
             self.workers.later,
             self.networks,
             self.containers.discard,
+            self.containers.find,
         )
         self._load_containers()
         self.driver.open()
@@ -12929,7 +13223,8 @@ class Daemon:
     def security_options(self) -> list[str]:
         """What confines containers here, as info shows it."""
         profile = {"": "builtin"}.get(self.config.seccomp_profile, self.config.seccomp_profile)
-        options = [f"name=seccomp,profile={profile}"] if os.path.exists("/proc/sys/kernel/seccomp") else []
+        options = ["name=apparmor"] if apparmor_default() else []
+        options += [f"name=seccomp,profile={profile}"] if os.path.exists("/proc/sys/kernel/seccomp") else []
         if self.config.default_cgroupns_mode == "private":
             options.append("name=cgroupns")
         if self.config.no_new_privileges:

@@ -1563,6 +1563,168 @@ def test_stats_follow_a_container_until_it_is_removed(host: Host) -> None:
     wait_for(lambda: all(read_text(f"{threads}/{task}/comm") != "stats\n" for task in os.listdir(threads)))
 
 
+@pytest.fixture(scope="module")
+def devices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of device nodes, and of CDI specifications beside them."""
+    top = tmp_path_factory.mktemp("devices")
+    (top / "nodes/below").mkdir(parents=True)
+    (top / "nodes/plain").write_text("no device")
+    os.mknod(top / "nodes/null", 0o20666, os.makedev(1, 3))
+    os.mknod(top / "nodes/below/fuse", 0o20600, os.makedev(10, 229))
+    (top / "data").mkdir()
+    (top / "data/file").write_text("from the host")
+    for place in ("cdi", "later"):
+        (top / place).mkdir()
+        (top / place / "vendor.json").write_text(json.dumps({
+            "cdiVersion": "0.6.0", "kind": "vendor.com/class",
+            "containerEdits": {"env": ["COMMON=1"], "additionalGids": [4242]},
+            "devices": [{"name": "one", "containerEdits": {
+                "env": [f"FROM={place}"],
+                "deviceNodes": [{"path": "/dev/card", "hostPath": str(top / "nodes/below/fuse"),
+                                 "permissions": "r"}],
+                "mounts": [{"hostPath": str(top / "data"), "containerPath": "/data",
+                            "options": ["ro", "rbind"]}]}},
+                {"name": "two"},
+                {"name": "hooked", "containerEdits": {"hooks": [{"hookName": "createRuntime"}]}},
+                {"name": "bad", "containerEdits": {"deviceNodes": [{"hostPath": "/dev/null"}]}},
+                *([{"name": "twice"}] * 2)]}))
+    (top / "cdi/broken.json").write_text("{")
+    (top / "cdi/shapeless.json").write_text("[1]")
+    return top
+
+
+def test_devices_by_path_and_by_directory(host: Host, devices: Path) -> None:
+    nodes = str(devices / "nodes")
+
+    def run(script: str, *given: dict[str, str]) -> str:
+        return host.run("sh", "-c", script, HostConfig={"Devices": list(given)})[1].decode()
+
+    listing = ("find /dev/mine | sort; stat -c '%F %t:%T %a' /dev/mine/below/fuse; "
+               "echo x > /dev/mine/null && echo on")
+    assert run(listing, {"PathOnHost": nodes, "PathInContainer": "/dev/mine"}).splitlines() == [
+        "/dev/mine", "/dev/mine/below", "/dev/mine/below/fuse", "/dev/mine/null",
+        "character special file a:e5 600", "on"]
+    one = {"PathOnHost": nodes + "/below/fuse", "PathInContainer": "/dev/one", "CgroupPermissions": "r"}
+    assert "not permitted" in run("echo x > /dev/one", one)
+    for path, text in ((nodes + "/plain", "not a device node"), ("/nosuch", "no such file or directory")):
+        device = {"PathOnHost": path, "PathInContainer": "/dev/x"}
+        identity = host.create("true", HostConfig={"Devices": [device]})
+        assert host.api("POST", f"/containers/{identity}/start", status=500)["message"] == (
+            f'error gathering device information while adding custom device "{path}": {text}')
+        assert host.inspect(identity)["State"]["ExitCode"] == 128
+
+
+def test_devices_by_name(new_host: Callable[..., Host], busybox: bytes, devices: Path) -> None:
+    """Those of CDI specifications, and Docker's text for all others."""
+    host = new_host(*(f"--cdi-spec-dir={devices / place}" for place in ("cdi", "none", "later")))
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    found = host.api("GET", "/info")
+    assert found["CDISpecDirs"][-1] == str(devices / "later")
+    assert {"Source": "cdi", "ID": "vendor.com/class=one"} in found["DiscoveredDevices"]
+    docker = Docker(docker_clis()[max(docker_clis(), key=lambda version: int(version.split(".")[0]))], host)
+    script = "id -G; echo $COMMON $FROM; cat /data/file; touch /data/x; echo x > /dev/card; true"
+    flags = ("--device", "vendor.com/class=one", "--device", "vendor.com/class=two")
+    ran = docker.run("run", "--rm", *NONE, *flags, "busybox", "sh", "-c", script)
+    assert ran.stdout.split() == ["0", "10", "4242", "1", "later", "from", "the", "host"]
+    assert "x: Read-only file system" in ran.stderr and "/dev/card: Operation not permitted" in ran.stderr
+    for request, text in (
+        ({"Driver": "", "Count": -1, "Capabilities": [["gpu"]]},
+         'could not select device driver "" with capabilities: [[gpu]]'),
+        ({"Driver": "nvidia", "DeviceIDs": ["0"], "Capabilities": [["gpu", "x"], ["y"]]},
+         'could not select device driver "nvidia" with capabilities: [[gpu x] [y]]'),
+        ({"Driver": "cdi", "DeviceIDs": ["vendor.com/class=none", "vendor.com/class=twice"]},
+         "CDI device injection failed: unresolvable CDI devices vendor.com/class=none, "
+         "vendor.com/class=twice"),
+        ({"Driver": "cdi", "DeviceIDs": ["vendor.com/class=hooked"]},
+         "CDI device injection failed: the device needs hooks, which are not supported"),
+        ({"Driver": "cdi", "DeviceIDs": ["vendor.com/class=bad"]},
+         "CDI device injection failed: a malformed specification: KeyError('path')"),
+    ):
+        identity = host.create("true", HostConfig={"DeviceRequests": [request]})
+        assert host.api("POST", f"/containers/{identity}/start", status=500)["message"] == text
+    assert "broken.json is not one" in host.log() and "shapeless.json is not one" in host.log()
+
+
+def test_limits_above_the_daemons_own(host: Host) -> None:
+    """A hard limit that the daemon may not raise is cut to its own, as the log says; with the capability it
+    is what was asked for."""
+    own = read_text(f"/proc/{host.process.pid}/limits") if host.process else ""
+    most = int(re.findall(r"Max open files\s+\S+\s+(\d+)", own)[0])
+    limits = [{"Name": "nofile", "Soft": most + 1, "Hard": most + 2}, {"Name": "core", "Soft": 0, "Hard": 0}]
+    code, printed = host.run("sh", "-c", "ulimit -Sn; ulimit -Hn; ulimit -c", HostConfig={"Ulimits": limits})
+    may_raise = int(re.findall(r"CapEff:\s*(\w+)", read_text("/proc/self/status"))[0], 16) >> 24 & 1
+    expected = [most + 1, most + 2] if may_raise else [most, most]
+    assert printed.split() == [b"%d" % number for number in (*expected, 0)]
+    assert may_raise or f"ulimit nofile={most + 2} becomes {most}" in host.log()
+
+
+def test_namespaces_of_another_container(host: Host) -> None:
+    """--pid and --ipc container:NAME, by name or id; with Docker's text for what cannot be shared."""
+    ids = {mode: host.create("sleep", NEVER, name=mode, HostConfig={"IpcMode": mode, "ShmSize": 1 << 20})
+           for mode in ("shareable", "private")}
+    joins = {"PidMode": "container:shareable", "IpcMode": "container:" + ids["shareable"][:12]}
+    script = "cat /proc/1/cmdline; df -k /dev/shm | tail -1; echo x > /dev/shm/y; exec sleep 1000"
+    host.create("sh", "-c", script, name="joining", HostConfig=joins)
+    found = host.inspect("joining")["HostConfig"]
+    assert found["PidMode"] == found["IpcMode"] == "container:" + ids["shareable"]
+    refused = host.api("POST", "/containers/joining/start", status=500)
+    assert refused["message"] == f"container {ids['shareable']} is not running"
+    for name in ids:
+        host.api("POST", f"/containers/{name}/start")
+    host.api("POST", "/containers/joining/start")
+    pids = {name: host.inspect(name)["State"]["Pid"] for name in ("shareable", "joining")}
+    for kind in ("pid", "ipc"):
+        assert len({os.readlink(f"/proc/{pid}/ns/{kind}") for pid in pids.values()}) == 1
+    assert os.readlink(f"/proc/{pids['joining']}/ns/mnt") != os.readlink(f"/proc/{pids['shareable']}/ns/mnt")
+    wait_for(lambda: os.path.exists(f"/proc/{pids['shareable']}/root/dev/shm/y"))
+    output = host.api("GET", "/containers/joining/logs?stdout=1")
+    assert b"sleep\0" in output and b" 1024 " in output
+    host.api("POST", "/containers/shareable/kill")  # takes the namespace and all in it along
+    wait_for(lambda: host.inspect("joining")["State"]["ExitCode"] == 137)
+    for key, other, status, text in (
+        ("IpcMode", "nosuch", 400, "No such container: nosuch"),
+        ("PidMode", "nosuch", 400, "No such container: nosuch"),
+        ("IpcMode", "", 400, "invalid IPC mode: container:"),
+        ("PidMode", "", 400, "invalid PID mode: container:"),
+        ("IpcMode", "private", 500, f"can't join IPC of container {ids['private']}: non-shareable IPC (hint: "
+         "use IpcMode:shareable for the donor container)"),
+        ("IpcMode", "shareable", 500, f"can't join IPC of container {ids['shareable']}: container "
+         f"{ids['shareable']} is not running"),
+    ):
+        body = {"Image": "busybox", "HostConfig": {"NetworkMode": "none", key: f"container:{other}"}}
+        answer = host.http("POST", f"{API}/containers/create", body)
+        if status == 500:
+            answer = host.http("POST", f"{API}/containers/{answer.json['Id']}/start")
+        assert (answer.status, answer.json["message"]) == (status, text)
+
+
+def test_an_init_of_the_host_or_our_own(new_host: Callable[..., Host], host: Host, busybox: bytes) -> None:
+    ours = new_host("--init", "--init-path", "/nonexistent")
+    ours.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    code, printed = host.run("cat", "/proc/1/cmdline", HostConfig={"Init": True})
+    assert (code, printed) == (0, b"/sbin/docker-init\0--\0cat\0/proc/1/cmdline\0")
+    orphan = "sh -c 'sleep 0 & exec sleep 0.2' & wait; while ps -o stat | grep -q Z; do sleep 0.02; done"
+    cases = (("exit 7", 7, b""), ("kill -9 $$", 137, b""), (orphan, 0, b""),
+             ("grep -c CapEff:.*a80425fb /proc/1/status", 0, b"1\n"))
+    looping = "trap 'echo got; exit 5' USR1; echo up; while :; do sleep 0.05; done"
+    for daemon, config in ((host, {"HostConfig": {"Init": True}}), (ours, {"HostConfig": {}})):
+        for script, wanted, text in cases:
+            assert daemon.run("sh", "-c", script, **config) == (wanted, text), script
+        name = daemon.create("sh", "-c", looping, **config)  # type: ignore[arg-type]
+        daemon.api("POST", f"/containers/{name}/start")
+        logs = functools.partial(daemon.api, "GET", f"/containers/{name}/logs?stdout=1")
+        wait_for(lambda logs=logs: b"up" in logs())  # type: ignore[misc]
+        children = "/proc/{0}/task/{0}/children".format(daemon.inspect(name)["State"]["Pid"])
+        assert len(read_text(children).split()) == 1
+        daemon.api("POST", f"/containers/{name}/kill?signal=USR1")
+        assert daemon.api("POST", f"/containers/{name}/wait")["StatusCode"] == 5
+        assert daemon.run("sh", "-c", "echo tty > /dev/tty; exit 3", Tty=True, **config) == (3, b"tty\r\n")
+        identity = daemon.create("nosuch", **config)  # type: ignore[arg-type]
+        answer = daemon.http("POST", f"{API}/containers/{identity}/start")
+        assert answer.status == (204 if daemon is host else 400), answer  # the host's starts, and fails
+    assert ours.run("sh", "-c", "echo $$", HostConfig={"Init": False})[1] == b"1\n"
+
+
 # (what changes, the answer's status and message; "" for an update that is taken) of a container with a memory
 # limit of 64 MB and a memory and swap limit of 128 MB, each as dockerd 20.10.24 answers it
 UPDATES: list[tuple[dict[str, Any], int, str]] = [
@@ -6019,6 +6181,7 @@ def test_settings_of_version_2() -> None:
         ("cpuset.cpus", "0-1"),
         ("cpuset.mems", "0"),
         ("pids.max", "20"),
+        ("io.bfq.weight", "default 500"),
         ("io.weight", "default 4950"),
     ]
     swaps = [
@@ -6029,7 +6192,7 @@ def test_settings_of_version_2() -> None:
     weights = [dockerd.v2_settings({"CpuShares": shares})[0].text for shares in (1, 2, 1024, 262144, 1 << 30)]
     assert weights == ["1", "1", "39", "10000", "10000"]
     assert dockerd.v2_settings({"CpuPeriod": 50000})[0].text == "max 50000"
-    assert dockerd.v2_settings({"BlkioWeight": 10})[0].text == "default 1"
+    assert dockerd.v2_settings({"BlkioWeight": 10})[1].text == "default 1"
 
 
 def test_device_rules() -> None:
@@ -6056,9 +6219,9 @@ def test_device_rules() -> None:
     )
     assert more[:2] == ["b *:* m", "b 8:* rw"] and "c 1:3 r" in more
     for wrong in ("c 1:3", "x 1:1 r", "c 1:1 rwmr", "c 1:1 q", "c 1:1 r\n", "c ١:1 r"):
-        with pytest.raises(dockerd.BadParameter, match="invalid device cgroup rule format"):
+        with pytest.raises(DockerError, match="invalid device cgroup rule format"):
             dockerd.device_rules({"DeviceCgroupRules": [wrong]})
-    with pytest.raises(dockerd.BadParameter, match='adding custom device "/dev/nope": no such file'):
+    with pytest.raises(DockerError, match='adding custom device "/dev/nope": no such file'):
         dockerd.device_rules({"Devices": [{"PathOnHost": "/dev/nope"}]})
 
 
@@ -6226,6 +6389,19 @@ def test_version_2(tmp_path: Path) -> None:
     assert [mount["type"] for mount in cgroup.mounts(True, True)] == ["cgroup2"]
 
 
+def test_version_2_without_controllers(tmp_path: Path) -> None:
+    """In dockerd 20.10's words for a host whose cgroups v2 have only pids."""
+    root = tmp_path / "v2"
+    root.mkdir()
+    (root / "cgroup.controllers").write_text("pids\n")
+    manager = manager_of(tmp_path, f"30 23 0:26 / {root} rw - cgroup2 cgroup2 rw\n")
+    assert manager.warnings() == [f"WARNING: No {what} support" for what in (
+        "memory limit", "swap limit", "cpu cfs quota", "cpu cfs period", "cpu shares", "cpuset", "io.weight",
+        "io.weight (per device)", "io.max (rbps)", "io.max (wbps)", "io.max (riops)", "io.max (wiops)")]
+    with pytest.raises(BadParameter, match="^Your kernel does not support cgroup cpu real-time runtime$"):
+        manager.adapt({"CpuRealtimeRuntime": 1000})
+
+
 def test_stats_of_version_2(tmp_path: Path) -> None:
     """The texts are those of a Debian 12; the shape is what dockerd makes of containerd's v2 metrics."""
     cgroup = dockerd.Cgroup(fake_v2(tmp_path), "/docker", "x")
@@ -6338,6 +6514,23 @@ def test_limits_are_the_kernels(manager: Any) -> None:
 
 
 @needs_v1
+def test_real_time_is_shared_out_from_the_parent() -> None:
+    manager = dockerd.CgroupManager(PARENT)
+    manager.real_time = (500000, 20000)
+    cgroup = manager.create("timely", {"CpuRealtimePeriod": 500000, "CpuRealtimeRuntime": 10000})
+    try:
+        assert text_of(cgroup, "cpu", "cpu.rt_runtime_us") == "10000"
+        assert text_of(cgroup, "cpu", "cpu.rt_period_us") == "500000"
+        assert text_of(cgroup, "cpu", "../cpu.rt_runtime_us") == "20000"
+        with pytest.raises(DockerError, match="cpu.rt_runtime_us"):
+            manager.create("greedy", {"CpuRealtimePeriod": 500000, "CpuRealtimeRuntime": 30000})
+    finally:
+        cgroup.remove()
+        manager.close()
+    assert places(PARENT[1:]) == []
+
+
+@needs_v1
 def test_a_refused_limit_leaves_nothing(manager: Any) -> None:
     with pytest.raises(dockerd.DockerError, match="cannot make the container's cgroups: .*cpuset.cpus"):
         manager.create("refused", {"CpusetCpus": "4000"})
@@ -6444,6 +6637,29 @@ def test_the_mounts_inside(manager: Any) -> None:
     assert private["/sys/fs/cgroup/memory"]["options"] == [["memory", ""]]
     assert private["/sys/fs/cgroup/systemd"]["options"] == [["name", "systemd"]]
     cgroup.remove()
+
+
+def test_the_apparmor_profile_denies_the_kernels_knobs() -> None:
+    """Its rules, read as apparmor.d(5) says: ** is anything, {a,b} alternatives, [^x] another character."""
+    rules = re.findall(r"^  deny (\S+) (\S+),$", dockerd.apparmor_profile(), re.MULTILINE)
+
+    def denied(path: str, access: str) -> bool:
+        def matches(pattern: str) -> bool:
+            pattern = pattern.replace("@{PROC}", "/proc").replace("**", ".*")
+            pattern = pattern.replace("{", "(?:").replace("}", ")").replace(",", "|")
+            return re.fullmatch(pattern, path) is not None
+
+        return any(access in allowed and matches(pattern) for pattern, allowed in rules)
+
+    for path in ("/proc/sys/kernel/core_pattern", "/proc/sys/vm/panic_on_oom", "/proc/sysrq-trigger",
+                 "/proc/kcore", "/proc/irq/1/smp_affinity", "/sys/kernel/uevent_helper",
+                 "/sys/fs/bpf/x", "/sys/class/x", "/sys/firmware/efi/vars", "/proc/acpi/x"):
+        assert denied(path, "w"), path
+    for path in ("/proc/1/attr/exec", "/proc/23/oom_score_adj", "/proc/sys/kernel/shmmax",
+                 "/sys/fs/cgroup/memory/x", "/etc/passwd"):
+        assert not denied(path, "w"), path
+    assert denied("/sys/kernel/security/apparmor/profiles", "r") and denied("/proc/kcore", "r")
+    assert not denied("/proc/sys/kernel/core_pattern", "r") and not denied("/sys/class/net/eth0", "r")
 
 
 # The systemd cgroup driver
@@ -6959,8 +7175,8 @@ def test_config_that_is_no_object():
     ({"ExtraHosts": ["a:b"]}, "b is not an ip address"),
     ({"StorageOpt": {"size": "1G"}},
      "--storage-opt is supported only for overlay over xfs with 'pquota' mount option"),
-    ({"DeviceRequests": [{"Driver": "", "Capabilities": [["gpu"]]}]},
-     'could not select device driver "" with capabilities: [[gpu]]'),
+    ({"DeviceRequests": [{"Driver": "cdi", "Count": 1, "DeviceIDs": ["a/b=c"]}]},
+     "cannot set both Count and DeviceIDs on device request"),
     ({"Ulimits": [{"Name": "bogus", "Soft": 1, "Hard": 1}]}, "invalid ulimit type: bogus"),
     ({"CgroupParent": "../../x"}, "invalid cgroup parent ../../x: it leads upwards"),
     ({"Sysctls": {"kernel.panic": "1"}}, 'sysctl "kernel.panic" is not in a separate kernel namespace'),
@@ -6996,10 +7212,8 @@ def test_host_config_that_is_taken(host):
 @pytest.mark.parametrize("host,feature", [
     ({"Binds": ["/a:/b"]}, "mounts"), ({"Mounts": [{"Type": "bind"}]}, "mounts"),
     ({"Tmpfs": {"/x": ""}}, "--tmpfs"),
-    ({"VolumesFrom": ["x"]}, "--volumes-from"), ({"Links": ["a:b"]}, "--link"), ({"Init": True}, "--init"),
+    ({"VolumesFrom": ["x"]}, "--volumes-from"), ({"Links": ["a:b"]}, "--link"),
     ({"PortBindings": {"80/tcp": [{}]}}, "published ports"), ({"NetworkMode": "mine"}, 'the network "mine"'),
-    ({"PidMode": "container:x"}, "another container's PID"),
-    ({"IpcMode": "container:x"}, "another container's IPC"),
     ({"LogConfig": {"Type": "syslog"}}, "the log driver syslog"),
 ])
 def test_what_has_not_landed_is_refused_by_name(host, feature):
@@ -8610,8 +8824,8 @@ def test_docker_host_is_not_the_daemon_s(configure, monkeypatch):
 @pytest.mark.parametrize("key, value", [
     ("authorization-plugins", ["x"]), ("api-cors-header", "*"), ("selinux-enabled", True),
     ("userns-remap", "default"),
-    ("init", True), ("default-runtime", "crun"), ("runtimes", {"a": {"path": "/a"}}),
-    ("metrics-addr", "127.0.0.1:1"), ("rootless", True), ("cpu-rt-period", 5), ("cluster-store", "etcd://x")])
+    ("default-runtime", "crun"), ("runtimes", {"a": {"path": "/a"}}),
+    ("metrics-addr", "127.0.0.1:1"), ("rootless", True), ("cluster-store", "etcd://x")])
 def test_options_that_must_not_be_ignored_are_refused(configure, key, value):
     assert failure(dockerd.ConfigError, configure, json={key: value}).startswith(f"{key} in /")
     attribute = key.replace("-", "_")
