@@ -11300,16 +11300,27 @@ class Container:
     def pause(self) -> None:
         """Freeze all its processes; Conflict when it does not run or is paused."""
         with self.lock:
-            if self.state.restarting:
-                raise Conflict(f"Container {self.id} is restarting, wait until the container is running")
-            self._require_running("")
-            if self.state.paused:
-                raise Conflict(f"Container {self.id} is already paused")
-            self.cgroup.freeze()
+            self._require_pausable()
+            while self._health is not None:
+                health = self._health
+                self._end_health()
+                health.settle()
+                self._require_pausable()
+            try:
+                self.cgroup.freeze()
+            except (DockerError, OSError):
+                self._watch_health()
+                raise
             self.state.paused = True
-            self._end_health()
             self.save()
             self.event("pause")
+
+    def _require_pausable(self) -> None:
+        if self.state.restarting:
+            raise Conflict(f"Container {self.id} is restarting, wait until the container is running")
+        self._require_running("")
+        if self.state.paused:
+            raise Conflict(f"Container {self.id} is already paused")
 
     def unpause(self) -> None:
         """Thaw its processes; Conflict when it is not paused."""
@@ -11977,6 +11988,8 @@ class HealthMonitor:
     def __init__(self, container: Container, command: list[str]) -> None:
         self.container, self.command = container, command
         self._stopped = False
+        self._probe: Optional[Probe] = None
+        self._launching = False
         self._plan()
 
     def _seconds(self, key: str) -> float:
@@ -11993,9 +12006,11 @@ class HealthMonitor:
         self._give_up = self.container.parts.later(delay, self._run)
 
     def stop(self) -> None:
-        """No further probe, and no result of one that runs; who is not watched counts as unhealthy."""
+        """No further probe, and an end to one that runs; who is not watched counts as unhealthy."""
         self._stopped = True
         self._give_up()
+        if self._probe is not None:
+            self._probe.end()
         self.container.state.health = {**self.container.state.health, "Status": "unhealthy"}
 
     def _run(self) -> None:
@@ -12004,7 +12019,8 @@ class HealthMonitor:
         with container.lock:
             if self._stopped:
                 return
-            probe = Probe(container, self.command)
+            probe = self._probe = Probe(container, self.command)
+            self._launching = True
             probe.on_end = functools.partial(container.parts.background, self._ended, probe)
             container.execs[probe.id] = probe
             self._give_up = container.parts.later(self._seconds("Timeout"), probe.end)
@@ -12013,8 +12029,17 @@ class HealthMonitor:
             probe.start()
         except (DockerError, OSError) as error:
             self._record(probe, -1, str(error))
-        if probe.late:
-            probe.end()
+        finally:
+            if probe.late:
+                probe.end()
+            with container.lock:
+                self._launching = False
+                container.changed.notify_all()
+
+    def settle(self) -> None:
+        """Wait, with the lock given up, while a probe is being launched: in a cgroup that freezes meanwhile
+        it would hold a worker for as long."""
+        self.container.changed.wait_for(lambda: not self._launching, 10)
 
     def _ended(self, probe: Probe) -> None:
         if probe.late:

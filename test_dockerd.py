@@ -1883,6 +1883,28 @@ def test_docker_py(host: Host) -> None:
         assert [entry["Size"] for entry in image.history()]
 
 
+def test_docker_py_lifecycle(host: Host) -> None:
+    client = docker_py.DockerClient(base_url=host.url, version="auto", timeout=30)
+    with contextlib.closing(client):
+        container = client.containers.create("busybox", ["sleep", NEVER], network_mode="none", name="one",
+                                             restart_policy={"Name": "always"}, labels={"a": "b"})
+        policy = {"Name": "on-failure", "MaximumRetryCount": 5}
+        container.update(restart_policy=policy)
+        container.start()
+        assert container.top()["Titles"][:2] == ["UID", "PID"]
+        container.pause()
+        assert client.containers.list(filters={"status": "paused"}) == [container]
+        container.unpause()
+        container.rename("two")
+        container.restart(timeout=0)
+        container.reload()
+        assert (container.name, container.status) == ("two", "running")
+        assert container.attrs["HostConfig"]["RestartPolicy"] == policy
+        container.kill()
+        assert container.wait()["StatusCode"] == 137
+        assert client.containers.prune({"label": ["a=b"]})["ContainersDeleted"] == [container.id]
+
+
 def test_docker_py_attach_socket(host: Host) -> None:
     client = docker_py.APIClient(base_url=host.url, version="auto", timeout=30)
     with contextlib.closing(client):
@@ -3093,8 +3115,51 @@ def test_go_durations(seconds: float, text: str) -> None:
     assert dockerd.go_duration(seconds) == text
 
 
-def test_races_on_one_container(host: Host) -> None:
-    """Six clients act on one container at random: each gets one of Docker's answers, and nothing is left."""
+def test_pauses_between_probes(host: Host) -> None:
+    """A pause at any moment of a probe holds no worker: ends of containers are seen all the while."""
+    for number in range(6):
+        host.create("sleep", NEVER, name=f"one{number}", Healthcheck=health_check("CMD", "true", Interval=1))
+        host.api("POST", f"/containers/one{number}/start")
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        for action in ["pause", "unpause"] * 4 + ["pause"]:
+            list(pool.map(functools.partial(host.api, "POST"),
+                          [f"/containers/one{number}/{action}" for number in range(6)]))
+    assert host.run("echo", "alive") == (0, b"alive\n")
+
+
+def test_delays_of_restarts() -> None:
+    """From 100 ms doubled to a minute; 10 seconds of running begin anew."""
+    container, delays = dockerd.Container.__new__(dockerd.Container), []
+    container._delay = 0.0
+    container.state = types.SimpleNamespace(restarting=True, finished_at="then")  # type: ignore[assignment]
+    container.parts = types.SimpleNamespace(  # type: ignore[assignment]
+        later=lambda seconds, *task: delays.append(seconds))
+    for ran in [0] * 12 + [9, 10, 0]:
+        container._plan_restart("then", ran)
+    assert delays == [0.1 * 2 ** number for number in range(10)] + [60.0] * 3 + [0.1, 0.2]
+    container._plan_restart("another end", 0)
+    assert len(delays) == 15
+
+
+def test_wait_returns_at_every_end(host: Host) -> None:
+    """Also where a restart follows, for not-running and next-exit alike, as in Docker."""
+    host.create("sh", "-c", "read x; exit 3", name="one", OpenStdin=True,
+                HostConfig={"RestartPolicy": {"Name": "on-failure", "MaximumRetryCount": 1}})
+    host.api("POST", "/containers/one/start")
+    waiting = [host.hijack(f"{API}/containers/one/wait?condition={condition}", upgrade=False)
+               for condition in ("not-running", "next-exit")]
+    stream = host.hijack(f"{API}/containers/one/attach?stdin=1&stream=1")
+    stream.send(b"x\n")
+    for wait in waiting:
+        assert b'"StatusCode":3' in wait.read_until(b"}").replace(b" ", b"")
+        wait.close()
+    stream.close()
+    wait_for(lambda: (shown := host.inspect("one"))["RestartCount"] == 1 and shown["State"]["Pid"])
+
+
+def race_on_one_container(host: Host, clients: int, count: int) -> None:
+    """So many clients do so many actions on one container at random: each gets one of Docker's answers, and
+    nothing is left."""
     actions = {  # (method, path): what Docker may answer
         ("POST", "/containers/one/start"): (204, 304, 404, 409),
         ("POST", "/containers/one/stop?t=0"): (204, 304, 404),
@@ -3113,20 +3178,36 @@ def test_races_on_one_container(host: Host) -> None:
 
     def client(seed: int) -> list[Any]:
         chance, wrong = random.Random(seed), []
-        for _ in range(40):
+        for _ in range(count):
             (method, path), allowed = chance.choice(list(actions.items()))
             answer = host.http(method, API + path, body if "create" in path else None)
             if answer.status not in allowed:
                 wrong.append((method, path, answer.status, answer.body))
         return wrong
 
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        assert list(pool.map(client, range(6))) == [[]] * 6
+    with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        assert list(pool.map(client, range(clients))) == [[]] * clients
     host.remove_all()
     assert host.api("GET", "/containers/json?all=1") == []
     assert os.listdir(os.path.join(host.data_root, "containers")) == []
     wait_for(lambda: not [path for path in host.cgroups() if not path.endswith(host.cgroup_parent)])
     assert not [pid for pid in host.own_processes() if "sleep" in read_text(f"/proc/{pid}/cmdline")]
+
+
+def test_races_on_one_container(host: Host) -> None:
+    race_on_one_container(host, 6, 40)
+
+
+@pytest.mark.torture
+def test_many_races_on_one_container(host: Host) -> None:
+    def descriptors() -> int:
+        return len(os.listdir(f"/proc/{host.process.pid}/fd")) if host.process else 0
+
+    race_on_one_container(host, 4, 50)
+    before = descriptors()
+    for _ in range(5):
+        race_on_one_container(host, 16, 200)
+    wait_for(lambda: descriptors() <= before + 2, "no descriptor is left")
 
 
 # ------------------------------------------------------------------------------------------------------------
