@@ -3902,8 +3902,8 @@ class Overlay(StorageDriver):
         make_directory(path, 0o710, 0, gid)
         make_directory(os.path.join(path, "diff"), 0o755, uid, gid)
         short = base64.b32encode(secrets.token_bytes(17)).decode()[:26]
+        write_state(os.path.join(path, "link"), short.encode(), 0o644, durable=False)  # for destroy
         os.symlink(f"../{cache_id}/diff", os.path.join(self.home, "l", short))
-        write_state(os.path.join(path, "link"), short.encode(), 0o644, durable=False)
         if parent is None:
             return
         make_directory(os.path.join(path, "work"), 0o700, uid, gid)

@@ -9800,6 +9800,19 @@ def test_what_a_killed_daemon_leaves_of_overlay_goes(tmp_path: Path) -> None:
     assert os.listdir(home / "l") == [(home / layer / "link").read_text()]
 
 
+def test_a_layer_that_cannot_be_made_leaves_no_short_name(tmp_path: Path, monkeypatch: Any) -> None:
+    driver = select_driver(str(tmp_path), "overlay2", [], IdMap())
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for function in ("dockerd.write_state", "os.symlink"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(function, full)
+            driver.create(new_id())
+        assert os.listdir(driver.home) == ["l"] and not os.listdir(os.path.join(driver.home, "l"))
+
+
 def test_detection_takes_overlay_first_and_prior_state_before_it(tmp_path: Path) -> None:
     assert select_driver(str(tmp_path), "", [], IdMap()).name == "overlay2"
     fresh = tmp_path / "other"
