@@ -1203,8 +1203,7 @@ OPTIONS = (
     Option("storage-opts", "--storage-opt", "list", "Storage driver options"),
     Option("live-restore", "--live-restore", "bool", "Keep containers running while the daemon is down",
            reload=True),
-    Option("userns-remap", "--userns-remap", "string", "User/Group setting for user namespaces",
-           status=("unlanded", "user namespaces")),
+    Option("userns-remap", "--userns-remap", "string", "User/Group setting for user namespaces"),
     # execution
     Option("exec-driver", "-e --exec-driver", "string", "Execution driver to use", "native",
            _choice("unsupported exec driver {}: the only one here is native", "native")),
@@ -2429,6 +2428,52 @@ class IdMap:
             if 0 <= number - extent[source] < extent[2]:
                 return number - extent[source] + extent[target]
         raise BadParameter(text.format(number))
+
+
+def _host_account(text: str, database: Any, kind: str, file: str) -> list[str]:
+    """[name, number] of a user ("uid", "passwd") or group ("gid", "group") by its name or number; DockerError
+    in Docker's words."""
+    by_number, by_name = (getattr(database, f"get{'pw' if kind == 'uid' else 'gr'}{key}")
+                          for key in (kind, "nam"))
+    try:
+        entry = by_number(int(text)) if text.isdigit() else by_name(text)
+        return [entry[0], str(entry[2])]
+    except (KeyError, OverflowError):
+        asked = (f"{kind.capitalize()} {text} has no entry in /etc/{file}" if text.isdigit() else
+                 f"Error during {kind} lookup for {json.dumps(text)}")
+        raise DockerError(f"{asked}: unable to find entry {json.dumps(text)} in {file} database") from None
+
+
+def remapped_ids(asked: str, etc: str = "/etc") -> IdMap:
+    """Whose files a container's are with --userns-remap: USER, USER:GROUP, by name or number, or "default"
+    for dockremap, which needs no entry in passwd.
+
+    The ranges are those of subuid(5) and subgid(5), in their order.  DockerError when there are none."""
+    import grp
+    import pwd
+    user, colon, group = asked.partition(":")
+    if ":" in group or not user or colon and not group:
+        raise DockerError(f'Invalid user/group specification in --userns-remap: "{asked}"')
+    if asked == "default":
+        users = groups = ["dockremap"]
+    else:
+        users = _host_account(user, pwd, "uid", "passwd")
+        groups = _host_account(group or users[0], grp, "gid", "group")
+    if "0" in users:
+        raise DockerError("User namespaces: root cannot be remapped with itself")
+    maps: list[list[tuple[int, int, int]]] = []
+    for file, names in (("subuid", users), ("subgid", groups)):
+        extents, first = [], 0
+        for name, start, count in (line.split(":") for line in read_text(f"{etc}/{file}").split()
+                                   if re.fullmatch(r"[^:]+:\d+:\d+", line, re.ASCII)):
+            if name in names:
+                extents.append((first, int(start), int(count)))
+                first += int(count)
+        if not extents:
+            raise DockerError(f"Can't create ID mappings: no {file} ranges found for {json.dumps(names[0])}: "
+                              f"add a line such as {names[0]}:100000:65536 to {etc}/{file}")
+        maps.append(extents)
+    return IdMap(*maps)
 
 
 def write_all(fd: int, data: Union[bytes, memoryview]) -> None:
@@ -5550,8 +5595,8 @@ class Images:
     attributes)` is told what happens."""
 
     def __init__(self, config: Any, event: Callable[[str, str, dict[str, str]], None] = lambda *facts: None,
-                 users: Callable[[str], list[tuple[str, bool]]] = lambda image_id: []) -> None:
-        idmap = IdMap()
+                 users: Callable[[str], list[tuple[str, bool]]] = lambda image_id: [],
+                 idmap: IdMap = IdMap()) -> None:
         driver = select_driver(config.data_root, config.storage_driver, config.storage_opts, idmap)
         root = os.path.join(config.data_root, "image", driver.name)
         tables = threading.RLock()
@@ -6930,9 +6975,9 @@ def _write_file(path: str, *texts: str) -> None:
         os.close(fd)
 
 
-def host_devices(devices: Optional[list[dict[str, Any]]]) -> list[tuple[str, os.stat_result, str]]:
-    """(path in the container, the host's node, "rwm" or less) of HostConfig's Devices; a directory stands for
-    all nodes below it.  DockerError for what is no device."""
+def host_devices(devices: Optional[list[dict[str, Any]]]) -> list[tuple[str, os.stat_result, str, str]]:
+    """(path in the container, the host's node, "rwm" or less, its path) of HostConfig's Devices; a directory
+    stands for all nodes below it.  DockerError for what is no device."""
     found = []
     for device in devices or ():
         source = os.path.realpath(device["PathOnHost"])
@@ -6945,7 +6990,8 @@ def host_devices(devices: Optional[list[dict[str, Any]]]) -> list[tuple[str, os.
                 raise DockerError(text + (error.strerror or "").lower()) from None
             if stat.S_ISCHR(facts.st_mode) or stat.S_ISBLK(facts.st_mode):
                 inside = device.get("PathInContainer") or device["PathOnHost"]
-                nodes.append((inside + path[len(source):], facts, device.get("CgroupPermissions") or "rwm"))
+                access = device.get("CgroupPermissions") or "rwm"
+                nodes.append((inside + path[len(source):], facts, access, path))
         if not nodes:
             raise DockerError(text + "not a device node")
         found += nodes
@@ -6962,7 +7008,7 @@ def device_rules(host_config: dict[str, Any]) -> list[str]:
     if not host_config.get("Devices") and not host_config.get("DeviceCgroupRules"):
         return list(_DEVICE_RULES)
     rules = set(_DEVICE_RULES)
-    for _, facts, access in host_devices(host_config.get("Devices")):
+    for _, facts, access, _ in host_devices(host_config.get("Devices")):
         kind = "b" if stat.S_ISBLK(facts.st_mode) else "c"
         rules.add(f"{kind} {os.major(facts.st_rdev)}:{os.minor(facts.st_rdev)} {access}")
     rules.update(host_config.get("DeviceCgroupRules") or ())
@@ -7999,13 +8045,22 @@ class Init:
             with _init_step("cannot set oom_score_adj"), open("/proc/self/oom_score_adj", "wb", 0) as file:
                 file.write(str(self.plan["oom_score_adj"]).encode())
         self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        if self.plan.get("remapped"):  # while it may raise them
+            self._set_limits()
+
+    def _set_limits(self) -> None:
+        import resource
+        for number, soft, hard in self.plan["rlimits"]:
+            with _init_step(f"error setting rlimit type {number}"):
+                resource.setrlimit(number, (soft, hard))
 
     def run(self) -> None:
         """Carry the plan out; returns only by an exception."""
         plan = self.plan
-        if plan.get("await_cgroup") and not os.read(self.fds["sync"], 1):
-            raise InitError("the daemon has gone before the container had its cgroups")
+        if plan.get("wait") and not os.read(self.fds["sync"], 1):
+            raise InitError("the daemon has gone before it let the container start")
         self.prepare()
+        self._be_root()
         self._enter_cgroups()
         os.setsid()
         if "join" in plan:
@@ -8037,12 +8092,21 @@ class Init:
     def run_joined(self) -> None:
         """The same for a further process, a child that has joined its container's namespaces: what it finds
         there is hostile."""
+        self._be_root()
         self._enter_cgroups()
         os.setsid()
         if self.plan["tty"]:
             self._open_devpts()
             self._open_terminal()
         self._become()
+
+    def _be_root(self) -> None:
+        """Be the root of a user namespace, whose map is there by now."""
+        if self.plan.get("remapped"):
+            with _init_step("cannot become the user namespace's root"):
+                os.setgroups([])
+                os.setresgid(0, 0, 0)
+                os.setresuid(0, 0, 0)
 
     def _enter_cgroups(self) -> None:
         for fd, (path, text) in zip(self.cgroups, self.plan["cgroup_join"]):
@@ -8105,7 +8169,8 @@ class Init:
 
     def _bind(self, entry: dict[str, Any]) -> None:
         flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (AT_RECURSIVE if entry.get("recursive") else 0)
-        made = open_tree(AT_FDCWD, entry["from"], flags)
+        given = self.fds.pop(entry["from"], -1)  # what a remapped root may not reach by its path
+        made = open_tree(AT_FDCWD, entry["from"], flags) if given < 0 else given
         if entry.get("attributes") or entry.get("propagation"):
             mount_setattr(made, "", AT_EMPTY_PATH | (AT_RECURSIVE if entry.get("recursive") else 0),
                           set=entry.get("attributes", 0), propagation=entry.get("propagation", 0))
@@ -8222,10 +8287,8 @@ class Init:
     def _become(self) -> None:
         """Take on the limits, identity and confinement of the container's process, and execute it."""
         plan = self.plan
-        import resource
-        for number, soft, hard in plan["rlimits"]:
-            with _init_step(f"error setting rlimit type {number}"):
-                resource.setrlimit(number, (soft, hard))
+        if not plan.get("remapped"):
+            self._set_limits()
         with contextlib.suppress(OSError):  # a kernel without keyrings has none to leak
             keyctl_join_session()
         self._take_streams()
@@ -8266,7 +8329,7 @@ class Init:
             streams = [self.slave] * 3
         else:
             streams = [self.fds[name] for name in ("stdin", "stdout", "stderr")]
-            if self.plan["uid"]:
+            if self.plan["uid"] and not self.plan.get("remapped"):
                 for fd in streams:
                     if stat.S_ISFIFO(os.fstat(fd).st_mode):
                         os.fchown(fd, self.plan["uid"], -1)
@@ -8837,6 +8900,7 @@ class Spec(NamedTuple):
     labels: list[list[str]] = []                  # [file of /proc/PID/attr, text]: its LSMs' from execve on
     cgroup_fd: Optional[int] = None                 # the v2 directory to be born in
     cgroup_enter: Optional[Callable[[int], None]] = None  # puts the waiting process into its cgroups
+    idmap: IdMap = IdMap()                          # of the user namespace; identity without one
     cgroup_namespace: bool = False
     cgroup_mounts: list[dict[str, Any]] = []
     mounts: list[dict[str, Any]] = []             # further mounts, in order
@@ -8897,7 +8961,8 @@ def default_mounts(spec: Spec) -> list[dict[str, Any]]:
 
 def device_mounts() -> list[dict[str, Any]]:
     """The nodes and links of a container's /dev."""
-    nodes = [{"to": "/dev/" + name, "node": stat.S_IFCHR | 0o666, "rdev": os.makedev(major, minor)}
+    nodes = [{"to": "/dev/" + name, "node": stat.S_IFCHR | 0o666, "rdev": os.makedev(major, minor),
+              "host_node": "/dev/" + name}
              for name, major, minor in DEVICE_NODES]
     core = [("/dev/core", "/proc/kcore")] if os.path.exists("/proc/kcore") else []
     return nodes + [{"to": to, "link": target} for to, target in (*DEVICE_LINKS, *core)]
@@ -8924,7 +8989,8 @@ def build_plan(spec: Spec, root_place: str) -> dict[str, Any]:
         "loopback": bool(spec.namespaces & CLONE_NEWNET),
         "cgroup_join": spec.cgroup_join,
         "labels": spec.labels,
-        "await_cgroup": spec.cgroup_enter is not None,
+        "wait": spec.cgroup_enter is not None,
+        "remapped": bool(spec.idmap),
         "cgroup_namespace": spec.cgroup_namespace,
         "root_place": root_place,
         "mounts": default_mounts(spec) + spec.devices + device_mounts() + spec.mounts,
@@ -8939,6 +9005,27 @@ def build_plan(spec: Spec, root_place: str) -> dict[str, Any]:
         "sysctls": spec.sysctls,
         "oom_score_adj": spec.oom_score_adj,
     }
+
+
+def open_sources(mounts: list[dict[str, Any]]) -> dict[str, int]:
+    """Open what is bound from the host, for an init whose root is nobody there: {name: descriptor}.
+
+    The entries of `mounts` then name the descriptors; device nodes, which it may not make, are bound too.
+    Cgroups are left to it: they may not be there yet, and anybody reaches them."""
+    opened: dict[str, int] = {}
+    try:
+        for number, entry in enumerate(mounts):
+            path = entry.get("from") or entry.get("host_node")
+            if path and not path.startswith("/sys/fs/cgroup/"):
+                recursive = AT_RECURSIVE if entry.get("recursive") else 0
+                entry["from"] = f"source:{number}"
+                opened[entry["from"]] = open_tree(AT_FDCWD, path,
+                                                  OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recursive)
+                entry.pop("node", None)
+    except OSError as error:
+        _close_all_of(opened)
+        raise StartError(f'error mounting "{path}": {(error.strerror or "").lower()}', 128) from None
+    return opened
 
 
 @functools.cache
@@ -9344,11 +9431,21 @@ class ExecutionDriver:
         process = shim.processes[spec.key] = Process(spec.key, shim)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         plan = os.memfd_create("plan", os.MFD_CLOEXEC)
+        opened = [plan]
         try:
             with theirs:
-                os.write(plan, json.dumps(build_plan(spec, self.root_place)).encode())
+                document = build_plan(spec, self.root_place)
                 fds = {"plan": plan, "sync": theirs.fileno(), **streams}
                 fds.update({"target": target} if joins else {"root": spec.root_fd, **spec.join})
+                if spec.idmap and not joins:
+                    sources = open_sources(document["mounts"])
+                    opened += sources.values()
+                    fds.update(sources)
+                    document.update(cgroup_join=[], rlimits=[], oom_score_adj=None, wait=True, root_place="/")
+                os.write(plan, json.dumps(document).encode())
+                for fd in streams.values() if spec.idmap else ():
+                    if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                        os.fchown(fd, *spec.idmap.to_host(spec.uid, spec.gid))
                 if spec.cgroup_fd is not None:
                     fds["cgroup"] = spec.cgroup_fd
                 fds.update({"keep:" + name: fd for name, fd in keep.items()})
@@ -9356,8 +9453,8 @@ class ExecutionDriver:
                     "exec" if joins else "start", fds, key=spec.key, flags=spec.namespaces)
             if received:
                 process.pid, process.pidfd = answer["pid"], received[0]
-            if spec.cgroup_enter:
-                spec.cgroup_enter(process.pid)
+            if document["wait"]:
+                self._admit(spec, process.pid)
                 ours.send(b"\0")
             self._await_execve(process, ours, EXEC_FAILED if joins else START_FAILED)
             return process
@@ -9366,7 +9463,29 @@ class ExecutionDriver:
             raise
         finally:
             ours.close()
-            os.close(plan)
+            for fd in opened:
+                os.close(fd)
+
+    @staticmethod
+    def _admit(spec: Spec, pid: int) -> None:
+        """Do for the waiting init what only the host's root may: its cgroups and, for a remapped one, its
+        map and its limits."""
+        if spec.cgroup_enter:
+            spec.cgroup_enter(pid)
+        if not spec.idmap:
+            return
+        import resource
+        try:
+            for path, _ in spec.cgroup_join:
+                _write_file(path, str(pid))
+            for number, soft, hard in spec.rlimits:
+                resource.prlimit(pid, number, (soft, hard))
+            if spec.oom_score_adj is not None:
+                _write_file(f"/proc/{pid}/oom_score_adj", str(spec.oom_score_adj))
+            for name, ranges in (("uid_map", spec.idmap.uids), ("gid_map", spec.idmap.gids)):
+                _write_file(f"/proc/{pid}/{name}", "".join(f"{a} {b} {count}\n" for a, b, count in ranges))
+        except (OSError, ValueError) as error:
+            raise StartError(f"cannot set the user namespace up: {error}", 128) from None
 
     def _await_execve(self, process: Process, sync: socket.socket, failed: str) -> None:
         """Read what the init tells until its end of file: its terminal, and perhaps what stood in the way."""
@@ -10294,6 +10413,19 @@ def container_config(body: dict[str, Any], image_config: Optional[dict[str, Any]
     return config, host, networking, _warnings(host)
 
 
+# Those of a container in a user namespace of its own
+USERNS_RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
+    (lambda c: c["Privileged"], "privileged mode is incompatible with user namespaces.  You must run the "
+     "container in the host namespace when running privileged mode"),
+    (lambda c: c["NetworkMode"] == "host",
+     "cannot share the host's network namespace when user namespaces are enabled"),
+    (lambda c: any(c[key].startswith("container:") for key in ("PidMode", "IpcMode")),
+     "cannot share another container's namespaces when user namespaces are enabled: run both in the host's"),
+    (lambda c: c["PidMode"] == "host",
+     "cannot share the host PID namespace when user namespaces are enabled"),
+)
+
+
 def check_rules(rules: Iterable[tuple[Callable[..., Any], str]], members: dict[str, Any]) -> None:
     """BadParameter with the text of the first rule that `members` break."""
     for wrong, text in rules:
@@ -10579,6 +10711,7 @@ class Parts(NamedTuple):
     networks: dict[str, str]                  # network names to ids
     removed: Callable[[Container], None]      # takes a removed container out of the table
     find: Callable[[str], Container]          # of another container, by name or id
+    idmap: IdMap                              # of --userns-remap
 
 
 class State:
@@ -10716,7 +10849,8 @@ class Container:
         with contextlib.ExitStack() as undo:
             undo.callback(remove_tree, directory)
             os.mkdir(directory, 0o710)
-            parts.layers.create_rw(container_id, image.chain_id, _fill_init_layer)
+            parts.layers.create_rw(container_id, image.chain_id,
+                                   functools.partial(_fill_init_layer, owner=parts.idmap.root))
             undo.callback(parts.layers.remove_rw, container_id)
             container._save_host_config()
             container.save(needed=True)
@@ -10809,6 +10943,8 @@ class Container:
             if self.host_config["NetworkMode"] == "bridge":
                 log.warning("container %s has loopback only: the bridge is not supported yet", self.id[:12])
             write_network_files(self.directory, self._hostname(), self.host_config, parts.config)
+            for key in ("HostnamePath", "HostsPath", "ResolvConfPath") if self.idmap else ():
+                os.chown(self.record[key], *self.idmap.root)
             self._root_fd = parts.layers.mount_rw(self.id)
             undo.callback(self._close_root)
             user = self._user()
@@ -10890,8 +11026,9 @@ class Container:
             CLONE_NEWUTS: host["UTSMode"],
             CLONE_NEWNET: host["NetworkMode"],
         }
-        return CLONE_NEWNS | sum(flag for flag, mode in shared.items()
-                                 if mode != "host" and not mode.startswith("container:"))
+        own = CLONE_NEWNS | (CLONE_NEWUSER if self.idmap else 0)
+        return own | sum(flag for flag, mode in shared.items()
+                         if mode != "host" and not mode.startswith("container:"))
 
     def _joined(self, undo: contextlib.ExitStack) -> dict[str, int]:
         """Descriptors, which `undo` closes, of the namespaces that it shares with other containers: "pid",
@@ -10924,6 +11061,11 @@ class Container:
             raise DockerError(f"container {self.id} is not running") from None
         return fds
 
+    @property
+    def idmap(self) -> IdMap:
+        """Who its users are on the host."""
+        return IdMap() if self.host_config["UsernsMode"] == "host" else self.parts.idmap
+
     def _seccomp(self, options: SecurityOptions, capabilities: set[int]) -> tuple[bytes, int]:
         """The filter's program and flags: the container's own profile, else the daemon's; none when
         privileged."""
@@ -10949,7 +11091,8 @@ class Container:
             if os.path.exists("/proc/sys/net/ipv6"):
                 sysctls.setdefault("net.ipv6.conf.all.disable_ipv6", "1")
             sysctls.setdefault("net.ipv4.ip_unprivileged_port_start", "0")
-            sysctls.setdefault("net.ipv4.ping_group_range", "0 2147483647")
+            if not self.idmap:  # which has not that many groups
+                sysctls.setdefault("net.ipv4.ping_group_range", "0 2147483647")
         return sorted(sysctls.items())
 
     def _mounts(self) -> list[dict[str, Any]]:
@@ -10991,6 +11134,7 @@ class Container:
             "cgroup_join": self.cgroup.join,
             "labels": self._labels(options),
             "cgroup_fd": self.cgroup.directory_fd,
+            "idmap": self.idmap,
             "seccomp": seccomp,
             "seccomp_flags": seccomp_mode,
             "no_new_privileges": options.no_new_privileges or self.parts.config.no_new_privileges,
@@ -11393,6 +11537,9 @@ class Container:
         confinement = self._confinement(user)
         if config["Privileged"]:
             confinement["capabilities"] = bounding_capabilities()
+        if self.idmap and confinement["cgroup_fd"] is not None:  # whose root may not be born there
+            confinement["cgroup_join"] += [[self.cgroup.of[""] + "/cgroup.procs", "0"]]
+            confinement["cgroup_fd"] = None
         return Spec(
             **confinement,
             key=key,
@@ -11401,7 +11548,7 @@ class Container:
             cwd=config["WorkingDir"] or self.config.get("WorkingDir") or "/",
             tty=config["Tty"],
             console_size=(size[0], size[1]),
-            namespaces=JOINED_NAMESPACES,
+            namespaces=JOINED_NAMESPACES | (CLONE_NEWUSER if self.idmap else 0),
         )
 
     def _notify(self) -> None:
@@ -12136,15 +12283,15 @@ def _read_in_root(root: int, path: str, limit: int = 16 << 20) -> bytes:
         os.close(fd)
 
 
-def _fill_init_layer(directory: str) -> None:
+def _fill_init_layer(directory: str, owner: tuple[int, int]) -> None:
     """What Docker puts under every container's own layer: the places that it will mount on.
 
     What the image has there and above gives way where it is no directory: many a root file system's
     resolv.conf is a link to what systemd makes when it runs.  The kernel keeps it all inside `directory`."""
-    confined(directory, _make_mount_places)
+    confined(directory, _make_mount_places, owner)
 
 
-def _make_mount_places() -> None:
+def _make_mount_places(owner: tuple[int, int]) -> None:
     directories = ("dev/pts", "dev/shm", "proc", "sys")
     for name in (*directories, "etc/hostname", "etc/hosts", "etc/resolv.conf", "dev/console", ".dockerenv",
                  "etc/mtab"):
@@ -12157,6 +12304,9 @@ def _make_mount_places() -> None:
                 os.symlink("/proc/mounts", name)
             elif name not in directories:
                 os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o755))
+        for place in itertools.accumulate(name.split("/") if owner != (0, 0) else (), os.path.join):
+            if os.lstat(place).st_uid == 0:  # made here: nothing else belongs to the host's root
+                os.chown(place, *owner, follow_symlinks=False)
 
 
 def container_limits(host_config: dict[str, Any], config: Any) -> list[tuple[int, int, int]]:
@@ -12182,14 +12332,16 @@ def container_limits(host_config: dict[str, Any], config: Any) -> list[tuple[int
     return taken
 
 
-def device_node(path: str, facts: os.stat_result) -> dict[str, Any]:
-    """A node like the host's at `path`, for the init's plan."""
-    return {"to": path, "node": facts.st_mode, "rdev": facts.st_rdev, "owner": [facts.st_uid, facts.st_gid]}
+def device_node(path: str, facts: os.stat_result, source: str = "") -> dict[str, Any]:
+    """A node like the host's `source` at `path`, for the init's plan."""
+    return {"to": path, "node": facts.st_mode, "rdev": facts.st_rdev, "owner": [facts.st_uid, facts.st_gid],
+            "host_node": source or path}
 
 
 def container_devices(host_config: dict[str, Any]) -> list[dict[str, Any]]:
     """The nodes of --device, and of all the host's devices for a privileged container."""
-    nodes = [device_node(path, facts) for path, facts, _ in host_devices(host_config.get("Devices"))]
+    nodes = [device_node(path, facts, source)
+             for path, facts, _, source in host_devices(host_config.get("Devices"))]
     if host_config["Privileged"]:
         nodes += _all_host_devices({node["to"] for node in nodes})
     return nodes
@@ -12647,6 +12799,8 @@ class ContainerJobs:
         asked = decode_struct(body, "ContainerConfigWrapper")["Image"]
         image = self.images.resolve(asked or "", job.env.get("platform") or "")
         config, host_config, _, warnings = container_config(body, image.config, self.parts.config)
+        if self.parts.idmap and host_config["UsernsMode"] != "host":
+            check_rules(USERNS_RULES, host_config)
         warnings = warnings + self.parts.cgroups.adapt(host_config)
         for key in ("IpcMode", "PidMode"):
             kind, _, other = host_config[key].partition(":")
@@ -13136,6 +13290,7 @@ class Daemon:
         check_host_system()
         check_configuration(config)
         self.config, self.engine = config, engine
+        self.idmap = remapped_ids(config.userns_remap) if config.userns_remap else IdMap()
         self._prepare_directories()
         self.id = self._engine_id()
         self.events = Events()
@@ -13144,7 +13299,7 @@ class Daemon:
         self.cgroups = cgroup_manager(config.cgroup_parent, config.exec_opts)
         self.cgroups.real_time = (config.cpu_rt_period, config.cpu_rt_runtime)
         self.driver = ExecutionDriver(config.exec_root)
-        self.images = Images(config, self.events.image_event, self._image_users)
+        self.images = Images(config, self.events.image_event, self._image_users, self.idmap)
         self.layers = self.images.layers
         self.networks = self._network_ids()
         self.parts = Parts(
@@ -13160,6 +13315,7 @@ class Daemon:
             self.networks,
             self.containers.discard,
             self.containers.find,
+            self.idmap,
         )
         self._load_containers()
         self.driver.open()
@@ -13187,8 +13343,13 @@ class Daemon:
         try:
             config.data_root = os.path.realpath(config.data_root)
             config.exec_root = os.path.realpath(config.exec_root)
+            if self.idmap:  # a root of its own for these owners, as in Docker, who go through the one above
+                os.makedirs(config.data_root, 0o711, exist_ok=True)
+                os.chmod(config.data_root, 0o711)
+                config.data_root = os.path.join(config.data_root, "{}.{}".format(*self.idmap.root))
             os.makedirs(config.data_root, 0o710, exist_ok=True)
             os.chmod(config.data_root, 0o710)
+            os.chown(config.data_root, 0, self.idmap.root[1])
             for name in ("containers", "tmp"):
                 os.makedirs(os.path.join(config.data_root, name), 0o710, exist_ok=True)
             os.makedirs(config.exec_root, 0o711, exist_ok=True)
@@ -13252,6 +13413,8 @@ class Daemon:
         options += [f"name=seccomp,profile={profile}"] if os.path.exists("/proc/sys/kernel/seccomp") else []
         if self.config.default_cgroupns_mode == "private":
             options.append("name=cgroupns")
+        if self.idmap:
+            options.append("name=userns")
         if self.config.no_new_privileges:
             options.append("name=no-new-privileges")
         return options

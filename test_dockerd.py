@@ -6743,6 +6743,91 @@ def test_the_apparmor_profile_denies_the_kernels_knobs() -> None:
     assert not denied("/proc/sys/kernel/core_pattern", "r") and not denied("/sys/class/net/eth0", "r")
 
 
+# User namespaces
+
+
+@pytest.mark.parametrize("asked, subuid, subgid, maps", [
+    ("default", "x:1:2\ndockremap:100000:65536\n", "dockremap:200000:65536\n",
+     ([(0, 100000, 65536)], [(0, 200000, 65536)])),
+    ("daemon", "daemon:5:10\n1:50:3\n", "daemon:7:1\n", ([(0, 5, 10), (10, 50, 3)], [(0, 7, 1)])),
+    ("1:bin", "daemon:5:10\n", "bin:7:1\ndaemon:9:9\n", ([(0, 5, 10)], [(0, 7, 1)])),
+    ("root", "root:1:1\n", "root:1:1\n", "User namespaces: root cannot be remapped with itself"),
+    ("a:b:c", "", "", 'Invalid user/group specification in --userns-remap: "a:b:c"'),
+    ("nosuch", "", "",
+     'Error during uid lookup for "nosuch": unable to find entry "nosuch" in passwd database'),
+    ("daemon:65000", "", "",
+     'Gid 65000 has no entry in /etc/group: unable to find entry "65000" in group database'),
+    ("default", "", "", "Can't create ID mappings: no subuid ranges found for \"dockremap\": add a line such "
+     "as dockremap:100000:65536 to {etc}/subuid"),
+])
+def test_whom_a_remapped_root_is(tmp_path: Path, asked: str, subuid: str, subgid: str, maps: Any) -> None:
+    (tmp_path / "subuid").write_text(subuid)
+    (tmp_path / "subgid").write_text(subgid)
+    try:
+        found: Any = dockerd.remapped_ids(asked, str(tmp_path))
+        assert (found.uids, found.gids) == maps
+    except DockerError as error:
+        assert str(error) == maps.format(etc=tmp_path)
+
+
+REMAPPED = """id -u; cat /proc/self/uid_map; stat -c %u /bin/sh /etc/hosts /.dockerenv
+touch /made && echo made; head -c 3 /dev/zero | wc -c; chown bob /made && echo given; ulimit -n
+cat /proc/self/oom_score_adj; echo out >/dev/stdout; ip link set lo down && echo own network; chroot / true
+"""
+
+
+def test_remapped_containers(new_host: Callable[..., Host], busybox: bytes, tmp_path: Path) -> None:
+    """--userns-remap: a container's root is nobody on the host and all in its own namespaces, its layers
+    belong to it, and what Docker refuses then is refused; --userns=host has the host's."""
+    host = new_host("--userns-remap", "default", start=False)
+    for name in ("subuid", "subgid"):
+        (tmp_path / name).write_text("dockremap:100000:65536\n")
+        assert host.enter("mount", "--bind", str(tmp_path / name), f"/etc/{name}").wait() == 0
+    host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    information = host.api("GET", "/info")
+    assert "name=userns" in information["SecurityOptions"]
+    assert information["DockerRootDir"] == host.data_root + "/100000.100000"
+    limits = {"Ulimits": [{"Name": "nofile", "Soft": 100, "Hard": 200}], "OomScoreAdj": 77}
+    identity = host.create("sh", "-c", REMAPPED + "exec sleep " + NEVER, HostConfig={
+        **limits, "CapAdd": ["NET_ADMIN"],
+        "Devices": [{"PathOnHost": "/dev/full", "PathInContainer": "/dev/mine"}]})
+    host.api("POST", f"/containers/{identity}/start")
+    wanted = b"0 0 100000 65536 0 0 0 made 3 given 100 77 out own network".split()
+    wait_for(lambda: len(demultiplex(host.api(
+        "GET", f"/containers/{identity}/logs?stdout=1"))[0].split()) >= len(wanted), "all of the output")
+    assert demultiplex(host.api("GET", f"/containers/{identity}/logs?stdout=1"))[0].split() == wanted
+    inspected = host.inspect(identity)
+    status = read_text(f"/proc/{inspected['State']['Pid']}/status")
+    assert re.search(r"Uid:\t100000\t100000\t", status) and re.search(r"Gid:\t100000\t", status)
+    made = os.stat(inspected["GraphDriver"]["Data"]["UpperDir"] + "/made")
+    assert (made.st_uid, made.st_gid) == (101000, 100000)
+    procs = [read_text(path + "/cgroup.procs") for path in host.cgroups() if path.endswith(identity)]
+    assert all(str(inspected["State"]["Pid"]) in text.split() for text in procs) and procs
+    docker = Docker(docker_clis()[min(docker_clis())], host)
+    script = "id -u; stat -c %u /bin/sh; ulimit -n; tty"
+    assert docker.run("exec", identity, "sh", "-c", script, status=None).stdout.split() == [
+        "0", "0", "100", "not", "a", "tty"]
+    seen = docker("exec", "-u", "bob", identity, "sh", "-c", script + "; cat /proc/self/cgroup")
+    assert seen.split("\n")[4:] == docker("exec", identity, "cat", "/proc/1/cgroup").split("\n")
+    with docker.terminal("exec", "-it", identity, "sh") as terminal:
+        terminal.send(b"stat -c %u $(tty); exit\n")
+        terminal.expect(rb"\n0\r\n")
+    assert host.run("sh", "-c", "id -u; stat -c %u /bin/sh; tty", Tty=True, User="bob") == (
+        0, b"1000\r\n0\r\n/dev/pts/0\r\n")
+    assert host.run("sh", "-c", "stat -c %u /bin/sh", HostConfig={"UsernsMode": "host"}) == (0, b"100000\n")
+    for refused, text in (
+            ({"Privileged": True}, "privileged mode is incompatible with user namespaces.  You must run the "
+             "container in the host namespace when running privileged mode"),
+            ({"NetworkMode": "host"},
+             "cannot share the host's network namespace when user namespaces are enabled"),
+            ({"PidMode": "host"}, "cannot share the host PID namespace when user namespaces are enabled")):
+        body: dict[str, Any] = {"Image": "busybox", "HostConfig": refused}
+        assert host.api("POST", "/containers/create", body, status=400) == {"message": text}
+        body["HostConfig"] = {**refused, "UsernsMode": "host"}
+        host.api("POST", "/containers/create", body, status=201)
+    host.remove_all()
+
+
 # The systemd cgroup driver
 
 
@@ -10017,7 +10102,7 @@ export HOME=/root PATH={PATH} PYTHONDONTWRITEBYTECODE=1
 echo "$(uname -r), $(python3 -V), $(systemctl --version | head -n 1)"
 echo "$(stat -f -c %T /sys/fs/cgroup), AppArmor $(cat /sys/module/apparmor/parameters/enabled)"
 python3 _native/build.py
-python3 -m pytest -q -p test_dockerd -p no:cacheprovider --timeout=900 \\
+python3 -m pytest -q -p test_dockerd -p no:cacheprovider --timeout=900 --color=no \\
     -m "not conformance and not torture and not v1" -W ignore::pytest.PytestUnknownMarkWarning \\
     --basetemp=/var/tmp/tests "$@" test_dockerd.py
 echo "{VM_MARK}$?"
