@@ -89,7 +89,6 @@ DT_UNKNOWN = 0
 AT_EMPTY_PATH = 0x1000
 AT_FDCWD = -100
 AT_RECURSIVE = 0x8000
-AT_SYMLINK_NOFOLLOW = 0x100
 F_SETPIPE_SZ = 1031
 
 # <linux/bpf.h>
@@ -107,7 +106,6 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWNET = 0x40000000
 CLONE_NEWNS = 0x00020000
 CLONE_NEWPID = 0x20000000
-CLONE_NEWTIME = 0x00000080
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWUTS = 0x04000000
 CLONE_PARENT = 0x00008000
@@ -118,13 +116,11 @@ CLOSE_RANGE_CLOEXEC = 4
 
 # <linux/mount.h>
 FSCONFIG_CMD_CREATE = 6
-FSCONFIG_SET_FD = 5
 FSCONFIG_SET_FLAG = 0
 FSCONFIG_SET_STRING = 1
 FSMOUNT_CLOEXEC = 1
 FSOPEN_CLOEXEC = 1
 MNT_DETACH = 2
-MOUNT_ATTR_NOATIME = 0x10
 MOUNT_ATTR_NODEV = 0x4
 MOUNT_ATTR_NOEXEC = 0x8
 MOUNT_ATTR_NOSUID = 0x2
@@ -132,18 +128,13 @@ MOUNT_ATTR_RDONLY = 0x1
 MOUNT_ATTR_STRICTATIME = 0x20
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
 MOVE_MOUNT_T_EMPTY_PATH = 0x40
-MS_BIND = 4096
 MS_PRIVATE = 1 << 18
-MS_RDONLY = 1
 MS_REC = 16384
-MS_REMOUNT = 32
-MS_SHARED = 1 << 20
 MS_SLAVE = 1 << 19
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 OPEN_TREE_CLONE = 1
 
 # <linux/btrfs.h>
-BTRFS_FIRST_FREE_OBJECTID = 256
 BTRFS_IOC_SNAP_CREATE_V2 = 0x50009417
 BTRFS_IOC_SNAP_DESTROY = 0x5000940F
 BTRFS_IOC_SUBVOL_CREATE = 0x5000940E
@@ -161,36 +152,29 @@ TIOCSCTTY = 0x540E
 TIOCSWINSZ = 0x5414
 
 # <linux/openat2.h>
-RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
-RESOLVE_NO_XDEV = 0x01
 
 # <linux/capability.h>
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 # <linux/magic.h>
 BTRFS_SUPER_MAGIC = 0x9123683E
-CGROUP2_SUPER_MAGIC = 0x63677270
 DEVPTS_SUPER_MAGIC = 0x1CD1
-OVERLAYFS_SUPER_MAGIC = 0x794C7630
 
 # <linux/keyctl.h>
 KEYCTL_JOIN_SESSION_KEYRING = 1
-KEYCTL_SETPERM = 5
 
 # <linux/prctl.h>
 PR_CAPBSET_DROP = 24
 PR_CAPBSET_READ = 23
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
-PR_SET_CHILD_SUBREAPER = 36
 PR_SET_DUMPABLE = 4
 PR_SET_KEEPCAPS = 8
 PR_SET_NAME = 15
 PR_SET_NO_NEW_PRIVS = 38
-PR_SET_PDEATHSIG = 1
 
 # <linux/pidfd.h>: _IOWR(0xFF, 11, struct pidfd_info of 64 bytes)
 PIDFD_GET_INFO = 0xC040FF0B
@@ -367,10 +351,7 @@ def bpf(command: int, attributes: bytes) -> int:
 def bpf_load(program_type: int, program: bytes) -> int:
     """A descriptor of the eBPF `program` (8 bytes an instruction) of BPF_PROG_TYPE_*; bpf(2),
     BPF_PROG_LOAD."""
-    code, license_name = (
-        ctypes.create_string_buffer(program, len(program)),
-        ctypes.create_string_buffer(b"Apache-2.0"),
-    )
+    code, license_name = map(ctypes.create_string_buffer, (program, b"Apache-2.0"))
     return bpf(BPF_PROG_LOAD, struct.pack("=IIQQ", program_type, len(program) // 8, ctypes.addressof(code),
                                           ctypes.addressof(license_name)))
 
@@ -404,9 +385,8 @@ def clone3(flags: int, cgroup: Optional[int] = None) -> tuple[int, int]:
         0, 0, cgroup or 0)
     api = ctypes.pythonapi
     api.PyOS_BeforeFork()
-    pid = _libc_with_gil.syscall(
-        ctypes.c_long(SYSCALL_CLONE3), ctypes.c_char_p(arguments), ctypes.c_long(len(arguments))
-    )
+    pid = _libc_with_gil.syscall(ctypes.c_long(SYSCALL_CLONE3), ctypes.c_char_p(arguments),
+                                 ctypes.c_long(len(arguments)))
     number = ctypes.get_errno()
     if pid == 0:
         api.PyOS_AfterFork_Child()
@@ -422,10 +402,18 @@ def close_range(first: int, last: int = 0xFFFFFFFF, flags: int = 0) -> None:
     _syscall(SYSCALL_CLOSE_RANGE, first, last, flags)
 
 
+@contextlib.contextmanager
+def closing_fd(fd: int) -> Iterator[int]:
+    """The descriptor `fd` for the block, closed at its end."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def directory_types(path: str) -> set[int]:
     """The d_type values (DT_*) that the file system gives the entries of a directory; getdents64(2)."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with opened(path) as fd:
         buffer, at, types = ctypes.create_string_buffer(32768), 0, set()
         size = _syscall(_NUMBERS["getdents64"], fd, buffer, 32768, path=path)
         while at < size:
@@ -433,8 +421,6 @@ def directory_types(path: str) -> set[int]:
             types.add(kind)
             at += length
         return types
-    finally:
-        os.close(fd)
 
 
 def fsconfig_create(fd: int) -> None:
@@ -446,11 +432,6 @@ def fsconfig_create(fd: int) -> None:
             detail = os.read(fd, 4096).decode(errors="replace").strip()
             error = OSError(error.errno, f"{error.strerror} ({detail})")
         raise error
-
-
-def fsconfig_fd(fd: int, key: str, value: int) -> None:
-    """Give the parameter `key` of the context `fd` a descriptor."""
-    _syscall(SYSCALL_FSCONFIG, fd, FSCONFIG_SET_FD, key, None, value, path=key)
 
 
 def fsconfig_flag(fd: int, key: str) -> None:
@@ -498,28 +479,11 @@ def move_mount(from_fd: int, from_path: str, to_fd: int, to_path: str, flags: in
     _syscall(SYSCALL_MOVE_MOUNT, from_fd, from_path, to_fd, to_path, flags, path=to_path)
 
 
-@contextlib.contextmanager
-def closing_fd(fd: int) -> Iterator[int]:
-    """The descriptor `fd` for the block, closed at its end."""
-    try:
-        yield fd
-    finally:
-        os.close(fd)
-
-
-def opened(path: Any, flags: int = os.O_RDONLY | os.O_DIRECTORY, mode: int = 0o600,
-           dir_fd: Optional[int] = None) -> contextlib.AbstractContextManager[int]:
-    """A descriptor of `path`, by default of a directory, for the block; it is closed by exec; open(2)."""
-    return closing_fd(os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=dir_fd))
-
-
-def new_mount(
-    fstype: str, attributes: int = 0, source: str = "", options: Iterable[tuple[str, str]] = ()
-) -> int:
+def new_mount(fstype: str, attributes: int = 0, source: str = "",
+              options: Iterable[tuple[str, str]] = ()) -> int:
     """A descriptor of a detached mount of a new `fstype` with its options: fsopen, fsconfig, fsmount in
     one."""
-    context = fsopen(fstype)
-    try:
+    with closing_fd(fsopen(fstype)) as context:
         if source:
             fsconfig_string(context, "source", source)
         for key, value in options:
@@ -529,8 +493,6 @@ def new_mount(
                 fsconfig_flag(context, key)
         fsconfig_create(context)
         return fsmount(context, FSMOUNT_CLOEXEC, attributes)
-    finally:
-        os.close(context)
 
 
 def open_tree(dirfd: int, path: str, flags: int = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC) -> int:
@@ -546,6 +508,12 @@ def openat2(dirfd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) 
             return _syscall(SYSCALL_OPENAT2, dirfd, path, how, len(how), path=path)
         except BlockingIOError:  # EAGAIN: a rename raced with the resolution; the man page says to try again
             continue
+
+
+def opened(path: Any, flags: int = os.O_RDONLY | os.O_DIRECTORY, mode: int = 0o600,
+           dir_fd: Optional[int] = None) -> contextlib.AbstractContextManager[int]:
+    """A descriptor of `path`, by default of a directory, for the block; it is closed by exec; open(2)."""
+    return closing_fd(os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=dir_fd))
 
 
 def pidfd_exit_code(pidfd: int) -> Optional[int]:
@@ -641,9 +609,9 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags))
 
 
-def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What `function(*arguments)` returns or raises, run in a thread that ends with it: for calls whose
-    effect on the thread (setns, unshare, chroot) must not outlive them (pitfall 8)."""
+def start_thread(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """Start `function(*arguments)` in a thread that ends with it; the result is a function that waits for the
+    outcome, and returns or raises it."""
     outcome: dict[str, Any] = {}
 
     def body() -> None:
@@ -652,28 +620,47 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
         except BaseException as error:
             outcome["error"] = error
 
+    def join() -> Any:
+        thread.join()
+        if "error" in outcome:
+            raise outcome["error"]
+        return outcome["result"]
+
     thread = threading.Thread(target=body, name="confined", daemon=True)
     thread.start()
-    thread.join()
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["result"]
+    return join
+
+
+def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What `function(*arguments)` returns or raises in a thread of its own: for calls whose effect on the
+    thread (setns, unshare, chroot) must not outlive them (pitfall 8)."""
+    return start_thread(function, *arguments)()
+
+
+def start_confined(root: Union[str, int], function: Callable[..., Any], *arguments: Any,
+                   failed: Callable[[BaseException], Any] = lambda error: None) -> Callable[[], Any]:
+    """start_thread() with `root` (a path or a descriptor) as the thread's root directory.
+
+    The kernel resolves every path of it inside `root`: no link and no `..` leads out.  The function must not
+    import, nor load anything by name (pitfalls 3 and 8).  `failed(error)` is called at once on an error."""
+
+    def body() -> Any:
+        try:
+            unshare(CLONE_FS)
+            os.fchdir(root) if isinstance(root, int) else os.chdir(root)
+            if defended("chroot"):
+                os.chroot(".")
+            return function(*arguments)
+        except BaseException as error:
+            failed(error)
+            raise
+
+    return start_thread(body)
 
 
 def confined(root: Union[str, int], function: Callable[..., Any], *arguments: Any) -> Any:
-    """Run `function` in a throwaway thread whose root directory is `root` (a path or a descriptor).
-
-    The kernel resolves every path of it inside `root`: no link and no `..` leads out.  The function must not
-    import, nor load anything by name (pitfalls 3 and 8)."""
-
-    def body() -> Any:
-        unshare(CLONE_FS)
-        os.fchdir(root) if isinstance(root, int) else os.chdir(root)
-        if defended("chroot"):
-            os.chroot(".")
-        return function(*arguments)
-
-    return in_thread(body)
+    """What `function(*arguments)` returns or raises when it is confined to `root` as by start_confined()."""
+    return start_confined(root, function, *arguments)()
 
 
 def read_text(path: str, limit: int = 1 << 20) -> str:
@@ -2374,6 +2361,8 @@ WHITEOUT = b".wh."
 WHITEOUT_OPAQUE = b".wh..wh..opq"
 OVERLAY_OPAQUE = "trusted.overlay.opaque"
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+SUBDIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+UNFOLLOWED = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a file, whatever it is, not what a link leads to
 
 
 class UnpackLimits(NamedTuple):
@@ -2410,24 +2399,20 @@ class IdMap:
 
     def to_host(self, uid: int, gid: int) -> tuple[int, int]:
         """A container's (uid, gid) on the host; BadParameter when it has none there."""
-        if not self.uids:
-            return uid, gid
-        text = "container ID {} cannot be mapped to a host ID"
-        return self._shift(self.uids, uid, 0, 1, text), self._shift(self.gids, gid, 0, 1, text)
+        return self._shift(uid, gid, 0, 1, "container ID {} cannot be mapped to a host ID")
 
     def to_container(self, uid: int, gid: int) -> tuple[int, int]:
         """A host's (uid, gid) in the container; BadParameter when it has none there."""
-        if not self.uids:
-            return uid, gid
-        text = "host ID {} cannot be mapped to a container ID"
-        return self._shift(self.uids, uid, 1, 0, text), self._shift(self.gids, gid, 1, 0, text)
+        return self._shift(uid, gid, 1, 0, "host ID {} cannot be mapped to a container ID")
 
-    @staticmethod
-    def _shift(ranges: list[tuple[int, int, int]], number: int, source: int, target: int, text: str) -> int:
-        for extent in ranges:
-            if 0 <= number - extent[source] < extent[2]:
-                return number - extent[source] + extent[target]
-        raise BadParameter(text.format(number))
+    def _shift(self, uid: int, gid: int, source: int, target: int, refusal: str) -> tuple[int, int]:
+        def shift(ranges: list[tuple[int, int, int]], number: int) -> int:
+            for extent in ranges:
+                if 0 <= number - extent[source] < extent[2]:
+                    return number - extent[source] + extent[target]
+            raise BadParameter(refusal.format(number))
+
+        return (shift(self.uids, uid), shift(self.gids, gid)) if self.uids else (uid, gid)
 
 
 def _host_account(text: str, database: Any, kind: str, file: str) -> list[str]:
@@ -2538,40 +2523,17 @@ class Feed:
                 self._queue.get_nowait()
 
 
-def read_chunk(stream: Any, size: int = CHUNK) -> bytes:
-    """About `size` bytes from a stream that hands out small pieces; b"" at its end."""
-    parts, have = [], 0
-    while have < size:
-        data = stream.read(size)
+def read_chunk(stream: Any, least: int = CHUNK, piece: int = CHUNK, head: bytes = b"") -> bytes:
+    """`head` and what follows it in a stream that hands out small pieces, at most `piece` bytes at a time:
+    `least` bytes or more, fewer only at the stream's end."""
+    parts, have = [head] if head else [], len(head)
+    while have < least:
+        data = stream.read(piece)
         if not data:
             break
         parts.append(data)
         have += len(data)
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def start_confined(root: Union[str, int], failed: Callable[[BaseException], None],
-                   function: Callable[[], Any]) -> Callable[[], Any]:
-    """Start confined(root, function) and return at once; the result is a function that waits for the outcome
-    and returns or raises it.  `failed(error)` is called as soon as the outcome is an error."""
-    outcome: list[Any] = []
-
-    def body() -> None:
-        try:
-            outcome.extend((confined(root, function), None))
-        except BaseException as error:
-            outcome.extend((None, error))
-            failed(error)
-
-    def join() -> Any:
-        thread.join()
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
-
-    thread = threading.Thread(target=body, name="archive", daemon=True)
-    thread.start()
-    return join
 
 
 # Compression
@@ -2648,8 +2610,7 @@ class _Prefixed:
         if self._head:
             data, self._head = (self._head, b"") if size < 0 else (self._head[:size], self._head[size:])
             return data
-        data = self._stream.read(size)
-        return data
+        return self._stream.read(size)
 
 
 def decompress(stream: Any, ratio: int = 1000) -> Any:
@@ -2657,12 +2618,7 @@ def decompress(stream: Any, ratio: int = 1000) -> Any:
     first bytes (RFC 1952, the formats' own documents), all else passes as it is.
 
     NotSupported for zstd, which Python has from 3.14 on; BadParameter as Decompressor says."""
-    head = b""
-    while len(head) < 10:
-        data = stream.read(10 - len(head))
-        if not data:
-            break
-        head += data
+    head = read_chunk(stream, 10, 10)
     whole = _Prefixed(head, stream)
     if head.startswith(b"\x1f\x8b\x08"):
         return Decompressor(whole, lambda: zlib.decompressobj(31), ratio)
@@ -2795,18 +2751,10 @@ class TarReader:
 
     def _fill(self, size: int) -> bool:
         """Have at least `size` bytes in the buffer; False when the stream ends before."""
-        parts = [self._buffer[self._at:]]
-        have = len(parts[0])
         self.offset += self._at
-        while have < size:
-            data = self._stream.read(CHUNK)
-            if not data:
-                break
-            parts.append(data)
-            have += len(data)
-        self._buffer = parts[-1] if have == len(parts[-1]) else b"".join(parts)
+        self._buffer = read_chunk(self._stream, size, head=self._buffer[self._at:])
         self._view, self._at = memoryview(self._buffer), 0
-        return have >= size
+        return len(self._buffer) >= size
 
     def _take(self, size: int) -> bytes:
         """The next `size` bytes that are no content; fewer only at the stream's end."""
@@ -2999,7 +2947,7 @@ def apply_layer(stream: Any, directory: Union[str, int], whiteouts: str, idmap: 
     the caller's to remove."""
     feed = Feed()
     unpacker = Unpacker(TarReader(feed, observer), whiteouts, idmap, limits)
-    join = start_confined(directory, lambda error: feed.stop(), unpacker.run)
+    join = start_confined(directory, unpacker.run, failed=lambda error: feed.stop())
     feed.fill(stream)
     stats: LayerStats = join()
     if unpacker.refused:
@@ -3149,8 +3097,7 @@ class Unpacker:
     # The kinds of entries
 
     def _file(self, name: bytes, entry: TarEntry) -> None:
-        fd = self._place(name, os.open, name, NEW_FILE, entry.mode & 0o777)
-        try:
+        with closing_fd(self._place(name, os.open, name, NEW_FILE, entry.mode & 0o777)) as fd:
             if entry.sparse is None:
                 self.reader.copy(fd, entry.stored)
             else:
@@ -3164,8 +3111,6 @@ class Unpacker:
             if entry.mode & 0o7000:  # after chown, which takes setuid away
                 os.chmod(fd, entry.mode)
             os.utime(fd, ns=self._times(entry))
-        finally:
-            os.close(fd)
         self.size += entry.size
 
     def _directory(self, name: bytes, entry: TarEntry) -> None:
@@ -3272,15 +3217,13 @@ def remove_tree(path: Union[str, bytes]) -> None:
     immutable and append-only flags away.  OSError for what stays, after everything else has gone."""
     parent, base = os.path.split(os.path.abspath(path))
     try:
-        fd = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        directory = opened(parent)
     except FileNotFoundError:
         return
     names: list[Any] = [base]
-    try:
+    with directory as fd:
         while names:
             _remove_below(fd, names.pop(), 0, fd, names)
-    finally:
-        os.close(fd)
 
 
 def _remove_below(directory: int, name: Any, depth: int, top: int, moved: list[Any]) -> None:
@@ -3292,16 +3235,12 @@ def _remove_below(directory: int, name: Any, depth: int, top: int, moved: list[A
         moved.append(f".{secrets.token_hex(16)}-removing")
         return os.rename(name, moved[-1], src_dir_fd=directory, dst_dir_fd=top)
     failure: Optional[OSError] = None
-    with contextlib.suppress(FileNotFoundError):
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
-        try:
-            for child in os.listdir(fd):
-                try:
-                    _remove_below(fd, child, depth + 1, top, moved)
-                except OSError as error:
-                    failure = error
-        finally:
-            os.close(fd)
+    with contextlib.suppress(FileNotFoundError), opened(name, SUBDIRECTORY, dir_fd=directory) as fd:
+        for child in os.listdir(fd):
+            try:
+                _remove_below(fd, child, depth + 1, top, moved)
+            except OSError as error:
+                failure = error
     if failure:
         raise failure
     _forcing(directory, name, lambda: os.rmdir(name, dir_fd=directory))
@@ -3324,13 +3263,8 @@ def _forcing(directory: int, name: Any, remove: Callable[[], None]) -> None:
             return remove()
         except PermissionError:
             _clear_flags(directory)
-            with contextlib.suppress(OSError):
-                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-                fd = os.open(name, flags, dir_fd=directory)
-                try:
-                    _clear_flags(fd)
-                finally:
-                    os.close(fd)
+            with contextlib.suppress(OSError), opened(name, UNFOLLOWED, dir_fd=directory) as fd:
+                _clear_flags(fd)
         remove()
 
 
@@ -3422,7 +3356,7 @@ def write_tree(directory: Union[str, int], write: Callable[[bytes], Any], idmap:
     `write(data)` is called in the caller's; what it raises ends the packing, OSError tells of what cannot be
     read."""
     feed = Feed()
-    join = start_confined(directory, feed.finish, TreePacker(feed, idmap, whiteouts).run)
+    join = start_confined(directory, TreePacker(feed, idmap, whiteouts).run, failed=feed.finish)
     try:
         while data := feed.read():
             write(data)
@@ -3511,8 +3445,7 @@ class TreePacker:
 
     def _add_file(self, name: bytes, entry: TarEntry) -> None:
         """A file's header and content: as long as the header says, whatever is written to it meanwhile."""
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
+        with opened(name, UNFOLLOWED) as fd:
             self._put(tar_header(entry))
             left = entry.size
             while left:
@@ -3520,8 +3453,6 @@ class TreePacker:
                 self._put(data)
                 left -= len(data)
             self._put(bytes(-entry.size % TAR_BLOCK))
-        finally:
-            os.close(fd)
 
 
 def _xattr(name: Union[bytes, int], key: str) -> bytes:
@@ -3579,9 +3510,11 @@ class StateSync(threading.Thread):
                 self.start()
         self._wanted.set()
 
-    def forget(self, path: str) -> None:
-        """`path` is on the disk as it is: the version before it may go."""
+    def forget(self, path: str, version: Optional[int] = None) -> None:
+        """`path` is on the disk as it is, or as it was in `version`: the version before it may go."""
         with self._lock(path):
+            if version is not None and self._pending.get(path) != version:
+                return  # a newer one waits, and needs the version before
             self._pending.pop(path, None)
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path + STATE_PREVIOUS)
@@ -3611,14 +3544,7 @@ class StateSync(threading.Thread):
                 with contextlib.suppress(FileNotFoundError):
                     _sync_file(directory)
             for path, version in pending:
-                self._settle(path, version)
-
-    def _settle(self, path: str, version: int) -> None:
-        with self._lock(path):
-            if self._pending.get(path) == version:  # else a newer one waits, and needs the version before
-                del self._pending[path]
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path + STATE_PREVIOUS)
+                self.forget(path, version)
 
 
 STATE_SYNC = StateSync()
@@ -3626,13 +3552,11 @@ STATE_SYNC = StateSync()
 
 def _sync_file(path: str) -> None:
     """fsync a file or a directory; FileNotFoundError when it is gone, anything else is logged."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        log.error("cannot sync %s: %s", path, error.strerror)
-    finally:
-        os.close(fd)
+    with opened(path, os.O_RDONLY) as fd:
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            log.error("cannot sync %s: %s", path, error.strerror)
 
 
 def write_state(path: str, data: Union[bytes, dict[str, Any], list[Any]], mode: int = 0o600,
@@ -3663,8 +3587,7 @@ def write_state(path: str, data: Union[bytes, dict[str, Any], list[Any]], mode: 
 
 def _write_whole(path: str, data: bytes, mode: int, durable: bool) -> bool:
     """Write a new file; whether it is on the disk, as it must be where a checksum cannot be kept with it."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
+    with opened(path, NEW_FILE, mode) as fd:
         write_all(fd, data[:len(data) // 2])
         failpoint("state-write")
         write_all(fd, data[len(data) // 2:])
@@ -3676,8 +3599,6 @@ def _write_whole(path: str, data: bytes, mode: int, durable: bool) -> bool:
                 durable = True
         if durable:
             os.fsync(fd)
-    finally:
-        os.close(fd)
     return durable
 
 
@@ -3749,6 +3670,7 @@ class StorageDriver:
     whiteouts = "apply"
     options: tuple[str, ...] = ()  # those it takes
     unknown_option = "unknown option {} for {}"
+    no_size = "the storage driver {} has no size limits: leave out --storage-opt size"
 
     def __init__(self, root: str, options: list[str], idmap: IdMap) -> None:
         self.home, self.idmap = os.path.join(root, self.name), idmap
@@ -3804,7 +3726,7 @@ class StorageDriver:
 
         DockerError or OSError, and then nothing of it is there."""
         if size:
-            raise BadParameter(self.refuse_size())
+            raise BadParameter(self.no_size.format(self.name))
         if parent is not None and not self.exists(parent):
             raise NotFound(f"parent layer {parent} does not exist")
         if self.exists(cache_id):
@@ -3815,10 +3737,6 @@ class StorageDriver:
         except BaseException:
             self.remove(cache_id)
             raise
-
-    def refuse_size(self) -> str:
-        """Why a layer cannot have a size limit."""
-        return f"the storage driver {self.name} has no size limits: leave out --storage-opt size"
 
     def make(self, cache_id: str, parent: Optional[str]) -> None:
         """Make the layer's directories; create() undoes what a failure leaves."""
@@ -3881,6 +3799,7 @@ class Overlay(StorageDriver):
     whiteouts = "overlay"
     options = ("overlay2.override_kernel_check", "overlay2.size")
     unknown_option = "{1}: unknown option {0}"
+    no_size = "--storage-opt is supported only for overlay over xfs with 'pquota' mount option"
     OFF = ("index", "metacopy", "redirect_dir")  # features that tie a layer to its neighbours
 
     def __init__(self, root: str, options: list[str], idmap: IdMap) -> None:
@@ -3889,13 +3808,8 @@ class Overlay(StorageDriver):
 
     def take_option(self, key: str, value: str) -> None:
         if key == "overlay2.size":
-            raise BadParameter(
-                "Storage Option overlay2.size only supported for backingFS XFS with project quota, which is "
-                f"not supported yet. Found {self.backing}"
-            )
-
-    def refuse_size(self) -> str:
-        return "--storage-opt is supported only for overlay over xfs with 'pquota' mount option"
+            raise BadParameter("Storage Option overlay2.size only supported for backingFS XFS with project "
+                               f"quota, which is not supported yet. Found {self.backing}")
 
     def detect(self, directory: str) -> None:
         """Mount an overlay of two layers for real: what it says holds for nested overlays and for users'
@@ -4059,20 +3973,15 @@ class Btrfs(StorageDriver):
         if parent is None:
             self._ioctl(BTRFS_IOC_SUBVOL_CREATE, struct.pack("=q4088s", 0, cache_id.encode()))
         else:
-            source = os.open(self._path(parent), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:  # struct btrfs_ioctl_vol_args_v2: fd, transid, flags, 4 unused, name
+            with opened(self._path(parent)) as source:
+                # struct btrfs_ioctl_vol_args_v2: fd, transid, flags, 4 unused, name
                 self._ioctl(BTRFS_IOC_SNAP_CREATE_V2, struct.pack("=q48x4040s", source, cache_id.encode()))
-            finally:
-                os.close(source)
         if parent is None or self.idmap:
             make_directory(self._path(cache_id), 0o755, *self.idmap.root)
 
     def _ioctl(self, number: int, argument: bytes) -> None:
-        fd = os.open(self.layers(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with opened(self.layers()) as fd:
             fcntl.ioctl(fd, number, bytearray(argument))
-        finally:
-            os.close(fd)
 
     def destroy(self, path: str) -> None:
         """In one step where no other subvolume is in it, else file by file."""
@@ -4141,10 +4050,9 @@ def _has_layers(path: str) -> bool:
 def _configured(root: str, name: str, options: list[str], idmap: IdMap) -> StorageDriver:
     log.info("[graphdriver] trying configured driver: %s", name)
     if name in REMOVED_DRIVERS:
-        raise DriverNotSupported(
-            f"[graphdriver] ERROR: the {name} storage-driver has been deprecated and removed; visit "
-            "https://docs.docker.com/go/storage-driver/ for more information"
-        )
+        raise DriverNotSupported(f"[graphdriver] ERROR: the {name} storage-driver has been deprecated and "
+                                 "removed; visit https://docs.docker.com/go/storage-driver/ for more "
+                                 "information")
     if name not in DRIVERS:
         raise DriverNotSupported(f"driver not supported: {name}; this daemon has {', '.join(DRIVERS)}")
     try:
@@ -4161,10 +4069,8 @@ def _prior(root: str, prior: list[str], options: list[str], idmap: IdMap) -> Sto
         log.error("[graphdriver] prior storage driver %s failed: %s", prior[0], error)
         raise
     if len(prior) > 1:
-        raise DockerError(
-            f"{root} contains several valid graphdrivers: {', '.join(prior)}; cleanup or explicitly choose "
-            "storage driver (-s <DRIVER>)"
-        )
+        raise DockerError(f"{root} contains several valid graphdrivers: {', '.join(prior)}; cleanup or "
+                          "explicitly choose storage driver (-s <DRIVER>)")
     log.info("[graphdriver] using prior storage driver: %s", prior[0])
     return driver
 
@@ -4174,28 +4080,20 @@ def _prior(root: str, prior: list[str], options: list[str], idmap: IdMap) -> Sto
 def copy_tree(source: str, target: str) -> None:
     """Copy all of the directory `source` into the directory `target`, which is empty: hard links, holes,
     devices, owners, xattrs and times too, sockets not.  Goes by descriptors and follows no link.  OSError."""
-    copied: dict[tuple[int, int], str] = {}
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-    with contextlib.ExitStack() as opened:
-        directories = [os.open(path, flags) for path in (source, target)]
-        for fd in directories:
-            opened.callback(os.close, fd)
-        _copy_below(directories[0], directories[1], target, copied)
+    with opened(source, SUBDIRECTORY) as read, opened(target, SUBDIRECTORY) as write:
+        _copy_below(read, write, target, {})
 
 
 def _copy_below(source: int, target: int, path: str, copied: dict[tuple[int, int], str]) -> None:
     """Copy what is in the open directory `source` into `target`, whose path is `path`, and its attributes."""
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     for name in os.listdir(source):
         facts = os.stat(name, dir_fd=source, follow_symlinks=False)
         made = os.path.join(path, name)
         if stat.S_ISDIR(facts.st_mode):
             os.mkdir(name, 0o700, dir_fd=target)
-            with contextlib.ExitStack() as opened:
-                below = [os.open(name, flags, dir_fd=directory) for directory in (source, target)]
-                for fd in below:
-                    opened.callback(os.close, fd)
-                _copy_below(below[0], below[1], made, copied)
+            with opened(name, SUBDIRECTORY, dir_fd=source) as read:
+                with opened(name, SUBDIRECTORY, dir_fd=target) as write:
+                    _copy_below(read, write, made, copied)
         elif facts.st_nlink > 1 and (facts.st_dev, facts.st_ino) in copied:
             os.link(copied[facts.st_dev, facts.st_ino], name, dst_dir_fd=target, follow_symlinks=False)
         elif not stat.S_ISSOCK(facts.st_mode):
@@ -4209,11 +4107,7 @@ def _copy_entry(source: int, target: int, name: str, facts: os.stat_result) -> N
     if stat.S_ISLNK(facts.st_mode):
         os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
     elif stat.S_ISREG(facts.st_mode):
-        with contextlib.ExitStack() as opened:
-            read = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=source)
-            opened.callback(os.close, read)
-            write = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
-            opened.callback(os.close, write)
+        with opened(name, UNFOLLOWED, dir_fd=source) as read, opened(name, NEW_FILE, dir_fd=target) as write:
             copy_content(read, write, facts.st_size)
     else:
         os.mknod(name, stat.S_IFMT(facts.st_mode) | 0o600, facts.st_rdev, dir_fd=target)
