@@ -440,6 +440,22 @@ def measure_after(daemons: list[Daemon]) -> Rows:
     yield "memory, after the work", "MiB", [daemon.pss() for daemon in daemons]
 
 
+def measure_logs(daemons: list[Daemon], rounds: int = 3, megabytes: int = 50) -> Rows:
+    """Time of a container that prints lines of 80 bytes, from its start to its end, with json-file."""
+    times: list[list[float]] = [[] for _ in daemons]
+    script = f"yes {'x' * 79} | head -c {megabytes}000000"
+    for _ in range(rounds):
+        for daemon, found in zip(daemons, times):
+            call = daemon.connection.call
+            identity = daemon.create({"Image": "one", "Cmd": ["sh", "-c", script]})
+            begin = time.perf_counter()
+            call("POST", f"/containers/{identity}/start")
+            call("POST", f"/containers/{identity}/wait")
+            found.append(time.perf_counter() - begin)
+            call("DELETE", f"/containers/{identity}?force=1")
+    yield f"{megabytes} MB of log lines", "ms", [statistics.median(found) * 1e3 for found in times]
+
+
 def measure_start(daemons: list[Daemon], rounds: int = 5) -> Rows:
     """Time from the start of the process to the first answered ping and `info`."""
     times: list[list[float]] = [[] for _ in daemons]
@@ -494,6 +510,7 @@ def main() -> None:
             measure_running,
             measure_stats,
             measure_after,
+            measure_logs,
             measure_start,
         ):
             for what, unit, row in measure(daemons):

@@ -31,7 +31,6 @@ Work flows one way: request -> route -> Job -> Daemon -> Container/Image -> driv
 from __future__ import annotations
 
 import base64
-import codecs
 import collections
 import contextlib
 import copy
@@ -60,6 +59,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 import zlib
 from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple, Optional, Union
 
@@ -855,8 +855,9 @@ def parse_duration(text: str) -> float:
 _SIZE_TEXT = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+) ?([a-z]*)", re.ASCII | re.IGNORECASE)
 
 
-def parse_size(text: str) -> int:
-    """'64M', '1.5 GiB', '512kb' or '1024' in bytes (go-units: RAMInBytes); BadParameter for all else."""
+def parse_size(text: str, base: int = 1024) -> int:
+    """'64M', '1.5 GiB', '512kb' or '1024' in bytes (go-units: RAMInBytes; with base 1000 FromHumanSize);
+    BadParameter for all else."""
     match = _SIZE_TEXT.fullmatch(text)
     if not match:
         raise BadParameter(f"invalid size: '{text}'")
@@ -864,7 +865,7 @@ def parse_size(text: str) -> int:
     if not re.fullmatch(r"b?|[kmgtp](i?b)?", suffix):
         raise BadParameter(f"invalid suffix: '{suffix}'")
     exponent = " kmgtp".find(suffix[:1]) if suffix not in ("", "b") else 0
-    return int(float(match.group(1)) * 1024 ** exponent)
+    return int(float(match.group(1)) * base ** exponent)
 
 
 ULIMITS = ("core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss",
@@ -1234,7 +1235,8 @@ OPTIONS = (
     Option("cri-containerd", "--cri-containerd", "bool", "Start containerd with cri", status=CONTAINERD),
     # logs of containers
     Option("log-driver", "--log-driver", "string", "Default driver for container logs", "json-file",
-           _choice("logger: no log driver named '{}' is registered", "json-file", "none")),
+           _choice("logger: no log driver named '{}' is registered", "fluentd", "gelf", "journald",
+                   "json-file", "local", "none", "syslog")),
     Option("log-opts", "--log-opt", "map", "Default log driver options for containers"),
     # images and registries
     Option("insecure-registries", "--insecure-registry", "list", "Enable insecure registry communication",
@@ -9498,28 +9500,23 @@ def network_settings(host_config: dict[str, Any], networks: dict[str, str]) -> d
 # ------------------------------------------------------------------------------------------------------------
 # Logs
 #
-# What containers print: one pump thread for the streams of all containers, the json-file driver that writes
-# and reads moby's format (a JSON object a line: log, stream, time), and the streams of one run, to which
-# clients attach.  Lines are cut at 16 KiB as Docker cuts them.  A client that does not read slows its
-# container down, as a pipe would.
+# What containers print: one pump thread reads the streams of all containers; a cutter makes records of them,
+# lines cut at 16 KiB as Docker cuts them; a log driver keeps these.  json-file and local write files in
+# moby's formats (a JSON object a line; length-prefixed protobuf messages), which rotate.  The others send to
+# a server (RFC 3164, RFC 5424 and RFC 5425; Fluentd's forward protocol; GELF 1.1; systemd's native journal
+# protocol), each from a queue and a thread of its own, and keep a local copy for `logs`.  Clients attach to
+# Streams: for one that reads slowly its share waits on the disk, so that neither the container nor another
+# client waits for it.
 # ------------------------------------------------------------------------------------------------------------
 
 LOG_LINE_LIMIT = 16384          # bytes of a line that go into one log entry
-SUBSCRIBER_LIMIT = 1 << 20      # bytes that wait for one attached client before its container must wait
+SUBSCRIBER_LIMIT = 1 << 20      # bytes that wait in memory for one attached client
+SPOOL_LIMIT = 4 << 30           # bytes that wait on the disk for one attached client
+PATIENCE = 3                    # seconds for which a container without a log waits for a client
+SENDER_LIMIT = 1 << 20          # bytes that wait for one log server, unless max-buffer-size says otherwise
+FOLLOWED_FILES = 100            # rotated files that are kept open for one reader that falls behind
 STDIN, STDOUT, STDERR = 0, 1, 2
 STREAM_NAMES = {STDOUT: "stdout", STDERR: "stderr"}
-_GO_ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028",
-                             "\u2029": "\\u2029", "\ufffd": "\\ufffd", "\x7f": "\x7f"})
-_json_string = json.encoder.encode_basestring  # the C implementation where there is one
-
-
-def _replace_bytes(error: UnicodeError) -> tuple[str, int]:
-    """U+FFFD for every single byte that is not UTF-8, as Go does it."""
-    assert isinstance(error, UnicodeDecodeError)
-    return "\ufffd" * (error.end - error.start), error.end
-
-
-codecs.register_error("each-byte", _replace_bytes)
 
 
 class LogPump:
@@ -9563,7 +9560,7 @@ class LogPump:
 
     def _read(self, fd: int) -> None:
         try:
-            data = os.read(fd, 1 << 16)
+            data = os.read(fd, 1 << 18)
         except BlockingIOError:
             return
         except OSError:  # EIO: the last slave of a terminal is closed
@@ -9581,213 +9578,1369 @@ class LogPump:
                 os.close(fd)
 
 
-class JsonFileLog:
-    """The json-file log driver: one file, an entry a line.  write() is the pump's, read() any thread's."""
+# Records: what goes into a log, cut from the streams
 
-    name = "json-file"
 
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.closed = False
-        self._file: Any = None
-        self._condition = threading.Condition()
-        self._partial: dict[int, bytes] = {}
+class Partial(NamedTuple):
+    """Which piece of a line that is too long for one entry, or that its stream's end cut off."""
 
-    def open(self) -> None:
-        """Begin to write, behind the last whole entry; OSError when the file cannot be made."""
-        self._file = open(
-            self.path, "a+b", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o640)
-        )
-        self.closed = False
-        self._partial = {}
-        size = self._file.seek(0, os.SEEK_END)
-        self._file.seek(max(0, size - (1 << 18)))
-        rest = self._file.read()
-        if not rest.endswith(b"\n"):  # a daemon that was killed in the middle of a write
-            self._file.truncate(size - len(rest) + rest.rfind(b"\n") + 1)
+    id: str
+    ordinal: int
+    last: bool
 
-    def resume(self, partial: dict[int, bytes]) -> None:
-        """Go on with what another daemon's unwritten() told."""
-        self._partial = dict(partial)
 
-    def write(self, stream: int, data: bytes) -> None:
-        """Take `data` of a stream in: whole lines are written, the rest waits; b"" writes the rest.
+class LogRecord(NamedTuple):
+    """Whole lines of one stream, or one piece of a long line: then `partial` tells which."""
 
-        A disk that is full loses the entries, says so once in the daemon's log, and stops no container."""
-        data = self._partial.pop(stream, b"") + data if data else self._partial.pop(stream, b"")
-        ending = not data.endswith(b"\n")
-        lines = data.split(b"\n")
-        rest = lines.pop()
-        when = rfc3339nano(time.time_ns())
-        tail = f',"stream":"{STREAM_NAMES[stream]}","time":"{when}"}}\n'
-        entries = [self._entry(piece, tail) for line in lines for piece in _pieces(line + b"\n")]
-        while len(rest) >= LOG_LINE_LIMIT:
-            entries.append(self._entry(rest[:LOG_LINE_LIMIT], tail))
-            rest = rest[LOG_LINE_LIMIT:]
-        if rest and ending:
-            self._partial[stream] = rest
-        self._append(entries)
+    stream: int
+    when: int                        # nanoseconds since 1970
+    data: bytes                      # each line with its newline; a piece that is not the last has none
+    partial: Optional[Partial] = None
 
-    def flush(self, stream: int) -> None:
-        """Write what waits for the end of its line: the stream has ended."""
-        rest = self._partial.pop(stream, b"")
-        if rest:
-            tail = f',"stream":"{STREAM_NAMES[stream]}","time":"{rfc3339nano(time.time_ns())}"}}\n'
-            self._append([self._entry(rest, tail)])
+    def lines(self) -> list[bytes]:
+        """The entries, without their newlines."""
+        return self.data[:-1].split(b"\n") if self.data.endswith(b"\n") else [self.data]
+
+
+class LineCutter:
+    """Cuts one stream into records.  What it keeps between two chunks: `rest`, the beginning of a line; for a
+    line of which pieces have gone out also `partial`, the last of these, and `when` the first was read."""
+
+    def __init__(self, stream: int) -> None:
+        self.stream, self.rest, self.when = stream, b"", 0
+        self.partial: Optional[Partial] = None
+
+    def feed(self, data: bytes) -> Iterator[LogRecord]:
+        """The records that `data`, the stream's next bytes, completes; b"" is its end."""
+        now, ending, data = time.time_ns(), not data, self.rest + data
+        begin = position = 0
+        self.rest = b""
+        while position < len(data):
+            window = position + LOG_LINE_LIMIT
+            if self.partial is None:  # one search goes over all lines that end in the window
+                newline = data.rfind(b"\n", position, window)
+                if newline >= 0:
+                    position = newline + 1
+                    continue
+                if begin < position:
+                    yield LogRecord(self.stream, now, data[begin:position])
+            else:
+                newline = data.find(b"\n", position, window)
+            begin = position
+            if newline < 0 and len(data) < window and not ending:
+                self.rest = data[position:]
+                return
+            position = newline + 1 if newline >= 0 else window
+            yield self._piece(data[begin:position], now, newline >= 0)
+            begin = position
+        if begin < position and self.partial is None:
+            yield LogRecord(self.stream, now, data[begin:])
+        if ending:
+            self.partial = None
+
+    def _piece(self, data: bytes, now: int, last: bool) -> LogRecord:
+        if self.partial is None:
+            self.partial, self.when = Partial(secrets.token_hex(32), 0, False), now
+        piece = self.partial._replace(ordinal=self.partial.ordinal + 1, last=last)
+        self.partial = None if last else piece
+        return LogRecord(self.stream, self.when, data, piece)
+
+
+class LogInfo(NamedTuple):
+    """What a log driver is told of its container, and the options that it was given."""
+
+    options: dict[str, str]
+    id: str
+    name: str                        # with its slash
+    image_id: str
+    image: str
+    created: str
+    command: str
+    labels: dict[str, str]
+    env: list[str]
+
+    def attributes(self, rename: Callable[[str], str] = str) -> dict[str, str]:
+        """The labels and variables that labels, labels-regex, env and env-regex choose."""
+        variables = dict(item.split("=", 1) for item in self.env if "=" in item)
+        found = {}
+        for option, values in (("labels", self.labels), ("env", variables)):
+            names = (self.options.get(option) or "").split(",")
+            pattern = self.options.get(option + "-regex")
+            try:
+                matches = re.compile(pattern).search if pattern else lambda name: None
+            except re.error as error:
+                raise DockerError(f"error parsing regexp: {error.msg}: `{pattern}`") from None
+            found.update({rename(name): value for name, value in values.items()
+                          if name in names or matches(name)})
+        return found
+
+    def tag(self, default: str = "{{.ID}}") -> str:
+        """The option tag, a Go template of which fields are understood; DockerError for another."""
+        fields = {"ID": self.id[:12], "FullID": self.id, "ContainerID": self.id, "Name": self.name[1:],
+                  "ContainerName": self.name, "ImageID": self.image_id[:12], "ImageFullID": self.image_id,
+                  "ContainerImageID": self.image_id, "ImageName": self.image,
+                  "ContainerImageName": self.image, "DaemonName": "docker", "Command": self.command,
+                  "Hostname": socket.gethostname()}
+
+        def value(match: re.Match[str]) -> str:
+            if match[1] is None:
+                raise DockerError("template: log-tag:1: " + (
+                    f"{match[0]} is not understood here: a tag may name fields only"
+                    if match[0].endswith("}}") else "unclosed action"))
+            if match[1] not in fields:
+                raise DockerError(f'template: log-tag:1:{match.start(1) - 1}: executing "log-tag" at '
+                                  f"<.{match[1]}>: can't evaluate field {match[1]} in type *logger.Info")
+            return fields[match[1]]
+
+        return re.sub(r"\{\{\s*\.(\w+)\s*\}\}|\{\{.*?(?:\}\}|$)", value, self.options.get("tag") or default)
+
+
+# The formats of log files
+
+
+class LogEntry(NamedTuple):
+    """An entry as it is read back; `text` ends with its newline, if the line ended there."""
+
+    stream: int
+    when: int
+    text: bytes
+    attributes: dict[str, str]
+
+
+# What Go escapes and Python does not: (character, what stands for it until the rest is escaped, escape)
+_GO_CONTROLS = (("\t", "\ud809", "\\u0009"), ("\b", "\ud808", "\\u0008"), ("\f", "\ud80c", "\\u000c"))
+_GO_ESCAPES = (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026"), ("\u2028", "\\u2028"),
+               ("\u2029", "\\u2029"), ("\udc80", "\\ufffd"))
+
+
+class JsonLines:
+    """The format of json-file, byte for byte as moby's encoder writes it."""
+
+    def __init__(self, attributes: dict[str, str]) -> None:
+        self._attributes = ',"attrs":' + docker_json(attributes, sort=True).decode() if attributes else ""
+
+    def encode(self, record: LogRecord) -> bytes:
+        """The record's entries.  All lines are escaped in one go, as a call per line would take most of the
+        time; what stands for the newlines is a character that the text has not."""
+        try:
+            text = record.data.decode()
+        except UnicodeDecodeError:  # U+FFFD for every single byte that is not UTF-8
+            text = re.sub("[\udc80-\udcff]", "\udc80", record.data.decode("utf-8", "surrogateescape"))
+        newline = "\ud80a" if "\x7f" in text else "\x7f"
+        text = text.replace("\n", newline)
+        for character, mark, _ in _GO_CONTROLS:
+            text = text.replace(character, mark)
+        text = json.encoder.encode_basestring(text)  # the C implementation where there is one
+        for mark, escape in *[pair[1:] for pair in _GO_CONTROLS], *_GO_ESCAPES:
+            text = text.replace(mark, escape)
+        tail = (f'","stream":"{STREAM_NAMES[record.stream]}"{self._attributes},'
+                f'"time":"{rfc3339nano(record.when)}"}}\n')
+        if not text.endswith(newline + '"'):
+            return ('{"log":' + text[:-1] + tail).encode()
+        return ('{"log":' + text[:-1].replace(newline, "\\n" + tail + '{"log":"'))[:-8].encode()
 
     @staticmethod
-    def _entry(line: bytes, tail: str) -> str:
-        return '{"log":' + _json_string(line.decode("utf-8", "each-byte")).translate(_GO_ESCAPES) + tail
+    def decode(line: bytes) -> Optional[LogEntry]:
+        """The entry; None for a line that is torn."""
+        try:
+            entry = json.loads(line)
+            return LogEntry(STDERR if entry["stream"] == "stderr" else STDOUT, parse_timestamp(entry["time"]),
+                            entry["log"].encode("utf-8", "surrogatepass"), entry.get("attrs") or {})
+        except (ValueError, KeyError, TypeError, AttributeError, DockerError):
+            return None
 
-    def _append(self, entries: list[str]) -> None:
-        if not entries:
+    @staticmethod
+    def split(data: bytes) -> tuple[list[bytes], bytes]:
+        """The raw entries that `data` begins with, and the rest."""
+        *lines, rest = data.split(b"\n")
+        return lines, rest
+
+    @staticmethod
+    def cut(data: bytes, size: int) -> int:
+        """How many bytes the first entries have that make up `size` bytes or more."""
+        return data.index(b"\n", size - 1) + 1
+
+    @staticmethod
+    def last(file: BinaryIO, count: int, end: int) -> tuple[int, int]:
+        """Where the last `count` entries before `end` begin, and how many these are."""
+        position, found = end, -1  # the newline that ends the last entry is not counted
+        while position > 0 and count:
+            step = min(1 << 16, position)
+            position -= step
+            block = os.pread(file.fileno(), step, position)
+            newlines = block.count(b"\n")
+            if found + newlines >= count:
+                cut = len(block)
+                for _ in range(count - found):
+                    cut = block.rindex(b"\n", 0, cut)
+                return position + cut + 1, count
+            found += newlines
+        return position, found + 1
+
+
+def _varint(number: int) -> bytes:
+    """A protobuf varint."""
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def _protobuf(data: bytes) -> dict[int, Any]:
+    """The fields of a protobuf message of varints and bytes: {number: value}; ValueError or IndexError for
+    another."""
+    fields: dict[int, Any] = {}
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = data[position]
+            position += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while position < len(data):
+        key = varint()
+        value: Any = varint()
+        if key & 7 == 2:
+            position += value
+            value = data[position - value:position]
+        elif key & 7:
+            raise ValueError("neither varint nor bytes")
+        fields[key >> 3] = value
+    return fields
+
+
+class LocalEntries:
+    """The format of local: moby's LogEntry messages (entry.proto), each between two copies of its length."""
+
+    def __init__(self, attributes: dict[str, str]) -> None:
+        """It keeps no attributes."""
+
+    @staticmethod
+    def encode(record: LogRecord) -> bytes:
+        """The record's entries."""
+        name, tail = STREAM_NAMES[record.stream].encode(), b""
+        head = b"\x0a" + _varint(len(name)) + name + b"\x10" + _varint(record.when)
+        if record.partial:
+            identity, ordinal, last = record.partial
+            tail = b"\x08\x01" if last else b""
+            tail += b"\x12\x40" + identity.encode() + b"\x18" + _varint(ordinal)
+            tail = b"\x20\x01\x2a" + _varint(len(tail)) + tail
+        out = bytearray()
+        for line in record.lines():
+            text = b"\x1a" + _varint(len(line)) + line if line else b""
+            length = (len(head) + len(text) + len(tail)).to_bytes(4, "big")
+            out += b"".join((length, head, text, tail, length))
+        return bytes(out)
+
+    @staticmethod
+    def decode(message: bytes) -> Optional[LogEntry]:
+        """The entry; None for a message that is none."""
+        try:
+            fields = _protobuf(message)
+            unfinished = fields.get(4) and not _protobuf(fields.get(5, b"")).get(1)
+            return LogEntry(STDERR if fields.get(1) == b"stderr" else STDOUT, fields.get(2, 0),
+                            fields.get(3, b"") + (b"" if unfinished else b"\n"), {})
+        except (ValueError, IndexError, TypeError):
+            return None
+
+    @staticmethod
+    def split(data: bytes) -> tuple[list[bytes], bytes]:
+        """The raw entries that `data` begins with, and the rest."""
+        entries, position = [], 0
+        while position + 8 <= len(data):
+            end = position + 8 + int.from_bytes(data[position:position + 4], "big")
+            if end > len(data):
+                break
+            entries.append(data[position + 4:end - 4])
+            position = end
+        return entries, data[position:]
+
+    @staticmethod
+    def cut(data: bytes, size: int) -> int:
+        """How many bytes the first entries have that make up `size` bytes or more."""
+        position = 0
+        while position < size:
+            position += 8 + int.from_bytes(data[position:position + 4], "big")
+        return position
+
+    @staticmethod
+    def last(file: BinaryIO, count: int, end: int) -> tuple[int, int]:
+        """Where the last `count` entries before `end` begin, and how many these are."""
+        position, found = end, 0
+        while position >= 8 and found < count:
+            position -= 8 + int.from_bytes(os.pread(file.fileno(), 4, position - 4), "big")
+            found += 1
+        return max(position, 0), found
+
+
+# Log files
+
+
+class Rotation(NamedTuple):
+    """When a log goes on in a new file: at `size` bytes (-1: never); how many files there may be."""
+
+    size: int
+    files: int
+    compress: bool
+
+
+def _log_option(options: dict[str, str], name: str, parse: Callable[[str], Any], default: Any,
+                fault: str = "{}") -> Any:
+    """An option's value; DockerError with `fault` around what is wrong with it."""
+    try:
+        return parse(options[name]) if name in options else default
+    except BadParameter as error:
+        raise DockerError(fault.format(error)) from None
+
+
+def parse_count(text: str) -> int:
+    """A decimal integer (Go: strconv.Atoi); BadParameter for all else."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text, re.ASCII):
+        raise BadParameter(f'strconv.Atoi: parsing "{text}": invalid syntax')
+    return int(text)
+
+
+def json_file_rotation(options: dict[str, str]) -> Rotation:
+    """json-file's options; without max-size a log is bounded all the same, as Docker's is not."""
+    size = -1 if options.get("max-size") == "-1" else _log_option(
+        options, "max-size", lambda text: parse_size(text, 1000), 100 * 1000 ** 2)
+    if not size:
+        raise DockerError("max-size must be a positive number")
+    files = _log_option(options, "max-file", parse_count, 1 if "max-size" in options else 2)
+    if files < 1:
+        raise DockerError("max-file cannot be less than 1")
+    compress = _log_option(options, "compress", parse_bool, False)
+    if compress and (files < 2 or size < 0 or "max-size" not in options):
+        raise DockerError("compress cannot be true when max-file is less than 2 or max-size is not set")
+    return Rotation(size, files, compress)
+
+
+def local_rotation(options: dict[str, str]) -> Rotation:
+    """local's options."""
+    size = _log_option(options, "max-size", parse_size, 20 << 20,
+                       f"invalid value for max-size: {options.get('max-size')}: {{}}")
+    files = _log_option(options, "max-file", parse_count, 5,
+                        f"invalid value for max-file: {options.get('max-file')}: {{}}")
+    compress = _log_option(options, "compress", parse_bool, True, "error reading compress log option: {}")
+    if files < 0:
+        raise DockerError("max file count cannot be less than 0")
+    if compress and files <= 1:
+        raise DockerError("compression cannot be enabled when max file count is 1")
+    return Rotation(size or -1, max(files, 1), compress)
+
+
+class FileLog:
+    """A log in files: `path` and the rotated ones, PATH.1 (the newest) to PATH.N, or PATH.1.gz.
+
+    write() is the pump's, read() any thread's.  A disk that is full loses entries, says so once in the
+    daemon's log, and stops no container."""
+
+    full = False
+
+    def __init__(self, path: str, form: Any, rotation: Callable[[dict[str, str]], Rotation]) -> None:
+        self.path, self.form, self._parse = path, form, rotation
+        self.file: Optional[FileLog] = self
+        self.closed = True
+        self.condition = threading.Condition()
+        self.followers: weakref.WeakSet[LogReader] = weakref.WeakSet()
+        self._fd = -1
+        self._size = self._last = 0
+        self._failing = False
+        self._compressor: Optional[threading.Thread] = None
+
+    def open(self, info: LogInfo, connect: bool = True) -> None:
+        """Begin to write; DockerError for options that are wrong, or when the file cannot be made."""
+        self._rotation = self._parse(info.options)
+        attributes = info.attributes()
+        if info.options.get("tag"):
+            attributes["tag"] = info.tag()
+        with self.condition:
+            self._form = self.form(attributes)
+            try:
+                os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
+                self._open_file()
+            except OSError as error:
+                raise DockerError(f"open {self.path}: {(error.strerror or '').lower()}") from None
+            self.closed = False
+
+    def _open_file(self) -> None:
+        """Go on in `path`; an entry that a power cut tore goes."""
+        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        self._size = os.fstat(self._fd).st_size
+        if self._size and not self._is_whole():
+            with open(self.path, "rb") as file:
+                rest = b""
+                for block in iter(lambda: file.read(1 << 16), b""):
+                    rest = self.form.split(rest + block)[1]
+            self._size -= len(rest)
+            os.ftruncate(self._fd, self._size)
+
+    def _is_whole(self) -> bool:
+        with open(self.path, "rb") as file:
+            start, found = self.form.last(file, 1, self._size)
+            entries, rest = self.form.split(os.pread(file.fileno(), self._size - start, start))
+        return found == 1 and len(entries) == 1 and not rest
+
+    def position(self) -> str:
+        """Where the log ends."""
+        return f"{os.fstat(self._fd).st_ino}:{self._size}" if self._fd >= 0 else ""
+
+    def write(self, record: LogRecord) -> None:
+        """Append the record's entries."""
+        if self._fd < 0:
             return
+        data = self._form.encode(record)
+        with self.condition:
+            while data and self._fd >= 0:
+                room = self._rotation.size - self._size
+                if self._rotation.size > 0 and room <= 0 and self._rotate():
+                    continue
+                cut = self.form.cut(data, room) if 0 < room < len(data) else len(data)
+                self._append(data[:cut])
+                self._last, data = record.when, data[cut:]
+            self.condition.notify_all()
+
+    def _append(self, data: bytes) -> None:
         try:
-            self._file.write("".join(entries).encode())
+            write_all(self._fd, data)
+            self._size += len(data)
+            self._failing = False
         except OSError as error:
-            log.error("cannot write the log %s: %s", self.path, error.strerror)
-        with self._condition:
-            self._condition.notify_all()
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self._size)
+            if not self._failing:
+                log.error("cannot write the log %s: %s", self.path, error.strerror)
+            self._failing = True
 
-    def size(self) -> int:
-        """How many bytes of entries there are."""
+    def _rotate(self) -> bool:
+        """Go on in a new file; False when that must wait for a compression, or is not possible."""
+        if self._compressor and self._compressor.is_alive():
+            return False
         try:
-            return os.path.getsize(self.path)
-        except FileNotFoundError:
-            return 0
+            for number in range(self._rotation.files - 1, -1, -1):
+                for suffix in ("", ".gz") if number else ("",):
+                    old = f"{self.path}.{number}{suffix}" if number else self.path
+                    with contextlib.suppress(FileNotFoundError):
+                        if number == self._rotation.files - 1:  # readers that are not through have it open
+                            os.unlink(old)
+                        else:
+                            os.rename(old, f"{self.path}.{number + 1}{suffix}")
+            old_fd = self._fd
+            self._open_file()
+            os.close(old_fd)
+            for reader in self.followers:
+                reader.add(open(self.path, "rb"))
+        except OSError as error:
+            log.error("cannot rotate the log %s: %s", self.path, error.strerror)
+            return False
+        if self._rotation.compress:
+            self._compressor = threading.Thread(target=self._compress, args=(self._last,), daemon=True)
+            self._compressor.start()
+            if self._rotation.size <= 1 << 20:
+                self._compressor.join()
+        return True
 
-    def unwritten(self) -> dict[int, bytes]:
-        """What of each stream waits for the end of its line."""
-        return dict(self._partial)
+    def _compress(self, last: int) -> None:
+        """PATH.1 as PATH.1.gz; moby keeps the time of the last entry in the header (RFC 1952, FEXTRA)."""
+        extra = docker_json({"lastTime": rfc3339nano(last)})
+        deflate, checksum, size = zlib.compressobj(wbits=-15), 0, 0
+        temporary = self.path + ".gz.tmp"
+        try:
+            with open(self.path + ".1", "rb") as source, open(temporary, "wb") as target:
+                os.fchmod(target.fileno(), 0o640)
+                target.write(b"\x1f\x8b\x08\x04\0\0\0\0\0\xff" + struct.pack("<H", len(extra)) + extra)
+                for block in iter(lambda: source.read(1 << 18), b""):
+                    checksum, size = zlib.crc32(block, checksum), size + len(block)
+                    target.write(deflate.compress(block))
+                target.write(deflate.flush() + struct.pack("<II", checksum, size & 0xFFFFFFFF))
+            os.rename(temporary, self.path + ".1.gz")
+            os.unlink(self.path + ".1")
+        except OSError as error:  # the file is gone with its container, or stays as it is
+            log.debug("cannot compress %s.1: %s", self.path, error.strerror)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
 
     def close(self) -> None:
         """No more is written; readers that follow come to their end."""
-        with self._condition:
+        with self.condition:
             self.closed = True
-            if self._file is not None:
-                self._file.close()
-                self._file = None
-            self._condition.notify_all()
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+            self.condition.notify_all()
 
     def wake(self) -> None:
         """Let readers that wait look whether they have been cancelled."""
-        with self._condition:
-            self._condition.notify_all()
+        with self.condition:
+            self.condition.notify_all()
+
+    def paths(self) -> list[str]:
+        """The files that there are, the oldest first."""
+        directory, base = os.path.split(self.path)
+        found: dict[int, str] = {}
+        for name in sorted(os.listdir(directory), reverse=True) if os.path.isdir(directory) else ():
+            match = re.fullmatch(re.escape(base) + r"(?:\.([0-9]+)(?:\.gz)?)?", name)
+            if match:  # where a crash left both, the uncompressed one is whole
+                found[int(match[1] or 0)] = os.path.join(directory, name)
+        return [found[number] for number in sorted(found, reverse=True)]
 
     def read(self, tail: int = -1, since: int = 0, until: int = 0, follow: bool = False,
-             cancelled: Optional[threading.Event] = None,
-             end: Optional[int] = None) -> Iterator[tuple[int, int, bytes]]:
-        """(stream, time in ns, bytes) of each entry: the last `tail` ones or all (-1), between two times (ns,
-        0 for open), up to the file's offset `end`; with `follow` until the log is closed or `cancelled`
-        is set."""
-        try:
-            file = open(self.path, "rb")
-        except FileNotFoundError:
-            return
-        with file:
-            if tail >= 0:
-                file.seek(_tail_offset(file, tail))
-            for line in self._lines(file, follow, cancelled or threading.Event(), end):
-                try:
-                    entry = json.loads(line)
-                    when = parse_timestamp(entry["time"])
-                    stream = STDERR if entry["stream"] == "stderr" else STDOUT
-                    text = entry["log"].encode("utf-8", "surrogatepass")
-                except (ValueError, KeyError, TypeError, DockerError):
-                    continue  # a torn line after a power cut
-                if until and when > until:
-                    return
-                if when >= since:
-                    yield stream, when, text
+             cancelled: Optional[threading.Event] = None) -> Iterator[LogEntry]:
+        """What the log has at this call: the last `tail` entries or all (-1), between two times (ns, 0: any);
+        with `follow` also what comes, until the log is closed or `cancelled` is set."""
+        reader = LogReader(self, follow, cancelled or threading.Event())
+        return reader.entries(tail, since, until)
 
-    def _lines(self, file: BinaryIO, follow: bool, cancelled: threading.Event,
-               end: Optional[int]) -> Iterator[bytes]:
+
+class LogReader:
+    """One reading of a FileLog.  It holds the files open, so that no rotation takes away what it has not
+    read; of one that falls too far behind, the oldest go."""
+
+    def __init__(self, source: FileLog, follow: bool, cancelled: threading.Event) -> None:
+        self.source, self.cancelled = source, cancelled
+        self.files: collections.deque[BinaryIO] = collections.deque()
+        with source.condition:
+            self.follow = follow and not source.closed
+            for path in source.paths():
+                with contextlib.suppress(FileNotFoundError):
+                    self.files.append(open(path, "rb"))
+            self._end = os.fstat(self.files[-1].fileno()).st_size if self.files else 0
+            if self.follow:
+                source.followers.add(self)
+
+    def add(self, file: BinaryIO) -> None:
+        """The log goes on in `file`; the log's lock is held."""
+        self.files.append(file)
+        if len(self.files) > FOLLOWED_FILES:
+            self.files[1].close()
+            del self.files[1]
+
+    def entries(self, tail: int, since: int, until: int) -> Iterator[LogEntry]:
+        """See FileLog.read."""
+        try:
+            if tail >= 0:
+                self._skip(tail)
+            while self.files:
+                self._unpack(0)
+                for raw in self._raw(self.files[0]):
+                    entry = self.source.form.decode(raw)
+                    if entry and until and entry.when > until:
+                        return
+                    if entry and entry.when >= since:
+                        yield entry
+                with self.source.condition:
+                    self.files.popleft().close()
+        finally:
+            with self.source.condition:
+                self.source.followers.discard(self)
+                while self.files:
+                    self.files.pop().close()
+
+    def _skip(self, count: int) -> None:
+        """Go to where the last `count` entries begin."""
+        last = len(self.files) - 1
+        for index in range(last, -1, -1):
+            file = self._unpack(index)
+            end = self._end if index == last else os.fstat(file.fileno()).st_size
+            start, found = self.source.form.last(file, count, end)
+            file.seek(start)
+            count -= found
+            if count <= 0:
+                with self.source.condition:
+                    for _ in range(index):
+                        self.files.popleft().close()
+                return
+
+    def _unpack(self, index: int) -> BinaryIO:
+        """The file of that index; a compressed one is replaced by its content first."""
+        file = self.files[index]
+        if os.pread(file.fileno(), 2, 0) != b"\x1f\x8b":
+            return file
+        import gzip
+        import shutil
+        import tempfile
+        plain = tempfile.TemporaryFile(dir=os.path.dirname(self.source.path))
+        with file, contextlib.suppress(EOFError, zlib.error, OSError):  # one that is damaged ends early
+            shutil.copyfileobj(gzip.GzipFile(fileobj=file), plain, 1 << 18)
+        plain.seek(0)
+        self.files[index] = plain  # type: ignore[call-overload]
+        return plain  # type: ignore[return-value]
+
+    def _raw(self, file: BinaryIO) -> Iterator[bytes]:
         rest = b""
-        while not cancelled.is_set():
-            with self._condition:
-                closed = self.closed or not follow or self._file is None
-            data = file.read(1 << 16 if end is None else min(1 << 16, end - file.tell()))
+        while not self.cancelled.is_set():
+            with self.source.condition:
+                last, closed = len(self.files) == 1, self.source.closed or not self.follow
+            limit = self._end - file.tell() if last and not self.follow else 1 << 16
+            data = file.read(max(0, min(1 << 16, limit)))
             if data:
-                *lines, rest = (rest + data).split(b"\n")
-                yield from lines
-            elif closed:
+                entries, rest = self.source.form.split(rest + data)
+                yield from entries
+            elif not last or closed:
                 return
             else:
-                self._wait_beyond(file.tell(), cancelled)
+                self._wait(file)
 
-    def _wait_beyond(self, position: int, cancelled: threading.Event) -> None:
-        """Return when the file is longer than `position`, the log is closed or the reader is cancelled."""
+    def _wait(self, file: BinaryIO) -> None:
+        """Return when there is more, the log is closed or the reader is cancelled."""
+        with self.source.condition:
+            self.source.condition.wait_for(
+                lambda: self.source.closed or self.cancelled.is_set() or len(self.files) > 1
+                or os.fstat(file.fileno()).st_size > file.tell())
+
+
+# Log servers
+
+
+_TRANSPORT = re.compile(r"(tcp|tcp\+tls|udp|unix|unixgram)://(.*)", re.S)
+
+
+def host_and_port(address: str, default: Optional[int] = None) -> tuple[str, int]:
+    """'host:port', '[::1]:port' or (with a default) 'host'; BadParameter for a port that is no number."""
+    match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(.*))?", address)
+    if not match or (not match[2] and default is None):
+        raise BadParameter(f"address {address}: missing port in address")
+    return match[1].strip("[]"), parse_count(match[2]) if match[2] else default or 0
+
+
+def dial(protocol: str, address: Any) -> socket.socket:
+    """A socket connected to a path or to (host, port); DockerError, in Go's words, after at most 10 s."""
+    unix, datagram = protocol.startswith("unix"), protocol in ("udp", "unixgram")
+    kind = socket.SOCK_DGRAM if datagram else socket.SOCK_STREAM
+    shown = address if unix else f"{':'.join(map(str, address))}"
+    if not address:
+        raise DockerError(f"dial {protocol}: missing address")
+    family, target = socket.AF_UNIX, address
+    try:
+        if not unix:
+            family, _, _, _, target = socket.getaddrinfo(address[0] or "127.0.0.1", address[1], type=kind)[0]
+        connection = socket.socket(family, kind)
+        try:
+            connection.settimeout(10)
+            connection.connect(target)
+        except BaseException:
+            connection.close()
+            raise
+    except socket.gaierror:
+        raise DockerError(f"dial {protocol}: lookup {address[0]}: no such host") from None
+    except OSError as error:
+        timeout = isinstance(error, socket.timeout)
+        reason = "i/o timeout" if timeout else f"connect: {(error.strerror or '').lower()}"
+        raise DockerError(f"dial {protocol} {shown}: {reason}") from None
+    return connection
+
+
+class LogServer:
+    """The protocol of one kind of log server: connect, the messages of a record, send.  Each kind's `options`
+    are what --log-opt may name, beside those that choose the tag and the attributes."""
+
+    options = ""
+    unknown = "unknown log opt '{}' for {} log driver"
+    retry_wait, retries, limit, asynchronous = 0.1, 1 << 31, SENDER_LIMIT, False
+
+    @classmethod
+    def check(cls, options: dict[str, str]) -> None:
+        """BadParameter for a value that cannot be."""
+
+    def __init__(self, info: LogInfo) -> None:
+        self.info, self.tag, self.attributes = info, info.tag(), info.attributes(self.attribute)
+        self.socket: Any = None
+
+    @staticmethod
+    def attribute(name: str) -> str:
+        """What a label's or variable's name becomes."""
+        return name
+
+    def dial(self) -> Any:
+        """A connected socket."""
+        raise NotImplementedError
+
+    def message(self, record: LogRecord, line: bytes) -> bytes:
+        """The bytes that tell of one line; b"" where nothing is sent."""
+        raise NotImplementedError
+
+    def connect(self) -> None:
+        """Make the connection; DockerError in Docker's words."""
+        self.socket = self.dial()
+        self.socket.settimeout(30)
+
+    def send(self, message: bytes) -> None:
+        """Send what message() made; OSError."""
+        self.socket.sendall(message)
+
+    def close(self) -> None:
+        """Give the connection up."""
+        if self.socket is not None:
+            self.socket.close()
+            self.socket = None
+
+    def finish(self) -> None:
+        """End the connection behind what was sent: to close it with something unread would be a reset."""
+        with contextlib.suppress(OSError):
+            if self.socket is not None and self.socket.type == socket.SOCK_STREAM:
+                self.socket.settimeout(2)
+                self.socket.shutdown(socket.SHUT_WR)
+                while self.socket.recv(4096):
+                    pass
+        self.close()
+
+
+class Syslog(LogServer):
+    """Syslog, local or remote: RFC 3164, RFC 5424, with TLS framed after RFC 5425."""
+
+    options = ("syslog-address syslog-facility syslog-format syslog-tls-ca-cert syslog-tls-cert "
+               "syslog-tls-key syslog-tls-skip-verify")
+    FACILITIES = ("kern user mail daemon auth syslog lpr news uucp cron authpriv ftp 12 13 14 15 local0 "
+                  "local1 local2 local3 local4 local5 local6 local7").split()
+
+    @classmethod
+    def check(cls, options: dict[str, str]) -> None:
+        """BadParameter for a value that cannot be."""
+        address, facility = options.get("syslog-address"), options.get("syslog-facility") or "daemon"
+        match = _TRANSPORT.fullmatch(address or "udp://x")
+        if not match:
+            raise BadParameter(f"syslog-address should be in form proto://address, got {address}")
+        if match[1].startswith("unix") and not os.path.exists(match[2]):
+            raise BadParameter(f"stat {match[2]}: no such file or directory")
+        if not match[1].startswith("unix"):
+            host_and_port(match[2], 514)
+        if facility not in cls.FACILITIES and not (facility.isdecimal() and int(facility) < 24):
+            raise BadParameter("invalid syslog facility")
+        if options.get("syslog-format", "") not in ("", "rfc3164", "rfc5424", "rfc5424micro"):
+            raise BadParameter("Invalid syslog format")
+
+    def __init__(self, info: LogInfo) -> None:
+        super().__init__(info)
+        facility = info.options.get("syslog-facility") or "daemon"
+        number = self.FACILITIES.index(facility) if facility in self.FACILITIES else int(facility)
+        self.priorities = {STDOUT: number * 8 + 6, STDERR: number * 8 + 3}
+        self.format = info.options.get("syslog-format", "")
+        match = _TRANSPORT.fullmatch(info.options.get("syslog-address") or "")
+        self.protocol, self.address = match.groups() if match else ("", "")
+        self.framed = self.protocol == "tcp+tls" and self.format.startswith("rfc5424")
+        self.names = socket.gethostname(), self.tag, os.getpid()
+
+    def dial(self) -> Any:
+        """A connected socket."""
+        if not self.protocol:
+            for protocol in ("unixgram", "unix"):
+                for path in ("/dev/log", "/var/run/syslog", "/var/run/log"):
+                    with contextlib.suppress(DockerError):
+                        return dial(protocol, path)
+            raise DockerError("Unix syslog delivery error")
+        if self.protocol.startswith("unix"):
+            return dial(self.protocol, self.address)
+        address = host_and_port(self.address, 514)
+        if self.protocol != "tcp+tls":
+            return dial(self.protocol, address)
+        context = self._tls()
+        connection = dial("tcp", address)
+        try:
+            return context.wrap_socket(connection, server_hostname=address[0])
+        except OSError as error:
+            connection.close()
+            raise DockerError(f"tls: {error}") from None
+
+    def _tls(self) -> Any:
+        import ssl
+        authority, certificate, key = (
+            self.info.options.get(f"syslog-tls-{name}") or None for name in ("ca-cert", "cert", "key"))
+        try:
+            context = ssl.create_default_context(cafile=authority)
+        except OSError as error:
+            raise DockerError(f'could not read CA certificate "{authority}": open {authority}: '
+                              f"{(error.strerror or str(error)).lower()}") from None
+        if "syslog-tls-skip-verify" in self.info.options:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        try:
+            if certificate:
+                context.load_cert_chain(certificate, key)
+        except OSError as error:
+            raise DockerError(
+                f"Could not load X509 key pair: {error}. Make sure the key is not encrypted") from None
+        return context
+
+    def message(self, record: LogRecord, line: bytes) -> bytes:
+        """The bytes that tell of one line."""
+        if not line:
+            return b""
+        host, tag, pid = self.names
+        seconds, moment = record.when // 10 ** 9, time.localtime(record.when // 10 ** 9)
+        if self.format.startswith("rfc5424"):
+            digits = f".{record.when // 1000 % 10 ** 6:06d}" if self.format.endswith("micro") else ""
+            zone = time.strftime("%z", moment)
+            zone = "Z" if zone == "+0000" else f"{zone[:3]}:{zone[3:]}"
+            head = f"1 {time.strftime('%Y-%m-%dT%H:%M:%S', moment)}{digits}{zone} {host} {tag} {pid} {tag} - "
+        else:
+            month = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()[moment.tm_mon - 1]
+            head = f"{month} {moment.tm_mday:2d} {time.strftime('%H:%M:%S', time.localtime(seconds))} " \
+                   f"{host + ' ' if self.format else ''}{tag}[{pid}]: "
+        text = f"<{self.priorities[record.stream]}>{head}".encode() + line + b"\n"
+        return b"%d %b" % (len(text), text) if self.framed else text
+
+
+class Gelf(LogServer):
+    """GELF 1.1 in UDP datagrams, compressed and in chunks, or over TCP."""
+
+    options = ("gelf-address gelf-compression-level gelf-compression-type gelf-tcp-max-reconnect "
+               "gelf-tcp-reconnect-delay")
+    unknown = 'unknown log opt "{}" for {} log driver'
+    CHUNK = 1420                     # bytes of a datagram
+
+    @classmethod
+    def check(cls, options: dict[str, str]) -> None:
+        """BadParameter for a value that cannot be."""
+        address = options.get("gelf-address")
+        match = _TRANSPORT.fullmatch(address or "")
+        if not match:
+            raise BadParameter(f"gelf-address should be in form proto://address, got {address}" if address
+                               else "gelf-address is a required parameter")
+        if match[1] not in ("udp", "tcp"):
+            raise BadParameter("gelf: endpoint needs to be TCP or UDP")
+        if not re.search(r":[^:]*$", match[2]):
+            raise BadParameter("gelf: please provide gelf-address as proto://host:port")
+        host_and_port(match[2])
+        for name in sorted(options):
+            value = options[name]
+            if name.startswith("gelf-compression") and match[1] != "udp":
+                raise BadParameter("compression is only supported on UDP")
+            if name == "gelf-compression-level" and value not in ("-1", *"0123456789") or \
+                    name == "gelf-compression-type" and value not in ("gzip", "zlib", "none"):
+                raise BadParameter(f'unknown value "{value}" for log opt "{name}" for gelf log driver')
+            if name.startswith("gelf-tcp"):
+                if match[1] != "tcp":
+                    raise BadParameter(f'"{name}" is only valid for TCP')
+                if not value.isdecimal():
+                    raise BadParameter(f'"{name}" must be a positive integer')
+
+    def __init__(self, info: LogInfo) -> None:
+        super().__init__(info)
+        self.protocol, self.address = info.options["gelf-address"].split("://")
+        self.compression = info.options.get("gelf-compression-type", "gzip")
+        self.level = int(info.options.get("gelf-compression-level", 1))
+        extra = {"_command": info.command, "_container_id": info.id, "_container_name": info.name[1:],
+                 "_created": info.created, "_image_id": info.image_id, "_image_name": info.image,
+                 "_tag": self.tag}
+        self.extra = dict(sorted({**extra, **self.attributes}.items()))
+        self.host = socket.gethostname()
+
+    @staticmethod
+    def attribute(name: str) -> str:
+        """What a label's or variable's name becomes."""
+        return name if name.startswith("_") else "_" + name
+
+    def dial(self) -> Any:
+        """A connected socket."""
+        try:
+            return dial(self.protocol, host_and_port(self.address))
+        except DockerError as error:
+            raise DockerError(f"gelf: cannot connect to GELF endpoint: {self.address} {error}") from None
+
+    def message(self, record: LogRecord, line: bytes) -> bytes:
+        """The bytes that tell of one line."""
+        if not line:
+            return b""
+        fields = {"version": "1.1", "host": self.host,
+                  "short_message": line.decode("utf-8", "surrogateescape"),
+                  "timestamp": record.when // 10 ** 6 / 1000, "level": 3 if record.stream == STDERR else 6}
+        data = docker_json({**fields, **self.extra})
+        if self.protocol == "tcp":
+            return data + b"\0"
+        if self.compression == "none":
+            return data
+        deflate = zlib.compressobj(self.level, wbits=31 if self.compression == "gzip" else 15)
+        return deflate.compress(data) + deflate.flush()
+
+    def send(self, message: bytes) -> None:
+        """Send what message() made; OSError."""
+        size = self.CHUNK - 12
+        count = -(-len(message) // size)
+        if self.protocol == "tcp" or len(message) <= self.CHUNK:
+            self.socket.sendall(message)
+        elif count <= 128:
+            identity = b"\x1e\x0f" + secrets.token_bytes(8)
+            for number in range(count):
+                part = message[number * size:(number + 1) * size]
+                self.socket.send(identity + bytes((number, count)) + part)
+        else:
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+
+
+def _msgpack(value: Any) -> bytes:
+    """A str, bytes (as a string), an int below 2^63, or a dict or list of these, in MessagePack."""
+    if isinstance(value, int):
+        return b"\xd2" + struct.pack(">i", value) if value < 1 << 31 else b"\xd3" + struct.pack(">q", value)
+    if isinstance(value, (str, bytes)):
+        data, kinds = value if isinstance(value, bytes) else value.encode("utf-8", "replace"), (0xA0, 32)
+    else:
+        items = value if isinstance(value, list) else [part for pair in value.items() for part in pair]
+        data, kinds = b"".join(map(_msgpack, items)), (0x90 if isinstance(value, list) else 0x80, 16)
+    count, (short, limit) = len(data if isinstance(value, (str, bytes)) else value), kinds
+    if count < limit:
+        return bytes((short | count,)) + data
+    wide, long = {0xA0: (0xDA, 0xDB), 0x90: (0xDC, 0xDD), 0x80: (0xDE, 0xDF)}[short]
+    if short == 0xA0 and count < 256:
+        return bytes((0xD9, count)) + data
+    return (struct.pack(">BH", wide, count) if count < 1 << 16 else struct.pack(">BI", long, count)) + data
+
+
+class Fluentd(LogServer):
+    """Fluentd's forward protocol, message mode."""
+
+    options = ("fluentd-address fluentd-async fluentd-async-connect fluentd-buffer-limit fluentd-max-retries "
+               "fluentd-request-ack fluentd-retry-wait fluentd-sub-second-precision")
+    PARSERS: dict[str, Callable[[str], Any]] = {
+        "fluentd-buffer-limit": parse_size, "fluentd-retry-wait": parse_duration, "fluentd-async": parse_bool,
+        "fluentd-async-connect": parse_bool, "fluentd-request-ack": parse_bool,
+        "fluentd-sub-second-precision": parse_bool}
+
+    @classmethod
+    def check(cls, options: dict[str, str]) -> None:
+        """BadParameter for a value that cannot be."""
+        cls._target(options.get("fluentd-address") or "")
+        for name, parse in cls.PARSERS.items():
+            if options.get(name):
+                parse(options[name])
+        retries = options.get("fluentd-max-retries") or "0"
+        if not retries.isdecimal():
+            raise BadParameter(f'strconv.ParseUint: parsing "{retries}": invalid syntax')
+        if options.get("fluentd-async") and options.get("fluentd-async-connect"):
+            raise BadParameter("conflicting options: cannot specify both 'fluentd-async' and "
+                               "'fluentd-async-connect")
+
+    @staticmethod
+    def _target(address: str) -> tuple[str, Any]:
+        """(protocol, what to dial)."""
+        match = _TRANSPORT.fullmatch(address)
+        if match and match[1].startswith("unix"):
+            return match[1], match[2]
+        try:
+            host, port = host_and_port(match[2] if match else address, 24224)
+        except BadParameter as error:
+            raise BadParameter(f"invalid fluentd-address {address}: {error}") from None
+        return match[1] if match else "tcp", (host or "127.0.0.1", port)
+
+    def __init__(self, info: LogInfo) -> None:
+        super().__init__(info)
+        options = info.options
+        values = {name: parse(options[name]) for name, parse in self.PARSERS.items() if options.get(name)}
+        self.target = self._target(options.get("fluentd-address") or "")
+        self.asynchronous = bool(values.get("fluentd-async") or values.get("fluentd-async-connect"))
+        self.acknowledged = bool(values.get("fluentd-request-ack"))
+        self.precise = bool(values.get("fluentd-sub-second-precision"))
+        self.limit = values.get("fluentd-buffer-limit", SENDER_LIMIT)
+        self.retry_wait = values.get("fluentd-retry-wait", 1.0)
+        self.retries = int(options.get("fluentd-max-retries") or 1 << 31)
+
+    def dial(self) -> Any:
+        """A connected socket."""
+        return dial(*self.target)
+
+    def message(self, record: LogRecord, line: bytes) -> bytes:
+        """The bytes that tell of one line."""
+        fields: dict[str, Any] = {"container_id": self.info.id, "container_name": self.info.name,
+                                  "source": STREAM_NAMES[record.stream], "log": line, **self.attributes}
+        if record.partial:
+            identity, ordinal, last = record.partial
+            fields.update(partial_message="true", partial_id=identity, partial_ordinal=str(ordinal),
+                          partial_last=str(last).lower())
+        seconds, fraction = divmod(record.when, 10 ** 9)
+        when = b"\xd7\0" + struct.pack(">II", seconds, fraction) if self.precise else _msgpack(seconds)
+        option = {"chunk": base64.b64encode(secrets.token_bytes(16)).decode()} if self.acknowledged else {}
+        return b"\x94" + _msgpack(self.tag) + when + _msgpack(fields) + _msgpack(option)
+
+    def send(self, message: bytes) -> None:
+        """Send what message() made, and wait for its acknowledgement where that is asked for; OSError."""
+        self.socket.sendall(message)
+        answer = b""
+        while self.acknowledged and message[-24:] not in answer:
+            data = self.socket.recv(4096)
+            if not data:
+                raise ConnectionResetError
+            answer += data
+
+
+class Journald(LogServer):
+    """systemd's journal by its native protocol; what is too long for a datagram goes as a sealed memfd."""
+
+    SOCKET = "/run/systemd/journal/socket"
+
+    def __init__(self, info: LogInfo) -> None:
+        super().__init__(info)
+        fields = {"CONTAINER_ID": info.id[:12], "CONTAINER_ID_FULL": info.id, "CONTAINER_NAME": info.name[1:],
+                  "CONTAINER_TAG": self.tag, "IMAGE_NAME": info.image, "SYSLOG_IDENTIFIER": self.tag}
+        self.fields = self._encode({**fields, **self.attributes})
+
+    @staticmethod
+    def attribute(name: str) -> str:
+        """What a label's or variable's name becomes: upper case, digits and '_', which is not the first."""
+        return re.sub(r"[^A-Z0-9]", "_", re.sub(r"[a-z]", lambda match: match[0].upper(), name)).lstrip("_")
+
+    @staticmethod
+    def _encode(fields: dict[str, Any]) -> bytes:
+        data = b""
+        for name, value in fields.items():
+            value = value if isinstance(value, bytes) else str(value).encode("utf-8", "surrogateescape")
+            long = b"\n" + struct.pack("<Q", len(value)) if b"\n" in value else b"="
+            data += name.encode() + long + value + b"\n"
+        return data
+
+    def dial(self) -> Any:
+        """A connected socket."""
+        try:
+            return dial("unixgram", self.SOCKET)
+        except DockerError:
+            raise DockerError("journald is not enabled on this host") from None
+
+    def message(self, record: LogRecord, line: bytes) -> bytes:
+        """The bytes that tell of one line."""
+        fields: dict[str, Any] = {"MESSAGE": line, "PRIORITY": 3 if record.stream == STDERR else 6}
+        if record.partial:
+            identity, ordinal, last = record.partial
+            fields.update(CONTAINER_PARTIAL_ID=identity, CONTAINER_PARTIAL_ORDINAL=ordinal,
+                          CONTAINER_PARTIAL_LAST=str(last).lower())
+            if not last:
+                fields["CONTAINER_PARTIAL_MESSAGE"] = "true"
+        return self._encode(fields) + self.fields
+
+    def send(self, message: bytes) -> None:
+        """Send what message() made; OSError."""
+        try:
+            self.socket.send(message)
+        except OSError as error:
+            if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
+                raise
+            fd = os.memfd_create("journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                write_all(fd, message)
+                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK
+                            | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+                self.socket.sendmsg([b""], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))])
+            finally:
+                os.close(fd)
+
+
+class Sender:
+    """A log server's queue and the thread that empties it.  A server that is slow holds up its container, if
+    that blocks; one that is lost loses what exceeds `limit` bytes, and is sought until the run's end."""
+
+    active: set[Sender] = set()
+
+    def __init__(self, server: LogServer, blocking: bool, limit: int, drained: Callable[[], None]) -> None:
+        self.server, self.blocking, self.limit, self.drained = server, blocking, limit, drained
+        self._queue: collections.deque[LogRecord] = collections.deque()
+        self._size = 0
+        self._lost = self._closing = False
+        self._condition = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="log sender", daemon=True)
+        self.active.add(self)
+        self._thread.start()
+
+    @property
+    def full(self) -> bool:
+        """Whether the container is to wait."""
+        return self.blocking and not self._lost and self._size > self.limit
+
+    def put(self, record: LogRecord) -> None:
+        """Queue a record; where the queue is full and nobody waits, it is dropped."""
         with self._condition:
-            self._condition.wait_for(
-                lambda: self.closed or cancelled.is_set() or os.path.getsize(self.path) > position)
+            room = self._size + len(record.data) <= self.limit or not self._queue
+            if room or self.blocking and not self._lost:
+                self._queue.append(record)
+                self._size += len(record.data)
+                self._condition.notify()
+
+    def close(self) -> None:
+        """Send what waits, then end; returns at once."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify()
+
+    @classmethod
+    def flush(cls, seconds: float) -> None:
+        """Wait until all that are closed have sent what they had."""
+        deadline = time.monotonic() + seconds
+        for sender in [sender for sender in cls.active if sender._closing]:
+            sender._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._queue or self._closing)
+                if not self._queue:
+                    break
+                record = self._queue[0]
+            messages = (self.server.message(record, line) for line in record.lines())
+            if not all(self._deliver(message) for message in messages if message) and self._closing:
+                break  # the rest would wait for the same lost server
+            with self._condition:
+                self._queue.popleft()
+                self._size -= len(record.data)
+            self.drained()
+        self.server.finish()
+        self.active.discard(self)
+
+    def _deliver(self, message: bytes) -> bool:
+        """Send a message, if need be over a new connection; False when it is given up."""
+        delay, tries = 0.0, 0
+        while True:
+            try:
+                if self.server.socket is None:
+                    self.server.connect()
+                self.server.send(message)
+                self._lost = False
+                return True
+            except (OSError, DockerError) as error:
+                if getattr(error, "errno", 0) == errno.EMSGSIZE:
+                    return True
+                self.server.close()
+                if tries and not self._lost:
+                    self._lost = True
+                    log.error("the log server of container %s is lost: %s", self.server.info.id[:12], error)
+                    self.drained()
+            tries += 1
+            with self._condition:
+                if tries > self.server.retries or self._closing and tries > 2:
+                    return False
+                self._condition.wait_for(lambda: self._closing, delay)
+            delay = min(max(delay * 1.5, self.server.retry_wait), 30)
 
 
-def _pieces(line: bytes) -> Iterable[bytes]:
-    """`line` in entries of at most LOG_LINE_LIMIT bytes, its newline in the last."""
-    if len(line) <= LOG_LINE_LIMIT:
-        return (line,)
-    return [line[start:start + LOG_LINE_LIMIT] for start in range(0, len(line), LOG_LINE_LIMIT)]
+class RemoteLog:
+    """A log that goes to a server, with a copy in `path` that `logs` reads, unless that is not wanted."""
+
+    def __init__(self, path: str, server: type[LogServer]) -> None:
+        self._server = server
+        self.file = FileLog(path, LocalEntries, local_rotation) if path else None
+        self._sender: Optional[Sender] = None
+        self.drained: Callable[[], None] = lambda: None
+
+    def open(self, info: LogInfo, connect: bool = True) -> None:
+        """Begin to send; DockerError when the server is not there, unless it may come later."""
+        server = self._server(info)
+        if connect and not server.asynchronous:
+            server.connect()
+        try:
+            if self.file is not None:
+                cached = {name[6:]: info.options[name] for name in info.options if name.startswith("cache-")}
+                self.file.open(info._replace(options=cached))
+        except BaseException:
+            server.close()
+            raise
+        limit = parse_size(info.options.get("max-buffer-size") or str(server.limit))
+        blocking = info.options.get("mode") != "non-blocking" and not server.asynchronous
+        self._sender = Sender(server, blocking, limit, lambda: self.drained())
+
+    def position(self) -> str:
+        """Where the local copy ends."""
+        return self.file.position() if self.file is not None else ""
+
+    @property
+    def full(self) -> bool:
+        """Whether the container is to wait."""
+        return self._sender is not None and self._sender.full
+
+    def write(self, record: LogRecord) -> None:
+        """Queue the record, and keep it."""
+        if self._sender is not None:
+            self._sender.put(record)
+        if self.file is not None:
+            self.file.write(record)
+
+    def close(self) -> None:
+        """No more is written."""
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+        if self.file is not None:
+            self.file.close()
 
 
-def _tail_offset(file: BinaryIO, count: int) -> int:
-    """Where the last `count` lines of `file` begin."""
-    end = position = file.seek(0, os.SEEK_END)
-    if count == 0:
-        return end
-    found = -1  # the newline that ends the last line is not counted
-    while position > 0:
-        step = min(1 << 16, position)
-        position -= step
-        file.seek(position)
-        block = file.read(step)
-        newlines = block.count(b"\n")
-        if found + newlines >= count:
-            cut = len(block)
-            for _ in range(count - found):
-                cut = block.rindex(b"\n", 0, cut)
-            return position + cut + 1
-        found += newlines
-    return 0
+LOG_SERVERS: dict[str, type[LogServer]] = {
+    "fluentd": Fluentd, "gelf": Gelf, "journald": Journald, "syslog": Syslog}
+LOG_DRIVERS = ("fluentd", "gelf", "journald", "json-file", "local", "none", "syslog")
+_CACHE_OPTIONS = ("cache-compress", "cache-disabled", "cache-max-file", "cache-max-size")
+
+
+def check_log_options(kind: str, options: dict[str, str]) -> None:
+    """BadParameter, in Docker's words, for a log driver that is not there or options that it cannot have.
+    What json-file and local say of their own options' values comes with the start, as with Docker."""
+    if kind == "none":
+        return
+    mode = options.get("mode", "")
+    if mode not in ("", "blocking", "non-blocking"):
+        raise BadParameter(f"logger: logging mode not supported: {mode}")
+    if "max-buffer-size" in options:
+        if mode != "non-blocking":
+            raise BadParameter("logger: max-buffer-size option is only supported with 'mode=non-blocking'")
+        try:
+            parse_size(options["max-buffer-size"])
+        except BadParameter as error:
+            raise BadParameter(f"error parsing option max-buffer-size: {error}") from None
+    _cache_disabled(options)
+    if kind not in LOG_DRIVERS:
+        raise BadParameter(f"logger: no log driver named '{kind}' is registered")
+    own = {name: value for name, value in options.items()
+           if name not in ("mode", "max-buffer-size", *_CACHE_OPTIONS)}
+    server = LOG_SERVERS.get(kind)
+    known = ("" if kind == "local" else "env env-regex labels labels-regex tag ") + (
+        server.options if server else "compress max-file max-size")
+    for name in own:
+        if name not in known.split():
+            text = "unknown log opt '{}' for log driver {}" if kind == "local" else LogServer.unknown
+            text = server.unknown if server else text
+            raise BadParameter(text.format(name, kind))
+    if server:
+        server.check(own)
+
+
+def _cache_disabled(options: dict[str, str]) -> bool:
+    try:
+        return parse_bool(options.get("cache-disabled") or "false")
+    except BadParameter:
+        raise BadParameter(f"invalid value for option cache-disabled: {options['cache-disabled']}") from None
+
+
+def container_log(log_config: dict[str, Any], directory: str, container_id: str) \
+        -> Union[FileLog, RemoteLog, None]:
+    """The log of the container whose record stands in `directory`; None for the driver none."""
+    kind, options = log_config["Type"], log_config["Config"] or {}
+    if kind == "local":
+        return FileLog(os.path.join(directory, "local-logs/container.log"), LocalEntries, local_rotation)
+    if kind in LOG_SERVERS:
+        cache = "" if _cache_disabled(options) else os.path.join(directory, "container-cached.log")
+        return RemoteLog(cache, LOG_SERVERS[kind])
+    path = os.path.join(directory, f"{container_id}-json.log")
+    return None if kind == "none" else FileLog(path, JsonLines, json_file_rotation)
+
+
+# The streams of a run
 
 
 class Subscriber:
     """An attached client's share of the output: chunks that wait for it, and a descriptor that tells of
-    them."""
+    them.  For one that reads slowly they wait in an unlinked file beside the log: the log itself would not
+    do, for it rotates, and json-file keeps no bytes that are not UTF-8."""
 
     def __init__(self, streams: Streams, wanted: set[int]) -> None:
         self.streams, self.wanted = streams, wanted
-        self.position = streams.driver.size() if streams.driver is not None else 0
-        self.partial = streams.driver.unwritten() if streams.driver is not None else {}
+        file = streams.driver.file if streams.driver is not None else None
+        self._past = file.read() if file is not None else iter(())
+        self._partial = [(stream, cutter.rest) for stream, cutter in streams.cutters.items() if file]
         self.chunks: collections.deque[tuple[int, bytes]] = collections.deque()
         self.size = 0
         self.ended = False
+        self._spool: Any = None
+        self._read = self._written = 0
+        self._message = b""
+        self._timer: Optional[threading.Timer] = None
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
     def fileno(self) -> int:
         """Readable when there is something to take()."""
         return self._reader
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something to take()."""
+        return bool(self.chunks or self._message) or self._spool is not None
+
     def past(self) -> Iterator[tuple[int, bytes]]:
         """(stream, bytes) of all that was printed before it subscribed, as far as the log has it."""
-        driver = self.streams.driver
-        if driver is not None:
-            yield from ((stream, text) for stream, _, text in driver.read(end=self.position))
-            yield from self.partial.items()
+        yield from ((entry.stream, entry.text) for entry in self._past)
+        yield from self._partial
 
     def wake(self) -> None:
         """Make fileno() readable."""
         with contextlib.suppress(BlockingIOError, OSError):
             os.write(self._writer, b"x")
 
+    def offer(self, stream: int, data: bytes) -> bool:
+        """Queue `data`; whether the container is to wait for the client.  The streams' lock is held."""
+        if stream not in self.wanted or self.ended:
+            return False
+        waits, was_full = not self.streams.spool, self.full
+        if self._spool is None and (waits or not was_full):
+            self.chunks.append((stream, data))
+            self.size += len(data)
+        else:
+            self._keep(stream, data)
+        self.wake()
+        if self.full and not was_full and self.streams.spool == "":
+            self._timer = threading.Timer(PATIENCE, self._give_up)
+            self._timer.daemon = True
+            self._timer.start()
+        return waits and self.full
+
+    @property
+    def full(self) -> bool:
+        """Whether no more should wait for it in memory."""
+        return self.size > SUBSCRIBER_LIMIT and not self.ended
+
+    def _give_up(self) -> None:
+        with self.streams.lock:
+            if self.full:
+                self._disconnect("the log driver none keeps nothing from which it could go on")
+        self.streams.drained()
+
+    def _disconnect(self, reason: str) -> None:
+        self._message = f"docker: disconnected, as this client reads too slowly: {reason}\n".encode()
+        self.ended = True
+        self.wake()
+
+    def _keep(self, stream: int, data: bytes) -> None:
+        """Let `data` wait on the disk; a client for which it cannot is told so and disconnected."""
+        try:
+            if self._spool is None:
+                import tempfile
+                self._spool = tempfile.TemporaryFile(dir=self.streams.spool, buffering=0)
+                self._read = self._written = 0
+            if self._written > SPOOL_LIMIT:
+                raise OSError(f"more than {SPOOL_LIMIT >> 30} GiB wait for it")
+            write_all(self._spool.fileno(), struct.pack(">BI", stream, len(data)) + data)
+            self._written += 5 + len(data)
+        except OSError as error:
+            self._disconnect(error.strerror or str(error))
+
     def take(self) -> list[tuple[int, bytes]]:
-        """All chunks that wait, as (stream, bytes); they then wait no longer."""
+        """Chunks that wait, as (stream, bytes); they then wait no longer."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._reader, 4096)
         with self.streams.lock:
             chunks = list(self.chunks)
             self.chunks.clear()
             self.size = 0
+            if self._timer:
+                self._timer.cancel()
+            if self._spool is not None:
+                chunks += self._kept()
+            if self._spool is None and self._message:
+                chunks.append((STDERR, self._message))
+                self._message = b""
+            if self._spool is not None:
+                self.wake()
         self.streams.drained()
+        return chunks
+
+    def _kept(self) -> list[tuple[int, bytes]]:
+        """The next chunks that wait on the disk; after the last one they wait in memory again."""
+        chunks: list[tuple[int, bytes]] = []
+        fd, end = self._spool.fileno(), self._read + SUBSCRIBER_LIMIT // 4
+        while self._read < min(self._written, end):
+            stream, size = struct.unpack(">BI", os.pread(fd, 5, self._read))
+            chunks.append((stream, os.pread(fd, size, self._read + 5)))
+            self._read += 5 + size
+        if self._read >= self._written:
+            self._spool.close()
+            self._spool = None
         return chunks
 
     def close(self) -> None:
@@ -9797,18 +10950,27 @@ class Subscriber:
             os.close(self._reader)
             os.close(self._writer)
             self._reader = self._writer = -1
+            if self._timer:
+                self._timer.cancel()
+            if self._spool is not None:
+                self._spool.close()
         self.streams.drained()
 
 
 class Streams:
-    """The standard streams of one container: its log, its attached clients, its standard input.
+    """The standard streams of one container or exec instance: its log, its attached clients, its input.
 
-    It outlives the runs: clients may attach before a start; `connect` gives it the descriptors of a run."""
+    It outlives the runs: clients may attach before a start; `connect` gives it the descriptors of a run.
+    `spool` is the directory in which output waits for clients that read slowly; None where whatever prints
+    it waits for them, "" where it does so for PATIENCE seconds and then disconnects them.  What a restarted
+    daemon needs to go on with the log stands in `cutters`."""
 
-    def __init__(self, pump: LogPump, driver: Optional[JsonFileLog]) -> None:
-        self.pump, self.driver = pump, driver
+    def __init__(self, pump: LogPump, driver: Union[FileLog, RemoteLog, None],
+                 spool: Optional[str] = None) -> None:
+        self.pump, self.driver, self.spool = pump, driver, spool
         self.lock = threading.Lock()
         self.subscribers: set[Subscriber] = set()
+        self.cutters = {stream: LineCutter(stream) for stream in STREAM_NAMES}
         self.stdin = -1
         self._open: dict[int, int] = {}  # stream -> descriptor that the pump reads
         self._paused: set[int] = set()
@@ -9818,6 +10980,8 @@ class Streams:
         self.finished = threading.Event()
         self.finished.set()
         self.on_finished: Callable[[], None] = lambda: None
+        if isinstance(driver, RemoteLog):
+            driver.drained = self.drained
 
     def connect(self, ours: dict[str, int]) -> None:
         """A run begins, or another daemon's is taken over: `ours` are our ends of its streams by the names
@@ -9831,8 +10995,7 @@ class Streams:
         self.stdin, self._notes = ours.get("stdin", -1), ours.get("notes", -1)
         self._open = dict(outputs)
         if self.driver is not None:
-            self.driver.open()
-            self.driver.resume(self._read_notes())
+            self._read_notes()
         for stream, fd in outputs.items():
             self.pump.add(fd, functools.partial(self._feed, stream))
         with self.lock:
@@ -9851,27 +11014,31 @@ class Streams:
             return {name: os.dup(fd) for name, fd in fds.items() if fd >= 0}
 
     def _note_partial(self) -> None:
-        """Write down what the log waits to write until the end of its line, and where the log then ended: a
-        later daemon goes on with it, unless more was written between this note and the kill."""
+        """Write down what the cutters keep, and where the log then ended: a later daemon goes on with it,
+        unless more was written between this note and the kill."""
         assert self.driver is not None
-        partial = self.driver.unwritten()
-        if self._notes >= 0 and (partial or self._noted):
-            texts = [partial.get(STDOUT, b""), partial.get(STDERR, b"")]
-            data = struct.pack("=QII", self.driver.size(), *map(len, texts)) + b"".join(texts)
-            os.pwrite(self._notes, struct.pack("=I", zlib.crc32(data)) + data, 0)
-            self._noted = bool(partial)
+        kept = [(cutter.stream, cutter.rest.decode("latin-1"), cutter.when, cutter.partial)
+                for cutter in self.cutters.values() if cutter.rest or cutter.partial]
+        if self._notes >= 0 and (kept or self._noted):
+            data = json.dumps([self.driver.position(), kept]).encode()
+            os.pwrite(self._notes, struct.pack("=II", zlib.crc32(data), len(data)) + data, 0)
+            self._noted = bool(kept)
 
-    def _read_notes(self) -> dict[int, bytes]:
+    def _read_notes(self) -> None:
         assert self.driver is not None
+        self.cutters = {stream: LineCutter(stream) for stream in STREAM_NAMES}
         data = os.pread(self._notes, 1 << 20, 0) if self._notes >= 0 else b""
-        if len(data) < 20:
-            return {}
-        checksum, size, first, second = struct.unpack_from("=IQII", data)
-        if zlib.crc32(data[4:20 + first + second]) != checksum or size != self.driver.size():
-            return {}
-        self._noted = True
-        texts = {STDOUT: data[20:20 + first], STDERR: data[20 + first:20 + first + second]}
-        return {stream: text for stream, text in texts.items() if text}
+        if len(data) < 8:
+            return
+        checksum, size = struct.unpack_from("=II", data)
+        data = data[8:8 + size]
+        position, kept = json.loads(data) if zlib.crc32(data) == checksum else ("", [])
+        if position == self.driver.position():
+            self._noted = bool(kept)
+            for stream, rest, when, partial in kept:
+                cutter = self.cutters[stream]
+                cutter.rest, cutter.when = rest.encode("latin-1"), when
+                cutter.partial = Partial(*partial) if partial else None
 
     def subscribe(self, wanted: set[int]) -> Subscriber:
         """A new client that gets what the streams `wanted` print from now on."""
@@ -9881,34 +11048,29 @@ class Streams:
         return subscriber
 
     def _feed(self, stream: int, data: bytes) -> None:
-        """The pump's callback: to the log first, then to the clients; a full client pauses the stream."""
+        """The pump's callback: to the log first, then to the clients."""
         with self.lock:
             if self.driver is not None:
-                self.driver.write(stream, data) if data else self.driver.flush(stream)
+                for record in self.cutters[stream].feed(data):
+                    self.driver.write(record)
                 self._note_partial()
             if not data:
                 self._open.pop(stream, None)
-            elif any(self._offer(subscriber, stream, data) for subscriber in self.subscribers):
+            elif sum(subscriber.offer(stream, data) for subscriber in self.subscribers) or self._log_full():
                 self._paused.add(self._open[stream])
                 self.pump.pause(self._open[stream])
             last = not self._open
         if last:
             self._finish()
 
-    @staticmethod
-    def _offer(subscriber: Subscriber, stream: int, data: bytes) -> bool:
-        """Queue `data` for one client; whether it has more waiting than it should."""
-        if stream not in subscriber.wanted:
-            return False
-        subscriber.chunks.append((stream, data))
-        subscriber.size += len(data)
-        subscriber.wake()
-        return subscriber.size > SUBSCRIBER_LIMIT
+    def _log_full(self) -> bool:
+        return self.driver is not None and self.driver.full
 
     def drained(self) -> None:
-        """A client has taken its chunks or left: go on reading, unless another is full."""
+        """A client or the log has room again, or has gone: go on reading, unless another is full."""
         with self.lock:
-            if self._paused and all(subscriber.size <= SUBSCRIBER_LIMIT for subscriber in self.subscribers):
+            if self._paused and not self._log_full() and (self.spool or not any(
+                    subscriber.full for subscriber in self.subscribers)):
                 for fd in self._paused:
                     self.pump.resume(fd)
                 self._paused.clear()
@@ -10197,9 +11359,6 @@ def _parse_profile(text: str) -> Any:
 # The rules: what a configuration may not be, and what Docker says then
 
 RESTART_POLICIES = ("no", "always", "on-failure", "unless-stopped")
-_JSON_FILE_OPTIONS = ("compress env env-regex labels labels-regex max-buffer-size max-file max-size mode "
-                      "tag").split()
-_UNLANDED_LOG_DRIVERS = ("awslogs", "fluentd", "gcplogs", "gelf", "journald", "local", "splunk", "syslog")
 
 POLICY_RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     (lambda c: c["RestartPolicy"]["Name"] not in RESTART_POLICIES,
@@ -10275,7 +11434,6 @@ UNLANDED: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     (lambda c: c["NetworkMode"] not in ("none", "host", "bridge"),
      'the network "{NetworkMode}": networks beside none, host and bridge'),
     (lambda c: set(c["networks"]) - {c["NetworkMode"], "default"}, "a second network"),
-    (lambda c: c["LogConfig"]["Type"] in _UNLANDED_LOG_DRIVERS, "the log driver {LogConfig[Type]}"),
 )
 
 
@@ -10367,10 +11525,10 @@ def _apply_defaults(host: dict[str, Any], defaults: Any) -> None:
         host["MemorySwappiness"] = None
     host["OomKillDisable"] = bool(host["OomKillDisable"])
     host["PidsLimit"] = host["PidsLimit"] if (host["PidsLimit"] or 0) > 0 else None
-    if not host["LogConfig"]["Type"]:
-        options = host["LogConfig"]["Config"] or dict(defaults.log_opts or {})
-        host["LogConfig"] = {"Type": defaults.log_driver, "Config": options}
-    host["LogConfig"]["Config"] = host["LogConfig"]["Config"] or {}
+    kind, options = host["LogConfig"]["Type"] or defaults.log_driver, host["LogConfig"]["Config"] or {}
+    inherited = {name: value for name, value in (defaults.log_opts or {}).items()
+                 if kind == defaults.log_driver or name.startswith("cache-")}
+    host["LogConfig"] = {"Type": kind, "Config": {**inherited, **options}}
     unconfined = bool(parse_security_options(host["SecurityOpt"] or []).systempaths)
     for key, paths in (("MaskedPaths", MASKED_PATHS), ("ReadonlyPaths", READONLY_PATHS)):
         if host[key] is None and not host["Privileged"]:
@@ -10408,7 +11566,7 @@ def _check_host_config(host: dict[str, Any]) -> None:
         parse_ip(address or "?")
     for address in host["Dns"] or []:
         parse_ip(address or "?")
-    _check_log_config(host["LogConfig"])
+    check_log_options(host["LogConfig"]["Type"], host["LogConfig"]["Config"])
     check_sysctls(host)
 
 
@@ -10423,22 +11581,6 @@ def _check_ports(bindings: dict[str, Any]) -> None:
             numbers = [int(number) for number in groups if number]
             if numbers != sorted(numbers) or numbers[-1:] > [65535]:
                 raise BadParameter(f"invalid port specification: {go_quote(port)}")
-
-
-def _check_log_config(log_config: dict[str, Any]) -> None:
-    """Whether the log driver is one that is there, with options that it knows."""
-    kind, options = log_config["Type"], log_config["Config"]
-    if kind not in ("json-file", "none"):
-        raise BadParameter(f"logger: no log driver named '{kind}' is registered")
-    for name in options if kind == "json-file" else ():
-        if name not in _JSON_FILE_OPTIONS:
-            raise BadParameter(f"unknown log opt '{name}' for json-file log driver")
-    if options.get("max-size", "-1") != "-1" and parse_size(options["max-size"]) <= 0:
-        raise BadParameter("max-size must be a positive number")
-    if "max-file" in options and parse_int(options["max-file"]) < 1:
-        raise BadParameter("max-file cannot be less than 1")
-    if options.get("mode", "blocking") not in ("", "blocking", "non-blocking"):
-        raise BadParameter(f"logger: logging mode not supported: {options['mode']}")
 
 
 _IPC_SYSCTLS = ["kernel." + name for name in
@@ -10688,8 +11830,8 @@ class Container:
         self._root_fd = -1
         self.execs: dict[str, ExecInstance] = {}    # those that have not ended
         self._edits = DeviceEdits([], [], [], [])
-        driver = JsonFileLog(record["LogPath"]) if record["LogPath"] else None
-        self.streams = Streams(parts.pump, driver)
+        driver = container_log(host_config["LogConfig"], self.directory, self.id)
+        self.streams = Streams(parts.pump, driver, self.directory if driver is not None else "")
         self.streams.on_finished = self._streams_finished
         self._health: Optional[HealthMonitor] = None
         self._again = False         # this run is not to be the last, whatever the restart policy says
@@ -10846,6 +11988,9 @@ class Container:
                 self.host_config.get("DeviceRequests"), parts.config.cdi_spec_dirs or CDI_DIRECTORIES)
             self.cgroup = parts.cgroups.create(self.id, self._with_devices())
             undo.callback(self.cgroup.remove)
+            self._open_log()
+            if self.streams.driver is not None:
+                undo.callback(self.streams.driver.close)
             notes = os.memfd_create("notes", os.MFD_CLOEXEC)
             with contextlib.ExitStack() as held:
                 spec = self._spec(user, self._joined(held))
@@ -10871,6 +12016,10 @@ class Container:
                 flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
                 self._root_fd = os.open(f"/proc/{process.pid}/root", flags)
             kept, process.kept = process.kept, {}
+            try:
+                self._open_log(connect=False)
+            except DockerError as error:
+                log.error("container %s runs on without a log: %s", self.id[:12], error)
             self._watch_health()
             self._connect(process, kept)
 
@@ -10880,6 +12029,19 @@ class Container:
         self.streams.connect(ours)
         process.streams = self.streams.copies
         process.deliver(self._process_ended)
+
+    def _open_log(self, connect: bool = True) -> None:
+        driver, record = self.streams.driver, self.record
+        if driver is None:
+            return
+        info = LogInfo(
+            self.host_config["LogConfig"]["Config"] or {}, self.id, record["Name"], record["Image"],
+            self.config["Image"], record["Created"], " ".join([record["Path"], *record["Args"]]),
+            self.config["Labels"] or {}, self.config["Env"] or [])
+        try:
+            driver.open(info, connect)
+        except DockerError as error:
+            raise DockerError(f"failed to initialize logging driver: {error}") from None
 
     def _hostname(self) -> str:
         host = self.host_config["NetworkMode"] == "host" or self.host_config.get("UTSMode") == "host"
@@ -11500,20 +12662,23 @@ class Container:
         wanted = {number for number, name in STREAM_NAMES.items() if env.get_bool(name)}
         if not wanted:
             raise BadParameter("Bad parameters: you must choose at least one stream")
-        if self.streams.driver is None:
+        file = self.streams.driver.file if self.streams.driver is not None else None
+        if file is None:
             raise NotSupported("configured logging driver does not support reading")
         since, until = (parse_timestamp(str(env[key])) if env.get(key) not in (None, "", "0", 0) else 0
                         for key in ("since", "until"))
-        driver = self.streams.driver
-        follow = env.get_bool("follow") and not driver.closed and self.state.running
-        job.on_cancel(driver.wake)
+        job.on_cancel(file.wake)
         job.ready(tty=self.config["Tty"])
         tail = env.get("tail", "all")
         count = int(tail) if str(tail).isdigit() else -1
-        for stream, when, text in driver.read(count, since, until, follow, job.cancelled):
+        from urllib.parse import urlencode
+        follow, stamps, details = env.get_bool("follow"), env.get_bool("timestamps"), env.get_bool("details")
+        for stream, when, text, attributes in file.read(count, since, until, follow, job.cancelled):
             if stream in wanted:
-                stamp = rfc3339nano(when, padded=True).encode() + b" " if env.get_bool("timestamps") else b""
-                (job.stderr if stream == STDERR else job.stdout).write(stamp + text)
+                stamp = rfc3339nano(when, padded=True) + " " if stamps else ""
+                pairs = urlencode(sorted(attributes.items())).replace("&", ",") if details else ""
+                head = stamp + pairs + " " if details else stamp
+                (job.stderr if stream == STDERR else job.stdout).write(head.encode() + text)
 
     def attach(self, job: Job) -> None:
         """The job attach: the client's connection becomes the container's streams."""
@@ -11531,7 +12696,7 @@ class Container:
             tty = self.config["Tty"]
             attachment = Attachment(self.streams, job, subscriber, tty or env.get_bool("raw"),
                                     keys if tty else b"")
-            if env.get_bool("logs") and self.streams.driver is not None:
+            if env.get_bool("logs"):
                 for stream, text in subscriber.past():
                     if stream in wanted:
                         attachment.queue(stream, text)
@@ -12315,7 +13480,7 @@ class Attachment:
                     close_stdin()
                     stdin = ended = False
                 over = self.subscriber.ended or ended or not (self.subscriber.wanted or stdin)
-                if over and not self.subscriber.chunks and not self.output:
+                if over and not self.subscriber.waiting and not self.output:
                     return
                 self._step(stdin and not over)
         except (BrokenPipeError, ConnectionError):
@@ -13058,7 +14223,7 @@ class SystemJobs:
                     "Volume": ["local"],
                     "Network": ["host", "null"],
                     "Authorization": None,
-                    "Log": ["json-file", "none"],
+                    "Log": [name for name in LOG_DRIVERS if name != "none"],
                 },
                 **daemon.cgroups.info(),
                 "IPv4Forwarding": forwards,
@@ -13462,6 +14627,7 @@ class Daemon:
             thread.start()
         for thread in threads:
             thread.join()
+        Sender.flush(2)
 
     @staticmethod
     def _stop_one(container: Container) -> None:
@@ -13485,6 +14651,10 @@ def check_configuration(config: Config) -> None:
     servers of the host are on its loopback."""
     if config.bridge and config.bip:
         raise DockerError("You specified -b & --bip, mutually exclusive options. Please specify only one.")
+    try:
+        check_log_options(config.log_driver, config.log_opts or {})
+    except BadParameter as error:
+        raise DockerError(f"failed to set log opts: {error}") from None
     if not config.iptables and not config.icc:
         raise DockerError("You specified --iptables=false with --icc=false. ICC uses iptables to function. "
                           "Please set --icc or --iptables to true.")

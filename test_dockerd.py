@@ -48,6 +48,7 @@ import threading
 import time
 import types
 import urllib.parse
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Optional
 
@@ -3967,6 +3968,7 @@ def test_an_unfit_host_is_refused(monkeypatch: pytest.MonkeyPatch, uname: Uname,
 @pytest.mark.parametrize("values, text", [
     ({"bridge": "br0", "bip": "10.0.0.1/24"}, "You specified -b & --bip, mutually exclusive options"),
     ({"iptables": False, "icc": False}, "ICC uses iptables to function"),
+    ({"log_opts": {"x": "1"}}, "failed to set log opts: unknown log opt 'x' for json-file log driver"),
 ])
 def test_options_that_contradict_each_other(values: dict[str, Any], text: str) -> None:
     with pytest.raises(DockerError, match=text):
@@ -7189,6 +7191,627 @@ def test_responses_follow_the_specifications(host: Host) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Logs
+#
+# Log files are compared byte for byte with those of the real dockerd; what goes to a server is read from a
+# socket that a server would have, in the host's namespaces, and decoded by the wire format's own rules.
+# ------------------------------------------------------------------------------------------------------------
+
+LOG_SCRIPT = (
+    "printf 'a\\tb<&>\"\\\\\\033\\b\\f\\r\\n\\n\\377\\303\\342\\200\\250\\342\\200\\251'; "
+    "printf '\\357\\277\\275\\177\\303\\251\\n'; "
+    "for n in 16383 16384 16385 40000; do head -c $n /dev/zero | tr '\\0' x; echo; done; printf end"
+)
+LOG_LABELS: dict[str, Any] = {"Labels": {"one": "<1", "two": "2", "three": "3"},
+                              "Env": ["A=a", "B=b c", "C=c"]}
+LOG_CHOICE = {"labels": "one,none", "labels-regex": "^tw", "env": "A", "env-regex": "^B",
+              "tag": "{{.Name}}|{{.DaemonName}}|{{ .ImageName }}"}
+
+
+def logged(host: Host, script: str, kind: str, options: dict[str, str], **config: Any) -> str:
+    """Run a shell script to its end with a log driver; returns the container's id."""
+    host.http("DELETE", "/containers/logged?force=1")
+    log = {"Type": kind, "Config": options}
+    body = {"Image": "busybox", "Cmd": ["sh", "-c", script], **config,
+            "HostConfig": {"NetworkMode": "none", "LogConfig": log, **config.get("HostConfig", {})}}
+    answer = host.http("POST", "/v1.41/containers/create?name=logged", body)
+    assert answer.status == 201, answer.body
+    started = host.http("POST", "/v1.41/containers/logged/start")
+    assert started.status == 204, started.body
+    assert host.http("POST", "/v1.41/containers/logged/wait").status == 200
+    return str(answer.json["Id"])
+
+
+def log_file(host: Host, identity: str, kind: str) -> bytes:
+    """The log on the disk, without what differs in each run: times and the identities of long lines."""
+    name = {"json-file": f"{identity}-json.log", "local": "local-logs/container.log"}[kind]
+    with open(os.path.join(host.data_root, "containers", identity, name), "rb") as file:
+        data = re.sub(rb'"time":"[^"]*"', b'"time":""', file.read())
+    return re.sub(rb"[0-9a-f]{64}", b"ID", re.sub(rb"\x10[\x80-\xff]{8}[\x00-\x7f]", b"\x10T", data))
+
+
+@pytest.mark.parametrize("redirect", ["", " >&2"], ids=["stdout", "stderr"])
+@pytest.mark.parametrize("kind, options", [("json-file", {}), ("json-file", LOG_CHOICE), ("local", {})],
+                         ids=["json-file", "attributes", "local"])
+def test_log_files_are_the_real_ones(
+    host: Host, peer: Host, kind: str, options: dict[str, str], redirect: str
+) -> None:
+    """Escapes, bad UTF-8, lines around and above 16 KiB, a last line without its end, attributes.
+
+    `logs` of local is better here: the peer's forgets the newline at the end of a long line."""
+    script, found = f"{{ {LOG_SCRIPT}; }}{redirect}", []
+    for daemon in (host, peer):
+        identity = logged(daemon, script, kind, options, **LOG_LABELS)
+        answers = [daemon.http("GET", f"/v1.41/containers/logged/logs?stdout=1&stderr=1&{query}").body
+                   for query in ("details=1", "tail=2")]
+        found.append((log_file(daemon, identity, kind), answers if kind == "json-file" else []))
+    assert found[0] == found[1]
+    assert len(found[0][0]) > 80000
+
+
+@pytest.mark.parametrize("kind", ["json-file", "local"])
+@pytest.mark.parametrize("compress", ["false", "true"])
+def test_logs_rotate(host: Host, kind: str, compress: str) -> None:
+    """Files of max-size and one entry at most, not more than max-file; read as one log, from any tail on."""
+    options = {"max-size": "10000", "max-file": "3", "compress": compress}
+    identity = logged(host, "seq 1000 4999", kind, options)
+    directory = os.path.join(host.data_root, "containers", identity, "local-logs" if kind == "local" else "")
+    names = sorted(name for name in os.listdir(directory) if "log" in name and name != "local-logs")
+    assert [name.partition("log")[2] for name in names] == ["", *[
+        f".{number}{'.gz' if compress == 'true' else ''}" for number in (1, 2)]]
+    for name in names[1:]:
+        with open(os.path.join(directory, name), "rb") as file:
+            data = file.read()
+        if compress == "true":
+            data = gzip.decompress(data)
+        assert 10000 <= len(data) < 10100
+    lines = logged_lines(host)
+    assert lines == [b"%d" % number for number in range(5000 - len(lines), 5000)]
+    assert 200 < len(lines) < 1000
+    for tail in (0, 1, 150, 500, len(lines), 9999):
+        assert logged_lines(host, f"&tail={tail}") == lines[max(0, len(lines) - tail):]
+
+
+def logged_lines(host: Host, query: str = "") -> list[bytes]:
+    """What `logs` answers of stdout, in lines."""
+    answer = host.http("GET", "/v1.41/containers/logged/logs?stdout=1" + query)
+    assert answer.status == 200, answer.body
+    return demultiplex(answer.body)[0].splitlines()
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("json-file", {"max-size": "5k", "max-file": "2"}), ("json-file", {"max-size": "5k"}),
+    ("local", {"max-size": "5k", "max-file": "3"})], ids=["two", "one", "compressed"])
+def test_following_over_rotations_misses_nothing(host: Host, kind: str, options: dict[str, str]) -> None:
+    """A follower gets each line once, whatever has rotated meanwhile; and until and since cut by time."""
+    identity = host.create("sh", "-c", "echo begin; read x; seq 1 5000", OpenStdin=True, name="logged",
+                           HostConfig={"LogConfig": {"Type": kind, "Config": options}})
+    host.api("POST", f"/containers/{identity}/start")
+    follower = host.hijack(f"{API}/containers/{identity}/logs?stdout=1&follow=1", method="GET")
+    assert b"begin\n" in follower.read_until(b"begin\n")
+    stdin = host.hijack(f"{API}/containers/{identity}/attach?stdin=1&stream=1")
+    stdin.send(b"\n")
+    text = follower.read_until(b"\r\n0\r\n\r\n").split(b"\n")
+    assert [line for line in text if line.isdigit() and line != b"0"] == []
+    numbers = re.findall(rb"\x01\0\0\0\0\0\0.([0-9]+)\n", b"\n".join(text), re.S)
+    assert numbers == [b"%d" % number for number in range(1, 5001)]
+    stdin.close()
+    follower.close()
+    assert logged_lines(host, f"&until={time.time() - 3600:.0f}") == []
+    assert logged_lines(host, f"&since={time.time() + 3600:.0f}") == []
+
+
+def test_a_torn_log_is_mended(host: Host) -> None:
+    """What a power cut tore at the end of a log goes with the next start, and the rest is read."""
+    for kind, name in (("json-file", "{}-json.log"), ("local", "local-logs/container.log")):
+        identity = logged(host, "echo one", kind, {})
+        path = os.path.join(host.data_root, "containers", identity, name.format(identity))
+        with open(path, "ab") as file:
+            file.write(b'\0\0\0\x20{"log":"tor')
+        host.api("POST", "/containers/logged/start")
+        host.api("POST", "/containers/logged/wait")
+        assert logged_lines(host) == [b"one", b"one"]
+
+
+# What the real dockerd 20.10.24 says: at the creation, at the start.
+
+LOG_REFUSALS: list[tuple[str, dict[str, str], str]] = [
+    ("awslogs", {}, "logger: no log driver named 'awslogs' is registered"),
+    ("local", {"x": ""}, "unknown log opt 'x' for log driver local"),
+    ("syslog", {"x": ""}, "unknown log opt 'x' for syslog log driver"),
+    ("journald", {"x": ""}, "unknown log opt 'x' for journald log driver"),
+    ("fluentd", {"x": ""}, "unknown log opt 'x' for fluentd log driver"),
+    ("gelf", {"gelf-address": "udp://h:1", "x": ""}, 'unknown log opt "x" for gelf log driver'),
+    ("gelf", {}, "gelf-address is a required parameter"),
+    ("gelf", {"gelf-address": "http://x"}, "gelf-address should be in form proto://address, got http://x"),
+    ("gelf", {"gelf-address": "udp://"}, "gelf: please provide gelf-address as proto://host:port"),
+    ("gelf", {"gelf-address": "udp://h:1", "gelf-compression-type": "x"},
+     'unknown value "x" for log opt "gelf-compression-type" for gelf log driver'),
+    ("gelf", {"gelf-address": "tcp://h:1", "gelf-compression-level": "1"},
+     "compression is only supported on UDP"),
+    ("gelf", {"gelf-address": "udp://h:1", "gelf-tcp-max-reconnect": "1"},
+     '"gelf-tcp-max-reconnect" is only valid for TCP'),
+    ("gelf", {"gelf-address": "tcp://h:1", "gelf-tcp-max-reconnect": "x"},
+     '"gelf-tcp-max-reconnect" must be a positive integer'),
+    ("fluentd", {"fluentd-address": "foo:bar"},
+     'invalid fluentd-address foo:bar: strconv.Atoi: parsing "bar": invalid syntax'),
+    ("fluentd", {"fluentd-retry-wait": "x"}, 'time: invalid duration "x"'),
+    ("fluentd", {"fluentd-async": "x"}, 'strconv.ParseBool: parsing "x": invalid syntax'),
+    ("fluentd", {"fluentd-max-retries": "x"}, 'strconv.ParseUint: parsing "x": invalid syntax'),
+    ("syslog", {"syslog-address": "x://y"}, "syslog-address should be in form proto://address, got x://y"),
+    ("syslog", {"syslog-address": "unix:///nonexist"}, "stat /nonexist: no such file or directory"),
+    ("syslog", {"syslog-facility": "x"}, "invalid syslog facility"),
+    ("syslog", {"syslog-format": "x"}, "Invalid syslog format"),
+    ("json-file", {"mode": "x"}, "logger: logging mode not supported: x"),
+    ("json-file", {"max-buffer-size": "1m"},
+     "logger: max-buffer-size option is only supported with 'mode=non-blocking'"),
+    ("json-file", {"max-buffer-size": "x", "mode": "non-blocking"},
+     "error parsing option max-buffer-size: invalid size: 'x'"),
+    ("syslog", {"cache-disabled": "x"}, "invalid value for option cache-disabled: x"),
+]
+LOG_START_REFUSALS: list[tuple[str, dict[str, str], str]] = [
+    ("fluentd", {}, "dial tcp 127.0.0.1:24224: connect: connection refused"),
+    ("fluentd", {"fluentd-address": "unix://"}, "dial unix: missing address"),
+    ("gelf", {"gelf-address": "tcp://127.0.0.1:5"},
+     "gelf: cannot connect to GELF endpoint: 127.0.0.1:5 dial tcp 127.0.0.1:5: connect: connection refused"),
+    ("syslog", {}, "Unix syslog delivery error"),
+    ("syslog", {"syslog-address": "tcp://"}, "dial tcp :514: connect: connection refused"),
+    ("syslog", {"syslog-address": "tcp+tls://127.0.0.1:1", "syslog-tls-ca-cert": "/nope"},
+     'could not read CA certificate "/nope": open /nope: no such file or directory'),
+    ("journald", {}, "journald is not enabled on this host"),
+    ("json-file", {"max-size": "x"}, "invalid size: 'x'"),
+    ("json-file", {"max-size": "0"}, "max-size must be a positive number"),
+    ("json-file", {"max-file": "0"}, "max-file cannot be less than 1"),
+    ("json-file", {"max-file": "x"}, 'strconv.Atoi: parsing "x": invalid syntax'),
+    ("json-file", {"compress": "true"},
+     "compress cannot be true when max-file is less than 2 or max-size is not set"),
+    ("json-file", {"tag": "{{.Nope}}"}, 'template: log-tag:1:2: executing "log-tag" at <.Nope>: '
+     "can't evaluate field Nope in type *logger.Info"),
+    ("json-file", {"tag": "{{"}, "template: log-tag:1: unclosed action"),
+    ("local", {"max-size": "x"}, "invalid value for max-size: x: invalid size: 'x'"),
+    ("local", {"max-file": "1"}, "compression cannot be enabled when max file count is 1"),
+]
+
+
+def test_log_options_are_refused_as_docker_does(host: Host) -> None:
+    """Each row by itself; after a failed start the container shows why, and nothing of it is left."""
+    for refusals, start in ((LOG_REFUSALS, False), (LOG_START_REFUSALS, True)):
+        for kind, options, text in refusals:
+            body = {"Image": "busybox", "Cmd": ["true"],
+                    "HostConfig": {"NetworkMode": "none", "LogConfig": {"Type": kind, "Config": options}}}
+            answer = host.http("POST", f"{API}/containers/create", body)
+            if start:
+                identity = answer.json["Id"]
+                answer = host.http("POST", f"{API}/containers/{identity}/start")
+                text = "failed to initialize logging driver: " + text
+                state = host.inspect(identity)["State"]
+                assert (state["Error"], state["ExitCode"], state["Status"]) == (text, 128, "created")
+            assert (answer.status, answer.json["message"]) == (500 if start else 400, text)
+    assert host.cgroups() == [path for path in host.cgroups() if path.endswith(host.cgroup_parent)]
+
+
+def test_the_daemon_s_log_options(new_host: Callable[..., Host], busybox: bytes) -> None:
+    """They are the default of containers with the same driver."""
+    host = new_host("--log-driver", "local", "--log-opt", "max-size=5k", "--log-opt", "max-file=2")
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    identity = host.create("true", HostConfig={"LogConfig": {"Type": "", "Config": {"max-file": "4"}}})
+    assert host.inspect(identity)["HostConfig"]["LogConfig"] == {
+        "Type": "local", "Config": {"max-size": "5k", "max-file": "4"}}
+    identity = host.create("true", HostConfig={"LogConfig": {"Type": "json-file"}})
+    assert host.inspect(identity)["HostConfig"]["LogConfig"] == {"Type": "json-file", "Config": {}}
+
+
+class LogServer:
+    """A socket in a host's network that keeps what it receives, and can stop reading or drop its clients."""
+
+    def __init__(
+        self, host: Host, kind: str, path: str = "", answer: Any = None, context: Any = None
+    ) -> None:
+        self.host, self.kind, self.answer, self.context = host, kind, answer, context
+        self.received: list[bytes] = []
+        self.clients: list[socket.socket] = []
+        self.reading = threading.Event()
+        self.reading.set()
+        self.socket: Any = None
+        thread = threading.Thread(target=self._listen, args=(path,))
+        thread.start()
+        thread.join()
+        self.port = 0 if path or not self.socket else self.socket.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _listen(self, path: str) -> None:
+        """In a thread of its own, which alone changes its namespace."""
+        family = socket.AF_UNIX if path else socket.AF_INET
+        with open(f"/proc/{self.host.holder.pid}/ns/net") as namespace:
+            dockerd.setns(namespace.fileno(), dockerd.CLONE_NEWNET)
+        self.socket = socket.socket(family, socket.SOCK_STREAM if self.kind == "tcp" else socket.SOCK_DGRAM)
+        self.socket.bind(path or ("127.0.0.1", 0))
+        if self.kind == "tcp":
+            self.socket.listen(5)
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while self.kind == "tcp":
+                client, _ = self.socket.accept()
+                if self.context:
+                    client = self.context.wrap_socket(client, server_side=True)
+                self.clients.append(client)
+                threading.Thread(target=self._read, args=(self.clients[-1],), daemon=True).start()
+            self._read(self.socket)
+
+    def _read(self, source: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self.reading.wait()
+                data, files, _, _ = (source.recv(1 << 17), [], 0, 0) if self.context else source.recvmsg(
+                    1 << 17, socket.CMSG_SPACE(4))
+                for _, _, content in files:  # a memfd of the journal's protocol
+                    with open(struct.unpack("i", content)[0], "rb") as file:
+                        file.seek(0)
+                        data = file.read()
+                if not data:
+                    return
+                self.received.append(data)
+                if self.answer:
+                    source.send(self.answer(data))
+
+    @property
+    def text(self) -> bytes:
+        """All that was received."""
+        return b"".join(self.received)
+
+    def wait_for(self, condition: Callable[[bytes], Any], seconds: float = 20) -> None:
+        """Wait until what was received fulfils a condition, which an incomplete message does not."""
+
+        def fulfilled() -> bool:
+            with contextlib.suppress(IndexError):
+                return bool(condition(self.text))
+            return False
+
+        wait_for(fulfilled, f"messages, there are {self.text[-300:]!r}", seconds)
+
+    def close(self) -> None:
+        """End it and its connections."""
+        for sock in (self.socket, *self.clients):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+
+@pytest.fixture
+def log_server(host: Host) -> Iterator[Callable[..., LogServer]]:
+    """A function that opens log servers in the host's network."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*arguments: Any, **settings: Any) -> LogServer:
+            server = LogServer(host, *arguments, **settings)
+            stack.callback(server.close)
+            return server
+
+        yield make
+
+
+SYSLOG_HEADS = {
+    "": rb"<(\d+)>[A-Z][a-z]{2} [ \d]\d [\d:]{8} logged/([0-9a-f]{12})\[\d+\]: ",
+    "rfc3164": rb"<(\d+)>[A-Z][a-z]{2} [ \d]\d [\d:]{8} \S+ logged/([0-9a-f]{12})\[\d+\]: ",
+    "rfc5424": rb"<(\d+)>1 \d{4}-\d\d-\d\dT[\d:]{8}(?:Z|[+-]\d\d:\d\d) \S+ "
+               rb"logged/([0-9a-f]{12}) \d+ logged/\2 - ",
+    "rfc5424micro": rb"<(\d+)>1 \d{4}-\d\d-\d\dT[\d:]{8}\.\d{6}(?:Z|[+-]\d\d:\d\d) \S+ "
+                    rb"logged/([0-9a-f]{12}) \d+ logged/\2 - ",
+}
+TWO_LINES = "echo one; echo; head -c 16390 /dev/zero | tr '\\0' x; echo; echo two >&2"
+
+
+@pytest.mark.parametrize("style", sorted(SYSLOG_HEADS))
+def test_syslog(host: Host, log_server: Callable[..., LogServer], style: str, tmp_path: Any) -> None:
+    """Every transport and format: facility, priority, tag, pieces of long lines; `logs` reads the cache."""
+    options = {"syslog-facility": "local3", "tag": "{{.Name}}/{{.ID}}", "syslog-format": style}
+    paths = [str(tmp_path / name) for name in ("gram", "stream")]
+    for address, kind, path in (
+        (f"unixgram://{paths[0]}", "udp", paths[0]), ("udp://127.0.0.1:{}", "udp", ""),
+        (f"unix://{paths[1]}", "tcp", paths[1]), ("tcp://127.0.0.1:{}", "tcp", ""),
+    ):
+        server = log_server(kind, path)
+        options["syslog-address"] = address.format(server.port)
+        identity = logged(host, TWO_LINES, "syslog", options)
+        server.wait_for(lambda text: text.count(b"\n") == 4)
+        found = [re.fullmatch(SYSLOG_HEADS[style] + b"(.*)", line) for line in server.text.splitlines()]
+        assert sorted(match.groups() if match else () for match in found) == sorted([
+            (b"158", identity[:12].encode(), b"one"), (b"158", identity[:12].encode(), b"x" * 16384),
+            (b"158", identity[:12].encode(), b"x" * 6), (b"155", identity[:12].encode(), b"two")])
+        assert logged_lines(host) == [b"one", b"", b"x" * 16390]
+    logged(host, "echo one", "syslog", {**options, "cache-disabled": "true"})
+    answer = host.http("GET", "/v1.41/containers/logged/logs?stdout=1")
+    assert answer.status == 501
+    assert answer.json["message"] == "configured logging driver does not support reading"
+
+
+def test_syslog_over_tls(host: Host, log_server: Callable[..., LogServer], tmp_path: Any) -> None:
+    """RFC 5425: each message behind its length; the server's certificate is checked."""
+    key, certificate = str(tmp_path / "key"), str(tmp_path / "cert")
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out",
+               certificate, "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = log_server("tcp", context=context)
+    options = {"syslog-address": f"tcp+tls://127.0.0.1:{server.port}", "syslog-format": "rfc5424",
+               "syslog-tls-ca-cert": certificate}
+    logged(host, "echo one; echo two", "syslog", options)
+    wait_for(lambda: b"two\n" in server.text)
+    match = re.fullmatch(rb"(\d+) (<30>1 .* - one\n)(\d+) (<30>1 .* - two\n)", server.text)
+    assert match and int(match[1]) == len(match[2]) and int(match[3]) == len(match[4])
+    unchecked = {**options, "syslog-tls-skip-verify": "1", "syslog-tls-ca-cert": ""}
+    logged(host, "echo three", "syslog", unchecked)
+    wait_for(lambda: b"three" in server.text)
+
+
+def unpack_msgpack(data: bytes, position: int = 0) -> tuple[Any, int]:
+    """A MessagePack value (arrays, maps, strings, int32 and the ext types of 8 bytes) and where it ends."""
+    kind = data[position]
+    if kind >> 4 in (8, 9):
+        position, items = position + 1, []
+        for _ in range((kind & 15) * (2 if kind >> 4 == 8 else 1)):
+            item, position = unpack_msgpack(data, position)
+            items.append(item)
+        return dict(zip(items[::2], items[1::2])) if kind >> 4 == 8 else items, position
+    width = {0xD9: 1, 0xDA: 2, 0xDB: 4}.get(kind, 0)
+    if kind >> 5 == 5 or width:
+        size = int.from_bytes(data[position + 1:position + 1 + width], "big") if width else kind & 31
+        position += 1 + width
+        return data[position:position + size], position + size
+    assert kind in (0xD2, 0xD7), hex(kind)
+    end = position + (5 if kind == 0xD2 else 10)
+    return int.from_bytes(data[position + 1:end], "big"), end
+
+
+def forwarded(data: bytes) -> list[Any]:
+    """The messages of Fluentd's forward protocol."""
+    found, position = [], 0
+    while position < len(data):
+        message, position = unpack_msgpack(data, position)
+        found.append(message)
+    return found
+
+
+def test_fluentd(host: Host, log_server: Callable[..., LogServer], tmp_path: Any) -> None:
+    """Messages, pieces of lines, exact times, acknowledgements."""
+    server = log_server("tcp", str(tmp_path / "fluentd"))
+    address = {"fluentd-address": f"unix://{tmp_path}/fluentd"}
+    identity = logged(host, TWO_LINES, "fluentd", {**address, "env": "A"}, **LOG_LABELS).encode()
+    server.wait_for(lambda text: len(forwarded(text)) == 5)
+    messages = sorted(forwarded(server.text), key=lambda message: message[2][b"log"])
+    base = {b"container_id": identity, b"container_name": b"/logged", b"source": b"stdout", b"A": b"a"}
+    assert [message[2][b"log"] for message in messages] == [b"", b"one", b"two", b"x" * 6, b"x" * 16384]
+    assert all(message[0] == identity[:12] and abs(message[1] - time.time()) < 60 for message in messages)
+    assert messages[1][2] == {**base, b"log": b"one"}
+    assert messages[2][2] == {**base, b"source": b"stderr", b"log": b"two"}
+    pieces = [messages[4][2], messages[3][2]]
+    names = (b"partial_message", b"partial_ordinal", b"partial_last")
+    assert [[piece[name] for name in names] for piece in pieces] == [
+        [b"true", b"1", b"false"], [b"true", b"2", b"true"]]
+    assert pieces[0][b"partial_id"] == pieces[1][b"partial_id"]
+
+    def acknowledge(data: bytes) -> bytes:
+        return b"\x81\xa3ack\xb8" + forwarded(data)[-1][3][b"chunk"]
+
+    acknowledging = log_server("tcp", str(tmp_path / "acknowledging"), answer=acknowledge)
+    logged(host, "echo one; echo two", "fluentd", {
+        "fluentd-address": f"unix://{tmp_path}/acknowledging", "fluentd-request-ack": "true",
+        "fluentd-sub-second-precision": "true", "tag": "t"})
+    wait_for(lambda: len(acknowledging.received) == 2)
+    one, two = (forwarded(data)[0] for data in acknowledging.received)
+    assert (one[0], one[2][b"log"], two[2][b"log"]) == (b"t", b"one", b"two")
+    assert acknowledging.received[0][3:5] == b"\xd7\x00"
+
+
+def test_a_log_server_comes_and_goes(host: Host, log_server: Callable[..., LogServer], tmp_path: Any) -> None:
+    """What is printed while no server is there is sent to the next one; nobody waits for it."""
+    path = str(tmp_path / "server")
+    identity = host.create("sh", "-c", "while read x; do echo $x; done", OpenStdin=True, name="logged",
+                           HostConfig={"LogConfig": {"Type": "fluentd", "Config": {
+                               "fluentd-address": "unix://" + path, "fluentd-async": "true",
+                               "fluentd-retry-wait": "50ms"}}})
+    host.api("POST", f"/containers/{identity}/start")
+    stdin = host.hijack(f"{API}/containers/{identity}/attach?stdin=1&stdout=1&stream=1")
+    for line in (b"before", b"between", b"after"):
+        stdin.send(line + b"\n")
+        assert demultiplex(stdin.read_until(line + b"\n"))[0] == line + b"\n"
+        server = log_server("tcp", path)
+        server.wait_for(functools.partial(lambda line, text: forwarded(text)[-1][2][b"log"] == line, line))
+        server.close()
+        os.unlink(path)
+    assert logged_lines(host) == [b"before", b"between", b"after"]
+    stdin.close()
+
+
+def gelf_messages(datagrams: list[bytes]) -> list[dict[str, Any]]:
+    """GELF over UDP: datagrams put together from their chunks, and inflated."""
+    chunks: dict[bytes, dict[int, bytes]] = {}
+    whole = [data for data in datagrams if data[:2] != b"\x1e\x0f"]
+    for data in datagrams:
+        if data[:2] == b"\x1e\x0f":
+            chunks.setdefault(data[2:10], {})[data[10]] = data[12:]
+            if len(chunks[data[2:10]]) == data[11]:
+                whole.append(b"".join(content for _, content in sorted(chunks[data[2:10]].items())))
+    return [json.loads(data if data[:1] == b"{" else zlib.decompress(data, 47)) for data in whole]
+
+
+@pytest.mark.parametrize("kind, compression", [
+    ("udp", ""), ("udp", "gzip"), ("udp", "zlib"), ("udp", "none"), ("tcp", "")])
+def test_gelf(host: Host, log_server: Callable[..., LogServer], kind: str, compression: str) -> None:
+    """The fields of each message, in chunks where it is too long for a datagram."""
+    server = log_server(kind)
+    options = {"gelf-address": f"{kind}://127.0.0.1:{server.port}", "labels": "one", "tag": "{{.Name}}"}
+    identity = logged(host, TWO_LINES, "gelf", {
+        **options, **({"gelf-compression-type": compression} if compression else {})}, **LOG_LABELS)
+
+    def messages() -> list[dict[str, Any]]:
+        return gelf_messages(server.received if kind == "udp" else server.text.split(b"\0")[:-1])
+
+    wait_for(lambda: len(messages()) == 4, "four messages")
+    found = sorted(messages(), key=lambda message: str(message["short_message"]))
+    assert [message["short_message"] for message in found] == ["one", "two", "x" * 6, "x" * 16384]
+    assert abs(found[0].pop("timestamp") - time.time()) < 60
+    info = host.inspect(identity)
+    assert found[0] == {
+        "version": "1.1", "host": socket.gethostname(), "short_message": "one", "level": 6, "_one": "<1",
+        "_command": "sh -c " + TWO_LINES, "_container_id": identity, "_container_name": "logged",
+        "_created": info["Created"], "_image_id": info["Image"], "_image_name": "busybox", "_tag": "logged"}
+    assert found[1]["level"] == 3
+
+
+def journal_fields(data: bytes) -> dict[str, bytes]:
+    """A message of systemd's native journal protocol."""
+    fields = {}
+    while data:
+        name, separator, rest = re.split(rb"([=\n])", data, maxsplit=1)
+        if separator == b"=":
+            value, _, data = rest.partition(b"\n")
+        else:
+            size = int.from_bytes(rest[:8], "little")
+            value, data = rest[8:8 + size], rest[9 + size:]
+        fields[name.decode()] = value
+    return fields
+
+
+def test_journald(host: Host, log_server: Callable[..., LogServer], tmp_path: Any) -> None:
+    """Docker's fields, priorities, pieces; what is too long for a datagram comes as a memfd."""
+    server = log_server("udp", str(tmp_path / "socket"))
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    script = "mount -t tmpfs none /run && mkdir -p /run/systemd/journal && "
+    script += f"mount --bind {tmp_path} /run/systemd/journal"
+    assert host.enter("sh", "-c", script).wait() == 0
+    try:
+        options = {"labels-regex": ".*", "env": "A", "tag": "{{.Name}}"}
+        big = {"Labels": {"a.b-c": "v", "_under": "l\nm", "big": "y" * 300000}, "Env": ["A=a"]}
+        identity = logged(host, TWO_LINES, "journald", options, **big)
+        wait_for(lambda: len(server.received) == 5)
+    finally:
+        assert host.enter("sh", "-c", "umount /run/systemd/journal /run").wait() == 0
+    found = sorted(map(journal_fields, server.received), key=lambda fields: fields["MESSAGE"])
+    assert [fields["MESSAGE"] for fields in found] == [b"", b"one", b"two", b"x" * 6, b"x" * 16384]
+    assert found[1] == {
+        "MESSAGE": b"one", "PRIORITY": b"6", "CONTAINER_ID": identity[:12].encode(), "A": b"a", "A_B_C": b"v",
+        "CONTAINER_ID_FULL": identity.encode(), "CONTAINER_NAME": b"logged", "CONTAINER_TAG": b"logged",
+        "IMAGE_NAME": b"busybox", "SYSLOG_IDENTIFIER": b"logged", "UNDER": b"l\nm", "BIG": b"y" * 300000}
+    assert found[2]["PRIORITY"] == b"3"
+    assert found[4]["CONTAINER_PARTIAL_MESSAGE"] == b"true"
+    assert found[3]["CONTAINER_PARTIAL_ORDINAL"] == b"2" and found[3]["CONTAINER_PARTIAL_LAST"] == b"true"
+
+
+def test_a_log_server_that_does_not_read(host: Host, log_server: Callable[..., LogServer]) -> None:
+    """Blocking, its container waits, and no other; non-blocking, what exceeds the buffer is dropped."""
+    server = log_server("tcp")
+    server.reading.clear()
+    options = {"gelf-address": f"tcp://127.0.0.1:{server.port}", "cache-disabled": "true"}
+    script = "yes $(head -c 1000 /dev/zero | tr '\\0' x) | head -n 6000"
+    waiting = host.create("sh", "-c", script, HostConfig={"LogConfig": {"Type": "gelf", "Config": options}})
+    host.api("POST", f"/containers/{waiting}/start")
+    logged(host, "seq 1 50000", "json-file", {})
+    assert len(logged_lines(host)) == 50000
+    logged(host, script, "gelf", {**options, "mode": "non-blocking", "max-buffer-size": "64k"})
+    assert host.inspect(waiting)["State"]["Running"]
+    server.reading.set()
+    host.api("POST", f"/containers/{waiting}/wait")
+    server.wait_for(lambda text: text.count(waiting.encode()) == 6000, 60)
+
+
+# Attached clients of different speeds
+
+
+def memory_of(host: Host) -> int:
+    """The daemon's own memory in bytes."""
+    assert host.process
+    return int(re.findall(r"Pss_Anon:\s+(\d+)", read_text(f"/proc/{host.process.pid}/smaps_rollup"))[0]) << 10
+
+
+@pytest.mark.parametrize("megabytes", [24, pytest.param(1024, marks=pytest.mark.torture)])
+def test_three_clients_at_different_speeds(
+    new_host: Callable[..., Host], busybox: bytes, megabytes: int
+) -> None:
+    """One reads at once, one slowly, one only after the end: the container waits for none, each gets every
+    byte, the log has every line, and the daemon's memory stays small."""
+    host = new_host()
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    line = b"0123456789abcdef" * 7 + b"0123456789a\377<\n"  # 126 bytes, one of them not UTF-8
+    script = "read x; yes \"$(printf '%s\\377<' \"$x\")\" | head -c " + str(megabytes << 20)
+    identity = host.create("sh", "-c", script, OpenStdin=True, HostConfig={
+        "LogConfig": {"Type": "json-file", "Config": {"max-size": "-1"}}})
+    host.api("POST", f"/containers/{identity}/start")
+    clients = [host.hijack(f"{API}/containers/{identity}/attach?stdout=1&stdin={index == 0:d}&stream=1")
+               for index in range(3)]
+    idle, peak = memory_of(host), [0]
+    counts: list[Any] = [None] * 3
+
+    def count(index: int, pause: float) -> None:
+        total, rest, bad, expected = 0, clients[index].buffer, 0, line * 600
+        sock = clients[index].sock
+        while True:
+            if len(rest) >= 8 and len(rest) >= 8 + int.from_bytes(rest[4:8], "big"):
+                size = int.from_bytes(rest[4:8], "big")
+                start = total % len(line)
+                wanted = (expected * (1 + (start + size) // len(expected)))[start:start + size]
+                bad += rest[8:8 + size] != wanted
+                total, rest = total + size, rest[8 + size:]
+                continue
+            data = sock.recv(1 << 18)
+            if not data:
+                break
+            rest += data
+            time.sleep(pause)
+        counts[index] = (total, bad, rest)
+
+    clients[0].send(line[:-3] + b"\n")
+    threads = [threading.Thread(target=count, args=(index, pause)) for index, pause in ((0, 0), (1, 0.001))]
+    for thread in threads:
+        thread.start()
+
+    def ended() -> bool:
+        peak[0] = max(peak[0], memory_of(host))
+        return not host.inspect(identity)["State"]["Running"]
+
+    wait_for(ended, "the container's end", 600)
+    threads.append(threading.Thread(target=count, args=(2, 0)))
+    threads[2].start()
+    for thread in threads:
+        while thread.is_alive():
+            peak[0] = max(peak[0], memory_of(host))
+            thread.join(0.05)
+    assert counts == [(megabytes << 20, 0, b"")] * 3
+    print(f"{megabytes} MiB: memory over idle {(peak[0] - idle) / (1 << 20):.1f} MiB")
+    assert peak[0] - idle < 40 << 20
+    path = os.path.join(host.data_root, "containers", identity, identity + "-json.log")
+    with open(path, "rb") as file:
+        texts = collections.Counter(entry[:entry.index(b'"time"')] for entry in file)
+    whole, rest = divmod(megabytes << 20, len(line))
+    assert texts.most_common(1)[0] == (
+        b'{"log":"' + line[:-3] + b'\\ufffd\\u003c\\n","stream":"stdout",', whole)
+    assert sum(texts.values()) == whole + (1 if rest else 0)
+    for client in clients:
+        client.close()
+
+
+def test_a_slow_client_without_a_log_is_disconnected(host: Host) -> None:
+    """It gets what was kept for it, then a line that says why it is the last."""
+    identity = host.create("sh", "-c", "read x; yes | head -c 6000000", OpenStdin=True, HostConfig={
+        "LogConfig": {"Type": "none"}})
+    host.api("POST", f"/containers/{identity}/start")
+    path = f"{API}/containers/{identity}/attach?stdout=1&stdin=1&stream=1"
+    slow, fast = host.hijack(path), host.hijack(path)
+    fast.send(b"\n")
+    out, _ = demultiplex(fast.read_all())
+    out_slow, error = demultiplex(slow.read_all())
+    assert out_slow == b"y\n" * (len(out_slow) // 2) and len(out_slow) < 6000000
+    assert error == (b"docker: disconnected, as this client reads too slowly: "
+                     b"the log driver none keeps nothing from which it could go on\n")
+    assert host.api("POST", f"/containers/{identity}/wait")["StatusCode"] == 0
+    assert len(out) == 6000000
+    for client in (slow, fast):
+        client.close()
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Containers: what is pure
 #
 # The configuration of a new container, names, the words and filters of the list.  What a row expects is what
@@ -7380,7 +8003,6 @@ def test_host_config_that_is_taken(host):
     ({"Tmpfs": {"/x": ""}}, "--tmpfs"),
     ({"VolumesFrom": ["x"]}, "--volumes-from"), ({"Links": ["a:b"]}, "--link"),
     ({"PortBindings": {"80/tcp": [{}]}}, "published ports"), ({"NetworkMode": "mine"}, 'the network "mine"'),
-    ({"LogConfig": {"Type": "syslog"}}, "the log driver syslog"),
 ])
 def test_what_has_not_landed_is_refused_by_name(host, feature):
     with pytest.raises(dockerd.NotSupported, match="(?i)^" + re.escape(feature)):
