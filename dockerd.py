@@ -1137,10 +1137,10 @@ OPTIONS = (
     Option("print", "--print", "string", "Write an asset to standard output and exit: daemon.json, man, "
            "openrc, systemd-service, systemd-socket, sysvinit, or bash, fish, zsh for completions",
            in_file=False),
-    Option("check", "--check", "bool", "Check the state on disk and in the kernel and exit", in_file=False,
-           status=("unlanded", "the check of the state on disk")),
-    Option("repair", "--repair", "bool", "Like --check, and mend what does not agree", in_file=False,
-           status=("unlanded", "the repair of the state on disk")),
+    Option("check", "--check", "bool", "Compare the state on disk and in the kernel with the records, print "
+           "what does not agree, and exit (1 if there is any)", in_file=False),
+    Option("repair", "--repair", "bool", "Like --check, and mend what does not agree; while no daemon runs",
+           in_file=False),
     Option("restart", "#-r #--restart", "bool", "Deprecated in favor of --restart policies on docker run",
            True, in_file=False, status=("ignored", "restart policies are given to docker run")),
     # listening, TLS, logging of the daemon
@@ -3628,6 +3628,33 @@ def _read_whole(path: str) -> Optional[bytes]:
     return data if whole else None
 
 
+class Damage(NamedTuple):
+    """Something that does not agree with the records, and what mends it: without, only a person can choose.
+
+    `safe`: a crash leaves such, nothing is lost by mending it, and each start does."""
+
+    text: str
+    mend: Optional[Callable[[], Any]] = None
+    safe: bool = False
+
+
+def unfinished(directory: str) -> list[Damage]:
+    """Temporary files in `directory` of state files whose writer was killed."""
+    paths = [os.path.join(directory, name) for name in os.listdir(directory) if name.startswith(".tmp-")]
+    return [Damage(f"{path} was never finished", functools.partial(os.unlink, path), True) for path in paths]
+
+
+def mend_what_is_safe(damages: Iterable[Damage]) -> None:
+    """What each start does about damages; the others are logged."""
+    for damage in damages:
+        log.warning("%s", damage.text)
+        if damage.mend and damage.safe:
+            try:
+                damage.mend()
+            except (OSError, DockerError) as error:
+                log.error("cannot mend that: %s", error)
+
+
 def make_directory(path: str, mode: int, uid: int = 0, gid: int = 0) -> None:
     """Make a directory with these rights, or give them to the one that is there."""
     with contextlib.suppress(FileExistsError):
@@ -3674,8 +3701,10 @@ class StorageDriver:
     unknown_option = "unknown option {} for {}"
     no_size = "the storage driver {} has no size limits: leave out --storage-opt size"
 
-    def __init__(self, root: str, options: list[str], idmap: IdMap) -> None:
+    def __init__(self, root: str, options: Optional[list[str]], idmap: IdMap) -> None:
         self.home, self.idmap = os.path.join(root, self.name), idmap
+        if options is None:  # only to look at what is there
+            return
         self.backing = FILE_SYSTEMS.get(statfs_type(self._existing()), "<unknown>")
         for key, value in map(parse_storage_option, options):
             if key not in self.options:
@@ -3763,11 +3792,11 @@ class StorageDriver:
         """Remove a layer's directory."""
         remove_tree(path)
 
-    def clean_up(self) -> None:
-        """Remove what remove() was about to when the daemon ended."""
-        for name in os.listdir(self.layers()):
-            if name.endswith("-removing"):
-                self.destroy(os.path.join(self.layers(), name))
+    def leftovers(self) -> list[Damage]:
+        """What remove() was about to remove when the daemon ended."""
+        paths = [os.path.join(self.layers(), name) for name in os.listdir(self.layers())]
+        return [Damage(f"the removal of {path} was interrupted", functools.partial(self.destroy, path), True)
+                for path in paths if path.endswith("-removing")]
 
     def mount(self, cache_id: str, readonly: bool = False) -> int:
         """A descriptor of a detached mount of the layer with all below it: it stands in no mount table, and
@@ -3804,9 +3833,10 @@ class Overlay(StorageDriver):
     no_size = "--storage-opt is supported only for overlay over xfs with 'pquota' mount option"
     OFF = ("index", "metacopy", "redirect_dir")  # features that tie a layer to its neighbours
 
-    def __init__(self, root: str, options: list[str], idmap: IdMap) -> None:
+    def __init__(self, root: str, options: Optional[list[str]], idmap: IdMap) -> None:
         super().__init__(root, options, idmap)
-        make_directory(os.path.join(self.home, "l"), 0o700)
+        if options is not None:
+            make_directory(os.path.join(self.home, "l"), 0o700)
 
     def take_option(self, key: str, value: str) -> None:
         if key == "overlay2.size":
@@ -3885,12 +3915,12 @@ class Overlay(StorageDriver):
         except FileNotFoundError:
             return []
 
-    def clean_up(self) -> None:
+    def leftovers(self) -> list[Damage]:
         """A crash may also leave short names that lead nowhere."""
-        super().clean_up()
-        for name in os.listdir(os.path.join(self.home, "l")):
-            if not os.path.exists(short := os.path.join(self.home, "l", name)):
-                os.unlink(short)
+        paths = [os.path.join(self.home, "l", name) for name in os.listdir(os.path.join(self.home, "l"))]
+        return super().leftovers() + [
+            Damage(f"{path} leads to no layer", functools.partial(os.unlink, path), True)
+            for path in paths if not os.path.exists(path)]
 
     def destroy(self, path: str) -> None:
         """The short name goes last: without its layer it leads nowhere, and the next start sees that."""
@@ -4024,7 +4054,7 @@ def select_driver(root: str, name: str, options: list[str], idmap: IdMap) -> Sto
         driver = _select(root, name or os.environ.get("DOCKER_DRIVER", ""), options, idmap)
     except (DockerError, OSError) as error:
         raise DockerError(f"error initializing graphdriver: {error}") from error
-    driver.clean_up()
+    mend_what_is_safe(driver.leftovers())
     return driver
 
 
@@ -4040,6 +4070,15 @@ def _select(root: str, name: str, options: list[str], idmap: IdMap) -> StorageDr
         except DriverNotSupported as error:
             log.info("[graphdriver] %s cannot be used: %s", name, error)
     raise DriverNotSupported("no supported storage driver found")
+
+
+def existing_driver(root: str, name: str, idmap: IdMap) -> StorageDriver:
+    """The storage driver `name`, or for '' the one whose images are there, only to look at what it has."""
+    names = [name] if name else [name for name in DRIVERS if os.path.isdir(os.path.join(root, "image", name))]
+    if len(names) != 1 or names[0] not in DRIVERS or not os.path.isdir(os.path.join(root, names[0])):
+        raise DockerError(f"{root} has the images of {' and '.join(names) or 'no storage driver'}: name the "
+                          "one to check by -s")
+    return DRIVERS[names[0]](root, None, idmap)
 
 
 def _has_layers(path: str) -> bool:
@@ -4914,6 +4953,7 @@ class LayerStore:
             os.makedirs(path, 0o700, exist_ok=True)
         self.retired = {f"sha256:{name[:64]}" for name in os.listdir(self._directory)
                         if name.endswith("-removing")}  # the chain ids of what an interrupted removal left
+        self.damages: list[Damage] = []
         self._layers = self._load_layers()
         self._mounts = self._load_mounts()
 
@@ -4925,7 +4965,7 @@ class LayerStore:
             try:
                 layer = self._read_layer("sha256:" + name)
             except ValueError as error:
-                log.warning("ignoring the layer %s: %s", name, error)
+                self._ignore(name, str(error))
                 continue
             found[layer.chain_id] = layer
         for chain in list(found):  # a layer whose parents are not all there is of no use
@@ -4933,9 +4973,13 @@ class LayerStore:
             while below in found and found[below].parent:
                 below = found[below].parent
             if below not in found:
-                log.warning("ignoring the layer %s: the layer %s below it is missing", chain, below)
+                self._ignore(chain[7:], f"the layer {below} below it is missing")
                 del found[chain]
         return found
+
+    def _ignore(self, name: str, reason: str) -> None:
+        self.damages.append(Damage(f"ignoring the layer {name}: {reason}",
+                                   functools.partial(self._discard, name)))
 
     def _read_layer(self, chain: str) -> Layer:
         """The record of one layer; ValueError when it is not whole or contradicts itself."""
@@ -4956,33 +5000,58 @@ class LayerStore:
             if re.fullmatch("[0-9a-f]{64}(-init)?", mount.mount_id):
                 found[container] = mount
             else:  # the mount id is written last, and only then the driver is asked for anything
-                remove_tree(directory)
+                self.damages.append(Damage(f"{directory} was never finished",
+                                           functools.partial(remove_tree, directory), True))
         return found
 
     def _path(self, chain: str) -> str:
         return os.path.join(self._directory, chain.partition(":")[2])
 
-    def clean_up(self) -> None:
-        """Remove what a crash left half-made.  Call it when the images are loaded, before anything else runs.
+    def leftovers(self) -> list[Damage]:
+        """What a crash left half-made.  Ask when the images are loaded, before anything else runs.
 
-        Only what our records or moby's call unfinished goes: BuildKit keeps layers of its own beside
-        these."""
-        used = {layer.cache_id for layer in self._layers.values()}
-        for name in os.listdir(self.tmp):
-            directory = os.path.join(self.tmp, name)
-            entries = os.listdir(directory) if os.path.isdir(directory) else []
-            entries += read_facts(directory, ["cache-id"])  # which moby writes
-            for cache_id in filter(HEX64.match, set(entries) - used):
-                log.warning("removing the layer directory %s of an interrupted import", cache_id)
-                self.driver.remove(cache_id)
-            for entry in entries:
-                if entry.endswith("-published"):
-                    self.collect("sha256:" + entry[:64])
-            remove_tree(directory)
-        for name in os.listdir(self._directory):
-            if name.endswith("-removing"):
-                self._erase(os.path.join(self._directory, name), used)
-        self.driver.clean_up()
+        Only what our records or moby's call unfinished: BuildKit keeps layers of its own beside these."""
+        imports = [Damage(f"an interrupted import left {os.path.join(self.tmp, name)}",
+                          functools.partial(self._undo, name), True) for name in os.listdir(self.tmp)]
+        removals = [Damage(f"the removal of the layer {name[:64]} was interrupted",
+                           functools.partial(self._discard, name), True)
+                    for name in os.listdir(self._directory) if name.endswith("-removing")]
+        return imports + removals + self.driver.leftovers()
+
+    def _used(self) -> set[str]:
+        return {layer.cache_id for layer in self._layers.values()}
+
+    def _undo(self, name: str) -> None:
+        """Remove the layers of an interrupted transaction that are in no image."""
+        directory = os.path.join(self.tmp, name)
+        entries = os.listdir(directory) if os.path.isdir(directory) else []
+        entries += read_facts(directory, ["cache-id"])  # which moby writes
+        for cache_id in filter(HEX64.match, set(entries) - self._used()):
+            self.driver.remove(cache_id)
+        for entry in entries:
+            if entry.endswith("-published"):
+                self.collect("sha256:" + entry[:64])
+        remove_tree(directory)
+
+    def _discard(self, name: str) -> None:
+        self._erase(os.path.join(self._directory, name), self._used())
+
+    def mismatches(self) -> Iterator[Damage]:
+        """What only a check looks for: directories that no record names, files that have become shorter."""
+        used = self._used() | {name for mount in self._mounts.values() for name in mount}
+        for cache_id in sorted(set(self.driver.ids()) - used):
+            yield Damage(f"no record names the layer directory {cache_id}",
+                         functools.partial(self.driver.remove, cache_id))
+        for layer in list(self._layers.values()) if self.driver.whiteouts == "overlay" else ():
+            files = confined(self.driver.diff_dir(layer.cache_id), _file_sizes)
+            missing = layer.size - sum(size for _, size, _ in files)
+            if missing > 0:
+                yield Damage(f"the layer {layer.chain_id} has lost {missing} bytes of its files: remove its "
+                             "images and pull or import them again")
+        for container, mount in list(self._mounts.items()):
+            if not self.driver.exists(mount.mount_id):
+                yield Damage(f"the writable layer of the container {container} is missing",
+                             functools.partial(self.remove_rw, container))
 
     # Read-only layers
 
@@ -5099,6 +5168,10 @@ class LayerStore:
         return self.erase(self.retire(chain))
 
     # Containers' layers
+
+    def rw_parent(self, container_id: str) -> str:
+        """The chain id of the image layers under a container's own, or ''."""
+        return self._mount(container_id).parent
 
     def rw_ids(self) -> list[str]:
         """The ids of the containers that have a writable layer."""
@@ -5320,11 +5393,13 @@ class ImageStore:
         for path in (self._content, self._metadata):
             os.makedirs(path, 0o700, exist_ok=True)
         self._images: dict[str, Image] = {}
+        self.damages: list[Damage] = []
         layers.retained = lambda chain: any(image.chain_id == chain for image in self._images.values())
         for name in filter(HEX64.match, os.listdir(self._content)):
             self._load("sha256:" + name, layers.retired)
         for name in set(os.listdir(self._metadata)) - set(os.listdir(self._content)):
-            remove_tree(os.path.join(self._metadata, name))
+            self.damages.append(Damage(f"{name} has metadata, and is no image",
+                                       functools.partial(self._remove_files, "sha256:" + name), True))
 
     def _load(self, image_id: str, retired: set[str]) -> None:
         path = os.path.join(self._content, image_id[7:])
@@ -5333,14 +5408,16 @@ class ImageStore:
             if image.id != image_id:
                 raise ValueError("its content does not have its digest")
             missing = next((chain for chain in image.chain_ids if not self._layers.has(chain)), "")
-            if missing and image.chain_id in retired:  # its removal was interrupted
-                self._remove_files(image)
+            if missing and image.chain_id in retired:
+                self.damages.append(Damage(f"the removal of the image {image_id} was interrupted",
+                                           functools.partial(self._remove_files, image_id), True))
             elif missing:
                 raise ValueError(f"the layer {missing} is missing")
             else:
                 self._images[image_id] = image
         except (OSError, ValueError) as error:
-            log.error("ignoring the image %s: %s", image_id, error)
+            self.damages.append(Damage(f"ignoring the image {image_id}: {error}",
+                                       functools.partial(self._remove_files, image_id)))
 
     def _fact(self, image_id: str, name: str) -> str:
         return next(read_facts(os.path.join(self._metadata, image_id[7:]), [name]))
@@ -5379,13 +5456,13 @@ class ImageStore:
                     raise NotFound(f"No such image: {image.id}")
             taken = self._layers.retire(image.chain_id)
             failpoint("image-delete")
-            self._remove_files(image)
+            self._remove_files(image.id)
         return self._layers.erase(taken)
 
-    def _remove_files(self, image: Image) -> None:
-        remove_tree(os.path.join(self._metadata, image.id[7:]))
+    def _remove_files(self, image_id: str) -> None:
+        remove_tree(os.path.join(self._metadata, image_id[7:]))
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(self._content, image.id[7:]))
+            os.unlink(os.path.join(self._content, image_id[7:]))
 
     def get(self, image_id: str) -> Optional[Image]:
         """The image of this id, or None."""
@@ -5452,6 +5529,10 @@ class TagStore:
         """All references to an image, in the order of their full names."""
         return list(self._references.get(image_id, ()))
 
+    def images(self) -> list[str]:
+        """The ids of all images that have a reference."""
+        return list(self._references)
+
     def set(self, reference: Reference, image_id: str) -> None:
         """Let `reference` mean the image, whatever it meant; BadParameter for a name that would be
         ambiguous."""
@@ -5492,20 +5573,32 @@ class Images:
 
     def __init__(self, config: Any, event: Callable[[str, str, dict[str, str]], None] = lambda *facts: None,
                  users: Callable[[str], list[tuple[str, bool]]] = lambda image_id: [],
-                 idmap: IdMap = IdMap()) -> None:
-        driver = select_driver(config.data_root, config.storage_driver, config.storage_opts, idmap)
+                 idmap: IdMap = IdMap(), readonly: bool = False) -> None:
+        """Load all that is there.  What a crash left is mended, unless it is to be `readonly`: then it stands
+        in `damages`."""
+        driver = existing_driver(config.data_root, config.storage_driver, idmap) if readonly else \
+            select_driver(config.data_root, config.storage_driver, config.storage_opts, idmap)
         root = os.path.join(config.data_root, "image", driver.name)
         tables = threading.RLock()
         os.makedirs(root, 0o700, exist_ok=True)
         self.event, self.users = event, users
-        for directory, _, names in os.walk(root):
-            for name in names:
-                if name.startswith(".tmp-"):  # of a state file whose writer was killed
-                    os.unlink(os.path.join(directory, name))
         self.layers = LayerStore(root, driver, idmap, tables)
         self.store = ImageStore(root, self.layers, tables)
         self.tags = TagStore(os.path.join(root, "repositories.json"), tables)
-        self.layers.clean_up()
+        self.damages = [*self.layers.damages, *self.store.damages, *self.layers.leftovers(),
+                        *(damage for directory, _, _ in os.walk(root) for damage in unfinished(directory))]
+        if not readonly:
+            mend_what_is_safe(self.damages)
+
+    def mismatches(self) -> Iterator[Damage]:
+        """What only a check looks for."""
+        yield from self.layers.mismatches()
+        for image_id in self.tags.images():
+            if self.store.get(image_id) is None:
+                references = self.tags.references(image_id)
+                names = ", ".join(reference.familiar for reference in references)
+                yield Damage(f"{names} means the image {image_id}, which is missing",
+                             functools.partial(self.tags.remove, references))
 
     def count(self) -> int:
         """How many images there are."""
@@ -7444,15 +7537,6 @@ class CgroupManager:
         if any(map(os.path.exists, cgroup.directories.values())):
             cgroup.kill()
             cgroup.remove()
-
-    def remove_stale(self, container_ids: Iterable[str] = ()) -> None:
-        """Remove the cgroups under the default parent of containers that do not run.  Only ours: another
-        daemon may have the same parent."""
-        known = {self.naming.format(container_id): container_id for container_id in container_ids}
-        for place in self.places(self.parent).values() if known else ():
-            with contextlib.suppress(OSError):
-                for name in known.keys() & set(os.listdir(place)):
-                    self.kill_leftover(known[name])
 
     def close(self) -> None:
         """Remove the parents that this daemon made and that nobody uses."""
@@ -11894,14 +11978,8 @@ class Container:
         return container
 
     @classmethod
-    def load(cls, parts: Parts, directory: str) -> Container:
-        """The container whose record stands in `directory`; ValueError, KeyError or OSError when it is not
-        whole."""
-        for name in os.listdir(directory):
-            if name.startswith(".tmp-"):  # of a state file whose writer was killed
-                os.unlink(os.path.join(directory, name))
-        record = json.loads(read_state(os.path.join(directory, "config.v2.json")))
-        host_config = json.loads(read_state(os.path.join(directory, "hostconfig.json")))
+    def load(cls, parts: Parts, record: dict[str, Any], host_config: dict[str, Any]) -> Container:
+        """The container of these records, from disk."""
         container = cls(parts, record, host_config)
         container.state.from_disk(record["State"])
         return container
@@ -13564,6 +13642,7 @@ MINIMUM_KERNEL = (5, 10)        # clone3 into cgroups, close_range, openat2, pid
 EVENTS_KEPT = 256               # how many past events a new listener can ask for
 EVENT_BACKLOG = 4096            # events that may wait for one listener before it is cut off
 WORKERS = 4
+END_NOT_SEEN = "the exit code is not known: neither daemon nor shim saw the end"
 PREDEFINED_NETWORKS = ("bridge", "host", "none")
 
 
@@ -14340,6 +14419,154 @@ def _registry_config(config: Any) -> dict[str, Any]:
     }
 
 
+class Survey:
+    """What stands in the data root and in the kernel, compared with the records; nothing is changed by it.
+
+    `records`: the whole ones of containers, (record, host configuration) by id.  `damages`: what a start
+    looks for."""
+
+    def __init__(self, config: Any, images: Images, cgroups: CgroupManager) -> None:
+        self.images, self.cgroups = images, cgroups
+        self.root, self.containers = config.data_root, os.path.join(config.data_root, "containers")
+        self.records: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self.damages = unfinished(self.root)
+        names = sorted(os.listdir(self.containers)) if os.path.isdir(self.containers) else []
+        for name in names:
+            self._read(name, os.path.join(self.containers, name))
+        for name in sorted(set(images.layers.rw_ids()) - set(names)):
+            self.damages.append(Damage(f"the layer of the container {name} has no record",
+                                       functools.partial(images.layers.remove_rw, name), True))
+        for name in {*names, *images.layers.rw_ids()}:
+            self._look_for_cgroups(name)
+        self._look_for_mounts()
+
+    def _read(self, name: str, directory: str) -> None:
+        """The records of one container.  Those that were never written are what a crash leaves; one that was
+        is not thrown away at a start, whatever it has become."""
+        remove = functools.partial(self._remove, name, directory)
+        try:
+            self.damages += unfinished(directory)
+            record, host_config = (json.loads(read_state(os.path.join(directory, file)))
+                                   for file in ("config.v2.json", "hostconfig.json"))
+            State(threading.Condition()).from_disk(record["State"])
+            if (record["ID"], type(record["Config"]), type(host_config)) != (name, dict, dict):
+                raise ValueError("it is not this container's")
+            self.records[name] = record, host_config
+        except (FileNotFoundError, NotADirectoryError):
+            self.damages.append(Damage(f"{directory} has no record of a container", remove, True))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.damages.append(Damage(f"ignoring the container {name}, whose record is damaged: {error}",
+                                       remove))
+
+    def _remove(self, name: str, directory: str) -> None:
+        self.images.layers.remove_rw(name)
+        remove_tree(directory)
+
+    def _look_for_cgroups(self, name: str) -> None:
+        record, host_config = self.records.get(name, ({}, {}))
+        parent = host_config.get("CgroupParent") or ""
+        cgroup = self.cgroups.cgroup(name, parent)
+        running = record.get("State", {}).get("Running")
+        if not running and any(map(os.path.exists, cgroup.directories.values())):
+            pids = " ".join(map(str, sorted(cgroup.processes()))) or "none"
+            self.damages.append(Damage(
+                f"the cgroup {cgroup.path} is there, but its container does not run; processes in it: {pids}",
+                functools.partial(self.cgroups.kill_leftover, name, parent), True))
+
+    def _look_for_mounts(self) -> None:
+        """Mounts that another daemon has left among layers and containers: ours stand in no mount table."""
+        places = (self.images.layers.driver.home + "/", self.containers + "/")
+        for line in reversed(read_text("/proc/self/mountinfo").splitlines()):
+            path = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), line.split()[4])
+            if path.startswith(places):
+                self.damages.append(Damage(f"{path} is mounted",
+                                           functools.partial(umount, path, MNT_DETACH), True))
+
+    def mismatches(self) -> Iterator[Damage]:
+        """What only a check looks for: a start finds it out on its way."""
+        yield from self.images.mismatches()
+        for name, (record, _) in self.records.items():
+            state, layers = record["State"], self.images.layers
+            if name not in layers.rw_ids():
+                yield Damage(f"the writable layer of the container {name} is missing",
+                             functools.partial(self._remove, name, os.path.join(self.containers, name)))
+            elif not all(map(layers.has, filter(None, [layers.rw_parent(name)]))):
+                yield Damage(f"the container {name} stands on the layer {layers.rw_parent(name)}, which is "
+                             "missing: save what it wrote, and remove it")
+            started = state["Running"] and not state.get("Restarting")
+            if started and name not in read_text(f"/proc/{state['Pid']}/cgroup"):
+                yield Damage(f"the container {name} is recorded as running, but its process {state['Pid']} "
+                             "is gone", functools.partial(self._record_end, name, record))
+
+    def _record_end(self, name: str, record: dict[str, Any]) -> None:
+        record["State"].update(Running=False, Paused=False, Pid=0, ExitCode=255,
+                               FinishedAt=rfc3339nano(time.time_ns()), Error=END_NOT_SEEN)
+        write_state(os.path.join(self.containers, name, "config.v2.json"), record)
+
+
+def check_root(config: Config, repair: bool) -> int:
+    """The options --check and --repair: a line for each thing that does not agree; 1 when such is left.
+
+    A repair is refused while a daemon serves the data root; under a check things change meanwhile, so what
+    is found must be found twice."""
+    check_host_system()
+    idmap = remapped_ids(config.userns_remap) if config.userns_remap else IdMap()
+    root = config.data_root = remapped_root(os.path.realpath(config.data_root), idmap)
+    if not os.path.isdir(os.path.join(root, "image")):
+        raise DockerError(f"there is nothing to check: {root} has never been a data root")
+    if repair:
+        lock_data_root(root)
+
+    cgroups = cgroup_manager(config.cgroup_parent, config.exec_opts)
+
+    def find() -> dict[str, Damage]:
+        images = Images(config, idmap=idmap, readonly=True)
+        survey = Survey(config, images, cgroups)
+        return {damage.text: damage for damage in (*images.damages, *survey.damages, *survey.mismatches())}
+
+    found = find()
+    for _ in range(4 if repair else 1):
+        if found:
+            if repair:
+                _mend_all(found.values())
+                cgroups.close()
+            else:
+                time.sleep(0.5)
+            again = find()
+            found = {text: damage for text, damage in again.items() if repair or text in found}
+    print("".join(text + "\n" for text in found), end="")
+    return 1 if found else 0
+
+
+def _mend_all(damages: Iterable[Damage]) -> None:
+    for damage in damages:
+        if damage.mend:
+            try:
+                damage.mend()
+                print(f"mended: {damage.text}")
+            except (OSError, DockerError) as error:
+                print(f"cannot mend: {damage.text}: {error}")
+
+
+def remapped_root(root: str, idmap: IdMap) -> str:
+    """The data root of those owners: below the one that is named, as in Docker."""
+    return os.path.join(root, "{}.{}".format(*idmap.root)) if idmap else root
+
+
+def lock_data_root(root: str) -> int:
+    """The descriptor of the lock that keeps a second daemon away; DockerError where one has it."""
+    fd = os.open(os.path.join(root, "dockerd.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(fd, 32, 0).decode(errors="replace").strip()
+        os.close(fd)
+        raise DockerError(f"the data root {root} is in use by another daemon (pid {holder})") from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+    return fd
+
+
 class Daemon:
     """The daemon: `Daemon(config, engine)` loads it, `install()` gives the engine its jobs.
 
@@ -14405,7 +14632,7 @@ class Daemon:
             if self.idmap:  # a root of its own for these owners, as in Docker, who go through the one above
                 os.makedirs(config.data_root, 0o711, exist_ok=True)
                 os.chmod(config.data_root, 0o711)
-                config.data_root = os.path.join(config.data_root, "{}.{}".format(*self.idmap.root))
+                config.data_root = remapped_root(config.data_root, self.idmap)
             os.makedirs(config.data_root, 0o710, exist_ok=True)
             os.chmod(config.data_root, 0o710)
             os.chown(config.data_root, 0, self.idmap.root[1])
@@ -14414,18 +14641,7 @@ class Daemon:
             os.makedirs(config.exec_root, 0o711, exist_ok=True)
         except OSError as error:
             raise DockerError(f"cannot make the directory {error.filename}: {error.strerror}") from None
-        self._lock_file = os.open(
-            os.path.join(config.data_root, "dockerd.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
-        )
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._lock_file, 32, 0).decode(errors="replace").strip()
-            raise DockerError(
-                f"the data root {config.data_root} is in use by another daemon (pid {holder})"
-            ) from None
-        os.ftruncate(self._lock_file, 0)
-        os.pwrite(self._lock_file, b"%d\n" % os.getpid(), 0)
+        self._lock_file = lock_data_root(config.data_root)
 
     def _engine_id(self) -> str:
         """The daemon's lasting id, a UUID in the data root."""
@@ -14485,30 +14701,18 @@ class Daemon:
     # Load and recover
 
     def _load_containers(self) -> None:
-        """Load every record; what is not whole is removed.  What ran is taken over, and stopped unless
+        """Mend what a crash has left, and load every record.  What ran is taken over, and stopped unless
         containers are to outlive the daemon."""
+        survey = Survey(self.config, self.images, self.cgroups)
+        mend_what_is_safe(survey.damages)
         processes = self.driver.adopt()
-        root = os.path.join(self.config.data_root, "containers")
-        names = sorted(os.listdir(root))
-        for name in names:
-            directory = os.path.join(root, name)
-            try:
-                container = Container.load(self.parts, directory)
-            except (OSError, ValueError, KeyError) as error:
-                log.warning("removing the container %s, whose record is not whole: %s", name, error)
-                remove_tree(directory)
-                continue
+        for record, host_config in survey.records.values():
+            container = Container.load(self.parts, record, host_config)
             self.containers.add(container)
             self._settle(container, processes)
         for process in processes.values():
             self._settle_stranger(process)
-        running = [container for container in self.containers.all() if container.state.running]
-        self.cgroups.remove_stale(set(names) - {container.id for container in running})
-        known = {container.id for container in self.containers.all()}
-        for orphan in set(self.layers.rw_ids()) - known:
-            log.warning("removing the layer of the container %s, which has no record", orphan)
-            self.layers.remove_rw(orphan)
-        self._settle_runs(running)
+        self._settle_runs([container for container in self.containers.all() if container.state.running])
 
     def _settle(self, container: Container, processes: dict[str, Process]) -> None:
         """Bring one loaded container into the state that holds after a restart of the daemon."""
@@ -14538,7 +14742,7 @@ class Daemon:
             os.close(pidfd)
         process = Process(container.id, self.driver.shim)
         process.finish({"status": 255, "time": time.time_ns(),
-                        "error": "the exit code is not known: neither daemon nor shim saw the end"})
+                        "error": END_NOT_SEEN})
         return process
 
     def _settle_stranger(self, process: Process) -> None:
@@ -16759,6 +16963,9 @@ def main(argv: Optional[list[str]] = None, code: Optional[types.CodeType] = None
         config = parse_options(sys.argv[1:] if argv is None else argv)
         if answer_at_once(config):
             return 0
+        if config.check or config.repair:
+            log.addHandler(logging.NullHandler())
+            return check_root(config, config.repair)
     except LeftoverArgument as error:
         sys.stderr.write(f"{error}\n\n{usage()}")
         return 125

@@ -2613,6 +2613,101 @@ def test_live_restore_is_switched_by_a_reload(new_host: Callable[..., Host], bus
     assert host.inspect("runs")["State"]["ExitCode"] == 42
 
 
+def check(host: Host, *options: str) -> tuple[int, list[str]]:
+    """The exit code and the lines of `dockerd.py --check` on the host's data root."""
+    with host.enter(*host.command(), *options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout
+        lines = process.stdout.read().decode().splitlines()
+    return process.returncode, lines
+
+
+def files(directory: str) -> dict[str, Any]:
+    """All that is below a directory, with what tells a change of it."""
+    paths = [os.path.join(place, name)
+             for place, folders, names in os.walk(directory) for name in folders + names]
+    return {path: (os.lstat(path).st_mtime_ns, os.lstat(path).st_ino) for path in paths}
+
+
+def test_check_finds_what_is_planted_and_repair_mends_it(new_host: Callable[..., Host]) -> None:
+    """Each kind of damage has its line; a check changes nothing, a repair all but what only a person may
+    decide, and what is whole stays."""
+    host = new_host()
+    for name in ("busybox", "truncated", "missing"):
+        tree = tar_of({**busybox_entries(), f"etc/{name}": name.encode() * 1000})
+        host.import_image(name, tree, *BUSYBOX_CHANGES)
+    kept, broken, left = (host.create("sleep", "1000", name=name) for name in ("kept", "broken", "left"))
+    lost, ran = host.create("true", name="lost"), host.create("sh", "-c", UNTIL_TERM, name="ran")
+    host.api("POST", "/containers/ran/start")
+    pid = host.inspect("ran")["State"]["Pid"]
+    assert check(host, "--check") == (0, [])
+    code, lines = check(host, "--repair")
+    assert code == 1 and "is in use by another daemon" in lines[0]
+    images = {name: host.api("GET", f"/images/{name}/json") for name in ("truncated", "missing", "busybox")}
+    host.kill()
+    os.kill(pid, signal.SIGKILL)
+    (shim,) = shims(host)
+    wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
+    os.kill(shim, signal.SIGKILL)
+    orphan = _plant(host, images, broken, left, lost)
+    before = files(host.data_root)
+    code, lines = check(host, "--check")
+    assert code == 1 and files(host.data_root) == before
+    expected = [
+        r"/.tmp-planted was never finished", r"ignoring the layer \w+: .*damaged",
+        r"ignoring the layer \w+: the driver has lost its directory", r"ignoring the image .*is missing",
+        r"truncated:latest means the image \S+, which is missing",
+        rf"ignoring the container {broken}, whose record is damaged", r"/0{64} has no record of a container",
+        rf"the cgroup \S*{left} is there, .*: {orphan.pid}$", r"interrupted import left",
+        r"merged is mounted", r"no record names the layer directory 1{64}", r"l/NOWHERE leads to no layer",
+        r"has lost \d+ bytes",
+        rf"the writable layer of the container {lost} is missing",
+        rf"the container {ran} is recorded as running, but its process {pid} is gone"]
+    for pattern in expected:
+        assert [line for line in lines if re.search(pattern, line)], (pattern, lines)
+    code, lines = check(host, "--repair")
+    assert orphan.wait(20) == -signal.SIGKILL
+    left_over = [line for line in lines if not line.startswith("mended: ")]
+    assert code == 1 and len(left_over) == 1 and "has lost" in left_over[0]
+    host.start()
+    shown = {line["Names"][0]: line for line in host.api("GET", "/containers/json?all=1")}
+    assert set(shown) == {"/kept", "/left", "/ran"} and shown["/kept"]["Id"] == kept
+    state = host.inspect("ran")["State"]
+    assert (state["Status"], state["ExitCode"]) == ("exited", 255)
+    assert [image["RepoTags"] for image in host.api("GET", "/images/json")] == [["busybox:latest"]]
+    host.api("POST", "/containers/kept/start")
+
+
+def _plant(host: Host, images: dict[str, Any], broken: str, left: str, lost: str) -> subprocess.Popen[bytes]:
+    """Damage of every kind in a stopped host's data root; returns the orphan of the container `left`."""
+    layers, overlay = os.path.join(host.data_root, "image/overlay2/layerdb"), f"{host.data_root}/overlay2"
+
+    def record(name: str, file: str) -> str:
+        return os.path.join(layers, "sha256", images[name]["RootFS"]["Layers"][0][7:], file)
+
+    os.truncate(record("truncated", "diff"), 30)
+    shutil.rmtree(os.path.join(overlay, Path(record("missing", "cache-id")).read_text()))
+    whole = os.path.join(overlay, Path(record("busybox", "cache-id")).read_text(), "diff")
+    os.truncate(os.path.join(whole, "etc/busybox"), 10)
+    Path(host.data_root, "containers", broken, "config.v2.json").write_text('{"ID": ')
+    os.mkdir(os.path.join(host.data_root, "containers", "0" * 64))
+    shutil.rmtree(os.path.join(overlay, Path(layers, "mounts", lost, "mount-id").read_text()))
+    Path(host.data_root, ".tmp-planted").touch()
+    for name in ("1" * 64, "2" * 64):
+        os.makedirs(os.path.join(overlay, name, "diff"))
+    os.makedirs(os.path.join(layers, "tmp", "planted", "2" * 64))
+    os.symlink("../nowhere/diff", os.path.join(overlay, "l", "NOWHERE"))
+    merged = os.path.join(overlay, Path(layers, "mounts", left, "mount-id").read_text(), "merged")
+    os.makedirs(merged, exist_ok=True)
+    host.enter("mount", "-t", "tmpfs", "none", merged).wait()
+    orphan = subprocess.Popen(["sleep", "1000"])
+    for top in ("pids", "freezer", "unified", ""):
+        if os.path.exists(f"/sys/fs/cgroup/{top}/cgroup.procs"):
+            place = f"/sys/fs/cgroup/{top}{host.cgroup_parent}/{left}"
+            os.makedirs(place)
+            Path(place, "cgroup.procs").write_text(str(orphan.pid))
+    return orphan
+
+
 @pytest.mark.parametrize("stuck", ["silent", "full", "ended"])
 def test_a_shim_that_does_not_answer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                  stuck: str) -> None:
@@ -6665,9 +6760,9 @@ def test_leftovers(manager: Any) -> None:
         assert process.wait(5) == -signal.SIGKILL
         assert text_of(second, "memory", "memory.limit_in_bytes") != str(64 << 20)
     with joined(second, "import time\ntime.sleep(60)") as process:
-        manager.remove_stale(["another"])
+        manager.kill_leftover("another")
         assert process.poll() is None
-        manager.remove_stale(["another", "left"])
+        manager.kill_leftover("left")
         assert process.wait(5) == -signal.SIGKILL
     for removed in (first, second):
         removed.remove()
