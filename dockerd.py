@@ -15308,8 +15308,7 @@ class HijackedStream:
         except BlockingIOError:
             return blocked
         except OSError as error:
-            if hasattr(error, "reason") and error.errno in (2,
-                                                            3):  # SSL_ERROR_WANT_READ, SSL_ERROR_WANT_WRITE
+            if hasattr(error, "reason") and error.errno in (2, 3):  # SSL_ERROR_WANT_READ, _WRITE
                 return blocked
             raise ClientGone(str(error)) from None
 
@@ -15564,27 +15563,24 @@ class Stream:
         self.running = False
         self.error_line: Callable[[BaseException], bytes] = lambda error: b""
         self._chunked = request.head.minor > 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def start(self) -> None:
         """Send the head now, unless it has been sent."""
         with self._lock:
-            self._start()
-
-    def _start(self) -> None:
-        if self.running:
-            return
-        self.running = True
-        request = self.request
-        framing = (("Transfer-Encoding", "chunked"),) if self._chunked else ()
-        request.keep_alive = request.keep_alive and self._chunked and request.body.drainable
-        request.connection.send(request.server.head(
-            request, 200, (("Content-Type", self.content_type), *self.headers.items(), *framing)))
+            if self.running:
+                return
+            self.running = True
+            request = self.request
+            framing = (("Transfer-Encoding", "chunked"),) if self._chunked else ()
+            request.keep_alive = request.keep_alive and self._chunked and request.body.drainable
+            request.connection.send(request.server.head(
+                request, 200, (("Content-Type", self.content_type), *self.headers.items(), *framing)))
 
     def write(self, data: bytes) -> int:
         """Send `data`, as one chunk, before it returns."""
         with self._lock:
-            self._start()
+            self.start()
             if data and self.request.method != "HEAD":
                 chunk = b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else bytes(data)
                 self.request.connection.send(chunk)
@@ -15813,6 +15809,11 @@ def ignores(*names: str) -> Callable[[Request], None]:
     return gate
 
 
+def asks(**values: str) -> Callable[[Request], None]:
+    """A request gate: what a later parameter of the query asks for was the only way."""
+    return lambda request: request.query.update({name: [value] for name, value in values.items()})
+
+
 def refuses_member(path: str, text: str, value: Any = None) -> Callable[[Request], None]:
     """A request gate: where the client asks for what it cannot know (a member at `path` that is true, or is
     `value`), ignoring it would do something else than what is meant."""
@@ -15830,6 +15831,17 @@ def adds(**added: Any) -> Callable[[Any], None]:
     return lambda item: item.update({**added, **item})
 
 
+def converts(convert: Callable[[Any], Any], *paths: str) -> Callable[[Any], None]:
+    """A shape gate: the members at the dotted `paths` had another form, which `convert` gives their value."""
+
+    def gate(item: Any) -> None:
+        for path in paths:
+            for holder, name in members(item, path):
+                holder[name] = convert(holder[name])
+
+    return gate
+
+
 def exactly(template: dict[str, Any]) -> Callable[[Any], Any]:
     """A shape gate: these members and no others, with these values where the newest shape has none."""
 
@@ -15841,11 +15853,18 @@ def exactly(template: dict[str, Any]) -> Callable[[Any], Any]:
     return lambda item: shape(template, item)
 
 
-def plain_ids(item: Any) -> None:
-    """Before 1.22 an image's id had no algorithm in front."""
-    for name in ("Id", "ParentId", "Parent", "Image", "ImageID", "Deleted"):
-        if str(item.get(name)).startswith("sha256:"):
-            item[name] = item[name][7:]
+# Before 1.51 the containers of a listed image were not counted, before 1.39 what could not be found out was
+# not left empty, before 1.25 security options were bare names, before 1.22 an image's id had no algorithm in
+# front, before 1.19 these flags were numbers, and Docker 1.2.0 wrote null for no warnings.
+uncounted = converts(lambda count: -1, "Containers")
+unknown_system = converts(lambda text: text or "<unknown>", "KernelVersion", "OperatingSystem")
+option_names_only = converts(lambda options: [
+    option.partition(",")[0].partition("name=")[2] or option for option in options or []], "SecurityOptions")
+plain_ids = converts(lambda text: text[7:] if str(text).startswith("sha256:") else text,
+                     "Id", "ParentId", "Parent", "Image", "ImageID", "Deleted")
+flags_as_numbers = converts(lambda flag: int(bool(flag)), "Debug", "IPv4Forwarding", "MemoryLimit",
+                            "SwapLimit")
+warnings_or_null = converts(lambda warnings: warnings or None, "Warnings")
 
 
 def virtual_size(item: Any) -> None:
@@ -15889,24 +15908,6 @@ def volumes_as_maps(item: Any) -> None:
         item["Config"][old] = item["HostConfig"].get(new, empty)
 
 
-def option_names_only(item: Any) -> None:
-    """Before 1.25 security options were bare names."""
-    item["SecurityOptions"] = [option.partition(",")[0].partition("name=")[2] or option
-                               for option in item.get("SecurityOptions") or []]
-
-
-def flags_as_numbers(item: Any) -> None:
-    """Before 1.19 these flags were numbers."""
-    for name in ("Debug", "IPv4Forwarding", "MemoryLimit", "SwapLimit"):
-        item[name] = int(bool(item.get(name)))
-
-
-def unknown_system(item: Any) -> None:
-    """Before 1.39 what could not be found out was not left empty."""
-    for name in ("KernelVersion", "OperatingSystem"):
-        item[name] = item.get(name) or "<unknown>"
-
-
 def expected_commits(item: Any) -> None:
     """Before 1.49 each component's commit stood beside the one expected."""
     for name in ("ContainerdCommit", "RuncCommit", "InitCommit"):
@@ -15924,16 +15925,6 @@ def listed_in_1_14(item: Any) -> Any:
     elif ":" not in name.rpartition("/")[2]:
         name += ":latest"
     return {**exactly(CONTAINERS_1_14)(item), "Image": name, "Status": status, **sizes}
-
-
-def uncounted(item: Any) -> None:
-    """Before 1.51 the containers of a listed image were not counted."""
-    item["Containers"] = -1
-
-
-def warnings_or_null(item: Any) -> None:
-    """Docker 1.2.0 wrote null for no warnings."""
-    item["Warnings"] = item.get("Warnings") or None
 
 
 def no_error_no_answer(item: Any) -> Any:
@@ -16034,11 +16025,6 @@ def one_network(request: Request) -> None:
     if len(endpoints) > 1:
         raise BadParameter("Container cannot be created with multiple network endpoints: "
                            + ", ".join(endpoints))
-
-
-def flat_read_only(request: Request) -> None:
-    """Before 1.44 a read-only mount did not reach into what is mounted below it."""
-    request.query["defaultReadOnlyNonRecursive"] = ["1"]
 
 
 # What older versions answer: each member with the value that it has when there is nothing to tell.
@@ -16196,7 +16182,7 @@ PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
                                                  "max-used-space:int min-free-space:int")),
     ("POST", "/build/cancel", runs("build_cancel", "id", reply=False)),
     ("GET", "/networks", runs("networks", "filters:json detailed:bool"),
-        until("1.28", lambda request: request.query.update(detailed=["1"]))),
+        until("1.28", asks(detailed="1"))),
     ("GET", "/networks/", runs("networks", "filters:json")),
     ("GET", "/networks/{id}", runs("network_inspect", "verbose:bool scope")),
     ("POST", "/networks/create", runs("network_create", "", 201, body=True),
@@ -16260,23 +16246,27 @@ def ping(request: Request) -> Response:
     return Response(200, b"OK" if request.method == "GET" else b"", PING_HEADERS, "text/plain; charset=utf-8")
 
 
-@route("POST", "/containers/create", until("1.42", limits_of_config),
-       until("1.25", without("HostConfig.AutoRemove")),
-       until("1.40", shareable_ipc), until("1.40", without("HostConfig.Mounts.BindOptions.NonRecursive")),
-       until("1.40", without("HostConfig.KernelMemoryTCP")), until("1.41", ignores("platform")),
-       until("1.42", lenient_mounts), until("1.42", without("HostConfig.ConsoleSize")),
-       until("1.42", without("HostConfig.Mounts.BindOptions.CreateMountpoint")),
-       until("1.43", without("HostConfig.Annotations")),
-       until("1.44", without("Healthcheck.StartInterval")), until("1.44", one_network),
-       until("1.44", refuses_member("HostConfig.Mounts.BindOptions.ReadOnlyForceRecursive",
-                                    "BindOptions.ReadOnlyForceRecursive needs API v1.44 or newer")),
-       until("1.44", flat_read_only),
-       until("1.45", refuses_member("HostConfig.Mounts.VolumeOptions.Subpath",
-                                    "VolumeOptions.Subpath needs API v1.45 or newer")),
-       until("1.48", refuses_member("HostConfig.Mounts.Type", 'Mount type "Image" needs API v1.48 or newer',
-                                    "image")),
-       until("1.48", without("NetworkingConfig.EndpointsConfig.*.GwPriority")),
-       shape_until("1.15", warnings_or_null))
+CREATE_GATES = [
+    until("1.42", limits_of_config), until("1.25", without("HostConfig.AutoRemove")),
+    until("1.40", shareable_ipc), until("1.40", without("HostConfig.Mounts.BindOptions.NonRecursive")),
+    until("1.40", without("HostConfig.KernelMemoryTCP")), until("1.41", ignores("platform")),
+    until("1.42", lenient_mounts), until("1.42", without("HostConfig.ConsoleSize")),
+    until("1.42", without("HostConfig.Mounts.BindOptions.CreateMountpoint")),
+    until("1.43", without("HostConfig.Annotations")),
+    until("1.44", without("Healthcheck.StartInterval")), until("1.44", one_network),
+    until("1.44", refuses_member("HostConfig.Mounts.BindOptions.ReadOnlyForceRecursive",
+                                 "BindOptions.ReadOnlyForceRecursive needs API v1.44 or newer")),
+    until("1.44", asks(defaultReadOnlyNonRecursive="1")),
+    until("1.45", refuses_member("HostConfig.Mounts.VolumeOptions.Subpath",
+                                 "VolumeOptions.Subpath needs API v1.45 or newer")),
+    until("1.48", refuses_member("HostConfig.Mounts.Type", 'Mount type "Image" needs API v1.48 or newer',
+                                 "image")),
+    until("1.48", without("NetworkingConfig.EndpointsConfig.*.GwPriority")),
+    shape_until("1.15", warnings_or_null),
+]
+
+
+@route("POST", "/containers/create", *CREATE_GATES)
 def container_create(request: Request) -> Response:
     """Create a container from the body, which is the Config with HostConfig and NetworkingConfig in it."""
     if request.json is None:
@@ -16530,8 +16520,8 @@ def tls_context(env: Env) -> Any:
     try:
         context.load_cert_chain(certificate, key, password=lambda: "")  # or OpenSSL asks on the terminal
     except (OSError, ValueError) as error:
-        raise DockerError(
-            f"Couldn't load X509 key pair ({certificate}, {key}): {error}. Key encrypted?") from None
+        raise DockerError(f"Couldn't load X509 key pair ({certificate}, {key}): {error}. "
+                          "Key encrypted?") from None
     if env.get_bool("TlsVerify"):
         context.verify_mode = ssl.CERT_REQUIRED
         try:
