@@ -1213,8 +1213,7 @@ OPTIONS = (
            "builtin"),
     Option("no-new-privileges", "--no-new-privileges", "bool", "Set no-new-privileges by default for new "
            "containers"),
-    Option("selinux-enabled", "--selinux-enabled", "bool", "Enable selinux support",
-           status=("unlanded", "SELinux")),
+    Option("selinux-enabled", "--selinux-enabled", "bool", "Enable selinux support"),
     Option("init", "--init", "bool", "Run an init in the container to forward signals and reap processes"),
     Option("init-path", "--init-path", "string", "Path to the docker-init binary"),
     Option("cpu-rt-period", "--cpu-rt-period", "int", "CPU real-time period of the parent cgroup, in "
@@ -3798,9 +3797,9 @@ class StorageDriver:
         return [Damage(f"the removal of {path} was interrupted", functools.partial(self.destroy, path), True)
                 for path in paths if path.endswith("-removing")]
 
-    def mount(self, cache_id: str, readonly: bool = False) -> int:
+    def mount(self, cache_id: str, readonly: bool = False, label: str = "") -> int:
         """A descriptor of a detached mount of the layer with all below it: it stands in no mount table, and
-        goes with its last user."""
+        goes with its last user.  `label` is the SELinux context of all its files, where the driver can."""
         fd = open_tree(AT_FDCWD, self.diff_dir(cache_id))
         if readonly:
             mount_setattr(fd, "", AT_EMPTY_PATH, set=MOUNT_ATTR_RDONLY)
@@ -3934,7 +3933,7 @@ class Overlay(StorageDriver):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self.home, "l", short))
 
-    def mount(self, cache_id: str, readonly: bool = False) -> int:
+    def mount(self, cache_id: str, readonly: bool = False, label: str = "") -> int:
         path, lowers = self._path(cache_id), self._lowers(cache_id)
         readonly = readonly or os.path.exists(os.path.join(path, "committed"))
         if not lowers:
@@ -3942,7 +3941,7 @@ class Overlay(StorageDriver):
         upper = [] if readonly else [("upperdir", f"{path}/diff"), ("workdir", f"{path}/work")]
         if readonly:
             lowers = [f"{cache_id}/diff", *lowers]
-        fd = self._mount(cache_id, lowers, upper)
+        fd = self._mount(cache_id, lowers, upper + ([("context", label)] if label else []))
         if upper and self.idmap:  # overlay in a user namespace needs to move directories through it
             os.chown(f"{path}/work/work", *self.idmap.root)
         return fd
@@ -3956,7 +3955,8 @@ class Overlay(StorageDriver):
         if (self.appends or len(whole) < 256) and all(len(value) < 256 for _, value in upper):
             layers = [("lowerdir", whole)] if len(whole) < 256 else [("lowerdir+", path) for path in paths]
             return new_mount("overlay", 0, "overlay", layers + settings)
-        options = ",".join(f"{key}={os.path.relpath(value, self.home) if value[:1] == '/' else value}"
+        options = ",".join(f"{key}=" + (os.path.relpath(value, self.home) if value[:1] == "/" else
+                                        f'"{value}"' if key == "context" else value)
                            for key, value in [("lowerdir", ":".join(lowers)), *settings])
         merged = os.path.join(self._path(cache_id), "merged")
         make_directory(merged, 0o700, *self.idmap.root)
@@ -5212,9 +5212,9 @@ class LayerStore:
             raise DockerError(f"the container {container_id} has no writable layer")
         return mount
 
-    def mount_rw(self, container_id: str, readonly: bool = False) -> int:
+    def mount_rw(self, container_id: str, readonly: bool = False, label: str = "") -> int:
         """A descriptor of a detached mount of the container's root."""
-        return self.driver.mount(self._mount(container_id).mount_id, readonly=readonly)
+        return self.driver.mount(self._mount(container_id).mount_id, readonly, label)
 
     def remove_rw(self, container_id: str) -> None:
         """Remove a container's writable layer, and image layers that only it still needed; nothing where it
@@ -8878,6 +8878,7 @@ class Spec(NamedTuple):
     join: dict[str, int] = {}                     # namespace descriptors to join, by name
     cgroup_join: list[list[str]] = []             # [path, text] writes that put the caller into its cgroups
     labels: list[list[str]] = []                  # [file of /proc/PID/attr, text]: its LSMs' from execve on
+    mount_label: str = ""                           # the SELinux context of its own file systems
     cgroup_fd: Optional[int] = None                 # the v2 directory to be born in
     cgroup_enter: Optional[Callable[[int], None]] = None  # puts the waiting process into its cgroups
     idmap: IdMap = IdMap()                          # of the user namespace; identity without one
@@ -8901,6 +8902,7 @@ class Spec(NamedTuple):
 
 def default_mounts(spec: Spec) -> list[dict[str, Any]]:
     """The file systems that every container gets, in Docker's order."""
+    context = [("context", spec.mount_label)] if spec.mount_label else []
     readonly: list[tuple[str, str]] = [] if spec.privileged else [("ro", "")]
     sys_attributes = _QUIET | (0 if spec.privileged else MOUNT_ATTR_RDONLY)
 
@@ -8918,7 +8920,8 @@ def default_mounts(spec: Spec) -> list[dict[str, Any]]:
     mounts = [
         filesystem("proc", "/proc", _QUIET),
         filesystem(
-            "tmpfs", "/dev", MOUNT_ATTR_NOSUID | MOUNT_ATTR_STRICTATIME, ("mode", "755"), ("size", "65536k")
+            "tmpfs", "/dev", MOUNT_ATTR_NOSUID | MOUNT_ATTR_STRICTATIME, ("mode", "755"), ("size", "65536k"),
+            *context
         ),
         filesystem(
             "devpts",
@@ -8928,6 +8931,7 @@ def default_mounts(spec: Spec) -> list[dict[str, Any]]:
             ("ptmxmode", "0666"),
             ("mode", "0620"),
             ("gid", "5"),
+            *context,
         ),
         filesystem("sysfs", "/sys", sys_attributes, *readonly),
         *spec.cgroup_mounts,
@@ -8935,7 +8939,7 @@ def default_mounts(spec: Spec) -> list[dict[str, Any]]:
     ]
     if spec.shm_size:
         mounts.append(filesystem("tmpfs", "/dev/shm", _QUIET, ("mode", "1777"), ("size", f"{spec.shm_size}"),
-                                 source="shm"))
+                                 *context, source="shm"))
     return mounts
 
 
@@ -11966,6 +11970,7 @@ class Container:
             "NoNewPrivileges": False,
         }
         container = cls(parts, record, host_config)
+        record["ProcessLabel"], record["MountLabel"] = container._selinux_labels()
         with contextlib.ExitStack() as undo:
             undo.callback(remove_tree, directory)
             os.mkdir(directory, 0o710)
@@ -12059,7 +12064,7 @@ class Container:
             write_network_files(self.directory, self._hostname(), self.host_config, parts.config)
             for key in ("HostnamePath", "HostsPath", "ResolvConfPath") if self.idmap else ():
                 os.chown(self.record[key], *self.idmap.root)
-            self._root_fd = parts.layers.mount_rw(self.id)
+            self._root_fd = parts.layers.mount_rw(self.id, label=self.record["MountLabel"])
             undo.callback(self._close_root)
             user = self._user()
             self._edits = requested_devices(
@@ -12209,11 +12214,27 @@ class Container:
         names = {CAPABILITIES[number] for number in capabilities}
         return compile_seccomp(profile, names), seccomp_flags(profile)
 
+    def _selinux_labels(self) -> tuple[str, str]:
+        """The contexts of its processes and files: those of a container whose namespaces it joins, else some
+        of its own; none where it is privileged, shares the host's namespaces or there is no SELinux."""
+        host = self.host_config
+        for mode in (host["IpcMode"], host["PidMode"]):
+            if mode.startswith("container:"):
+                donor = self.parts.find(mode[10:]).record
+                return donor["ProcessLabel"], donor["MountLabel"]
+        shares = host["Privileged"] or "host" in (host["IpcMode"], host["PidMode"])
+        if shares or not selinux_runs(self.parts.config):
+            return "", ""
+        return selinux_contexts(parse_security_options(host["SecurityOpt"] or []).label)
+
     def _labels(self, options: SecurityOptions) -> list[list[str]]:
-        """What the process is to write for its AppArmor profile: its own, the default, or none."""
+        """What the process is to write for its SELinux context and its AppArmor profile."""
         default = apparmor_default()
         profile = options.apparmor or ("unconfined" if self.host_config["Privileged"] else default)
         self.record["AppArmorProfile"] = profile if default else ""
+        context = self.record["ProcessLabel"]
+        if context:
+            return [["exec", context]]
         place = "apparmor/exec" if os.path.exists("/proc/self/attr/apparmor/exec") else "exec"
         return [[place, f"exec {profile}"]] if default and profile != "unconfined" else []
 
@@ -12239,6 +12260,8 @@ class Container:
             "HostsPath": "/etc/hosts",
         }
         files = [{"from": self.record[key], "to": to, "attributes": readonly} for key, to in places.items()]
+        for entry in files if self.record["MountLabel"] else ():
+            os.setxattr(entry["from"], "security.selinux", self.record["MountLabel"].encode())
         ipc = self.host_config["IpcMode"].partition(":")[0]
         shm = {"host": [{"from": "/dev/shm", "to": "/dev/shm"}],
                "container": [{"shared": "/dev/shm", "to": "/dev/shm"}]}.get(ipc, [])
@@ -12295,6 +12318,7 @@ class Container:
             domainname=(self.config.get("Domainname") or "") if own_names else "",
             namespaces=namespaces,
             join=join,
+            mount_label=self.record["MountLabel"],
             cgroup_enter=self.cgroup.enter,
             cgroup_namespace=host["CgroupnsMode"] == "private",
             cgroup_mounts=self.cgroup.mounts(host["CgroupnsMode"] == "private", not privileged),
@@ -12805,8 +12829,8 @@ class Container:
             "RestartCount": record["RestartCount"],
             "Driver": record["Driver"],
             "Platform": record["OS"],
-            "MountLabel": "",
-            "ProcessLabel": "",
+            "MountLabel": record["MountLabel"],
+            "ProcessLabel": record["ProcessLabel"],
             "AppArmorProfile": record["AppArmorProfile"],
             "ExecIDs": list(self.execs) or None,
             "HostConfig": self.host_config,
@@ -12866,6 +12890,36 @@ class Container:
         if size:
             listed["SizeRw"], listed["SizeRootFs"] = self.parts.layers.rw_size(self.id)
         return listed
+
+
+def selinux_runs(config: Any) -> bool:
+    """Whether containers get SELinux contexts: asked for, and the kernel has it on."""
+    return bool(config.selinux_enabled) and os.path.exists("/sys/fs/selinux/enforce")
+
+
+def selinux_contexts(options: Iterable[str]) -> tuple[str, str]:
+    """(the context of the processes, of the files) of a new container, with two categories of its own, by the
+    policy's lxc_contexts; `options` are those of --security-opt label=.  ("", "") for "disable" and where the
+    policy knows no containers."""
+    policy = re.search(r"^SELINUXTYPE=(\w+)", read_text("/etc/selinux/config"), re.M)
+    text = read_text(f"/etc/selinux/{policy[1] if policy else 'targeted'}/contexts/lxc_contexts")
+    given = dict(re.findall(r'^(\w+)\s*=\s*"([^"]*)"', text, re.M))
+    process, file = (given.get(name, "").split(":", 3) for name in ("process", "file"))
+    if "disable" in options or min(len(process), len(file)) < 4:
+        return "", ""
+    low, high = sorted(secrets.SystemRandom().sample(range(1024), 2))
+    process[3] = file[3] = f"s0:c{low},c{high}"
+    for option in options:
+        key, _, value = option.partition(":")
+        if key not in ("user", "role", "type", "level", "filetype") or not value:
+            raise BadParameter(f"bad label option {go_quote(option)}, valid options 'disable' or \n'user, "
+                               "role, level, type, filetype' followed by ':' and a value")
+        if key == "filetype":
+            file[2] = value
+        else:
+            process[("user", "role", "type", "level").index(key)] = value
+            file[3] = value if key == "level" else file[3]
+    return ":".join(process), ":".join(file)
 
 
 CDI_DIRECTORIES = ("/etc/cdi", "/var/run/cdi")
@@ -14686,6 +14740,8 @@ class Daemon:
         profile = {"": "builtin"}.get(self.config.seccomp_profile, self.config.seccomp_profile)
         options = ["name=apparmor"] if apparmor_default() else []
         options += [f"name=seccomp,profile={profile}"] if os.path.exists("/proc/sys/kernel/seccomp") else []
+        if selinux_runs(self.config):
+            options.append("name=selinux")
         if self.config.default_cgroupns_mode == "private":
             options.append("name=cgroupns")
         if self.idmap:
@@ -14862,6 +14918,8 @@ def check_configuration(config: Config) -> None:
     if not config.iptables and not config.icc:
         raise DockerError("You specified --iptables=false with --icc=false. ICC uses iptables to function. "
                           "Please set --icc or --iptables to true.")
+    if config.selinux_enabled and not selinux_runs(config):
+        log.warning("Docker could not enable SELinux on the host system")
     servers = re.findall(r"^nameserver\s+(\S+)", read_text("/etc/resolv.conf"), re.M)
     if not config.dns and all(map(_is_loopback, servers)):
         log.warning("Local (127.0.0.1) DNS resolver found in resolv.conf and containers can't use it. "

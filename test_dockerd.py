@@ -8104,6 +8104,24 @@ def test_what_has_not_landed_is_refused_by_name(host, feature):
         new_container({"HostConfig": host})
 
 
+def test_selinux_contexts(monkeypatch):
+    """The policy's, with categories of the container's own; label options change their parts."""
+    files = {"/etc/selinux/config": "SELINUX=enforcing\nSELINUXTYPE=mcs\n",
+             "/etc/selinux/mcs/contexts/lxc_contexts":
+             'process = "system_u:system_r:container_t:s0"\nfile = "system_u:object_r:container_file_t:s0"\n'}
+    monkeypatch.setattr(dockerd, "read_text", lambda path, limit=0: files.get(path, ""))
+    process, file = dockerd.selinux_contexts([])
+    assert re.fullmatch(r"system_u:system_r:container_t:s0:c\d+,c\d+", process)
+    assert file == process.replace("system_r:container_t", "object_r:container_file_t")
+    assert dockerd.selinux_contexts(["type:spc_t", "level:s0:c1", "filetype:mine_t", "user:u", "role:r"]) == (
+        "u:r:spc_t:s0:c1", "system_u:object_r:mine_t:s0:c1")
+    assert dockerd.selinux_contexts(["disable"]) == ("", "")
+    with pytest.raises(BadParameter, match='^bad label option "foo:bar", valid options'):
+        dockerd.selinux_contexts(["foo:bar"])
+    files.clear()
+    assert dockerd.selinux_contexts([]) == ("", "")
+
+
 def test_config_warnings():
     host = {"NetworkMode": "host", "PortBindings": {"80/tcp": [{"HostPort": "80"}]}}
     warnings = new_container({"HostConfig": host})[3]
@@ -9705,8 +9723,7 @@ def test_docker_host_is_not_the_daemon_s(configure, monkeypatch):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("authorization-plugins", ["x"]), ("api-cors-header", "*"), ("selinux-enabled", True),
-    ("userns-remap", "default"),
+    ("authorization-plugins", ["x"]), ("api-cors-header", "*"),
     ("default-runtime", "crun"), ("runtimes", {"a": {"path": "/a"}}),
     ("metrics-addr", "127.0.0.1:1"), ("rootless", True), ("cluster-store", "etcd://x")])
 def test_options_that_must_not_be_ignored_are_refused(configure, key, value):
