@@ -443,7 +443,7 @@ def measure_after(daemons: list[Daemon]) -> Rows:
 def measure_logs(daemons: list[Daemon], rounds: int = 3, megabytes: int = 50) -> Rows:
     """Time of a container that prints lines of 80 bytes, from its start to its end, with json-file."""
     times: list[list[float]] = [[] for _ in daemons]
-    script = f"yes {'x' * 79} | head -c {megabytes}000000"
+    script = f"busybox yes {'x' * 79} | busybox head -c {megabytes}000000"
     for _ in range(rounds):
         for daemon, found in zip(daemons, times):
             call = daemon.connection.call
