@@ -8443,7 +8443,17 @@ def _child(sync: int) -> Iterator[None]:
 
 
 def _read_plan(fds: dict[str, int]) -> dict[str, Any]:
-    """The plan of a fresh child, which first lets go of all that is the shim's (pitfalls 3 and 4)."""
+    """The plan behind the descriptor `plan`: read before the fork, where it costs no page faults."""
+    fd = fds.pop("plan")
+    try:
+        plan: dict[str, Any] = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
+    finally:
+        os.close(fd)
+    return plan
+
+
+def _let_go(fds: dict[str, int]) -> None:
+    """A fresh child lets go of all that is the shim's but `fds` (pitfalls 3 and 4)."""
     for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     _close_others(set(fds.values()))
@@ -8451,24 +8461,22 @@ def _read_plan(fds: dict[str, int]) -> dict[str, Any]:
     sys.path.clear()
     sys.meta_path.clear()
     sys.path_hooks.clear()
-    plan_fd = fds.pop("plan")
-    plan: dict[str, Any] = json.loads(os.pread(plan_fd, os.fstat(plan_fd).st_size, 0))
-    os.close(plan_fd)
-    return plan
 
 
-def _init_main(fds: dict[str, int]) -> None:
+def _init_main(plan: dict[str, Any], fds: dict[str, int]) -> None:
     """The life of a container's first process."""
     with _child(fds["sync"]):
-        Init(_read_plan(fds), fds).run()
+        _let_go(fds)
+        Init(plan, fds).run()
 
 
-def _join_main(fds: dict[str, int], flags: int) -> None:
+def _join_main(plan: dict[str, Any], fds: dict[str, int], flags: int) -> None:
     """The life of the helper that joins the namespaces `flags` of the process behind the descriptor `target`
     and forks the process asked for into them.  What it tells on `told` is the pid of that one, its brother:
     the shim's own child (pitfall 6)."""
     with _child(fds["sync"]):
-        init = Init(_read_plan(fds), fds)
+        _let_go(fds)
+        init = Init(plan, fds)
         init.prepare()
         with _init_step("cannot join the container's namespaces"):
             setns(fds["target"], flags)
@@ -8601,7 +8609,7 @@ class Shim:
         sent: list[int] = []
         try:
             sent = getattr(self, "op_" + request["op"])(request, named, answer) or []
-        except (OSError, KeyError, AttributeError) as error:
+        except (OSError, KeyError, ValueError, AttributeError) as error:
             answer["error"] = f"{type(error).__name__}: {error}"
         for fd in named.values():
             os.close(fd)
@@ -8616,11 +8624,12 @@ class Shim:
         if request["key"] in self.processes:
             raise KeyError(f"{request['key']} is running")
         keep = {name[5:]: fds.pop(name) for name in list(fds) if name.startswith("keep:")}
+        plan = _read_plan(fds)
         pid, pidfd = self._clone(request["flags"], fds.get("cgroup"), fds.get("pid"))
         if pid == 0:
             for name in ("cgroup", "pid"):
                 fds.pop(name, None)
-            _init_main(fds)
+            _init_main(plan, fds)
         self._watch(request["key"], pid, pidfd, keep)
         answer.update(pid=pid, key=request["key"])
         return [pidfd]
@@ -8628,12 +8637,12 @@ class Shim:
     def op_exec(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> list[int]:
         """Fork a process into the namespaces `flags` of the process behind the descriptor `target`; where
         that fails there is no pid in the answer, and the reason comes on "sync"."""
+        plan = _read_plan(fds)
         reader, writer = os.pipe()
         helper, helper_fd = clone3(0)
         if helper == 0:
-            for name in [name for name in fds if name.startswith("keep:")]:
-                del fds[name]
-            _join_main({**fds, "told": writer}, request["flags"])
+            own = {name: fd for name, fd in fds.items() if not name.startswith("keep:")}
+            _join_main(plan, {**own, "told": writer}, request["flags"])
         os.close(writer)
         told = os.read(reader, 16)  # not to its end: the process may be born frozen
         for fd in (reader, helper_fd):
@@ -8952,9 +8961,9 @@ def device_mounts() -> list[dict[str, Any]]:
     return nodes + [{"to": to, "link": target} for to, target in (*DEVICE_LINKS, *core)]
 
 
-def build_plan(spec: Spec, root_place: str) -> dict[str, Any]:
+def build_plan(spec: Spec, root_place: str, joins: bool = False) -> dict[str, Any]:
     """The init's plan for `spec`, ready for JSON; `root_place` is an empty directory of the host to mount
-    on."""
+    on.  A process that `joins` a container finds everything mounted."""
     mask = sum(1 << number for number in spec.capabilities)
     masks = {"bounding": mask, "permitted": mask, "effective": mask, "last": last_capability()}
     return {
@@ -8977,7 +8986,7 @@ def build_plan(spec: Spec, root_place: str) -> dict[str, Any]:
         "remapped": bool(spec.idmap),
         "cgroup_namespace": spec.cgroup_namespace,
         "root_place": root_place,
-        "mounts": default_mounts(spec) + spec.devices + device_mounts() + spec.mounts,
+        "mounts": [] if joins else default_mounts(spec) + spec.devices + device_mounts() + spec.mounts,
         "masked_paths": () if spec.privileged else spec.masked_paths,
         "readonly_paths": () if spec.privileged else spec.readonly_paths,
         "readonly_root": spec.readonly_root,
@@ -9418,7 +9427,7 @@ class ExecutionDriver:
         opened = [plan]
         try:
             with theirs:
-                document = build_plan(spec, self.root_place)
+                document = build_plan(spec, self.root_place, joins)
                 fds = {"plan": plan, "sync": theirs.fileno(), **streams}
                 fds.update({"target": target} if joins else {"root": spec.root_fd, **spec.join})
                 if spec.idmap and not joins:
