@@ -15411,6 +15411,120 @@ class HijackedStream:
             self._sock.shutdown(socket.SHUT_RDWR)
 
 
+class WebSocketStream:
+    """A WebSocket with the manners of a HijackedStream: the client's messages are one stream of bytes, ours
+    go out with `opcode` (1 text, 2 binary).  Pings are answered, fragments joined, and a frame that breaks
+    RFC 6455 ends the stream with status 1002."""
+
+    def __init__(self, stream: HijackedStream, opcode: int) -> None:
+        self._stream, self._opcode = stream, opcode
+        self._raw = bytearray()         # received, and not yet the whole of a head or control frame
+        self._left = 0                  # bytes of the data frame under way that have not come yet
+        self._mask = b""
+        self._fragmented = self._ended = False
+        self._frame = b""               # what of a frame of ours has not gone out yet
+        self._payload = 0               # how many bytes of the output it carries
+        self._reply = b""               # a pong or a close, sent before our next frame
+        self.fileno = stream.fileno
+
+    def pending(self) -> bool:
+        """Whether read_some has something to tell that poll does not see."""
+        return self._ended or self._stream.pending()
+
+    def read_some(self, size: int = 65536) -> Optional[bytes]:
+        """As HijackedStream's: data, None, or b"" at the end."""
+        data = b"" if self._ended else self._stream.read_some(size)
+        if not data:
+            return data
+        self._raw += data
+        found = bytearray()
+        try:
+            while not self._ended and self._take_frame(found):
+                pass
+        except ProtocolError as error:
+            self._close(error.status)
+        self._flush()
+        return bytes(found) or (b"" if self._ended else None)
+
+    def _take_frame(self, found: bytearray) -> bool:
+        """Take what has come of one frame out of the buffer, its data into `found`; False when that is too
+        little."""
+        raw = self._raw
+        if self._left:
+            part = bytes(raw[:self._left])
+            del raw[:self._left]
+            found += self._unmasked(part)
+            self._left -= len(part)
+            return bool(raw)
+        if len(raw) < 2:
+            return False
+        final, opcode, length = raw[0] >> 7, raw[0] & 15, raw[1] & 127
+        start = 2 + {126: 2, 127: 8}.get(length, 0)
+        control = opcode >= 8
+        misplaced = length > 125 or not final if control else self._fragmented != (not opcode)
+        if raw[0] & 0x70 or not raw[1] & 128 or opcode not in (0, 1, 2, 8, 9, 10) or misplaced:
+            raise ProtocolError(1002, "a frame that RFC 6455 does not allow")
+        if len(raw) < start + 4 + (length if control else 0):
+            return False
+        if start > 2:
+            length = int.from_bytes(raw[2:start], "big")
+        self._mask = bytes(raw[start:start + 4])
+        del raw[:start + 4]
+        if control:
+            self._answer(opcode, self._unmasked(bytes(raw[:length])))
+            del raw[:length]
+        else:
+            self._left, self._fragmented = length, not final
+        return bool(raw)
+
+    def _unmasked(self, part: bytes) -> bytes:
+        mask, size = self._mask, len(part)
+        self._mask = mask[size % 4:] + mask[:size % 4]  # the next part of the frame goes on with it
+        key = (mask * (size // 4 + 1))[:size]
+        return (int.from_bytes(part, "big") ^ int.from_bytes(key, "big")).to_bytes(size, "big")
+
+    def _answer(self, opcode: int, data: bytes) -> None:
+        if opcode == 8:
+            self._close(int.from_bytes(data[:2], "big") if len(data) > 1 else 1000)
+        elif opcode == 9:  # of several pings the last one is answered
+            self._reply = bytes((0x8A, len(data))) + data
+
+    def _close(self, status: int) -> None:
+        self._ended, self._reply = True, struct.pack(">BBH", 0x88, 2, status)
+
+    def _flush(self) -> bool:
+        """Send what is on its way; whether all of it has gone."""
+        while self._frame or self._reply:
+            if not self._frame:
+                self._frame, self._reply = self._reply, b""
+            sent = self._stream.write_some(self._frame)
+            if not sent:
+                return False
+            self._frame = self._frame[sent:]
+        return True
+
+    def write_some(self, data: Union[bytes, bytearray, memoryview]) -> int:
+        """As HijackedStream's; what was put off must be repeated with the same bytes in front."""
+        if self._ended:
+            raise ClientGone("the WebSocket is closed")
+        if not self._payload and self._flush():
+            part = bytes(data[:16000])
+            self._payload = len(part)
+            size = bytes((len(part),)) if len(part) < 126 else struct.pack(">BH", 126, len(part))
+            self._frame = bytes((0x80 | self._opcode,)) + size + part
+        if not self._flush():
+            return 0
+        sent, self._payload = self._payload, 0
+        return sent
+
+    def finish(self) -> None:
+        """Tell the client that the stream is over, unless it has told us."""
+        if not self._ended:
+            self._close(1000)
+            with contextlib.suppress(ClientGone):
+                self._flush()
+
+
 class DisconnectWatcher:
     """One thread that watches the connections of jobs that last, and calls back when a client hangs up."""
 
@@ -16094,6 +16208,11 @@ def one_network(request: Request) -> None:
                            + ", ".join(endpoints))
 
 
+def all_streams(request: Request) -> None:
+    """Before 1.42 a WebSocket got all streams."""
+    request.query.update({name: ["1"] for name in ("stdin", "stdout", "stderr")})
+
+
 # What older versions answer: each member with the value that it has when there is nothing to tell.
 CONFIG_1_49: dict[str, Any] = {
     "Hostname": "", "Domainname": "", "User": "", "AttachStdin": False, "AttachStdout": False,
@@ -16296,8 +16415,6 @@ REFUSED_ROUTES: list[tuple[type[DockerError], str, str]] = [  # error, text, "ME
         DELETE /containers/{name}/checkpoints/{checkpoint}"""),
     (NotFound, "page not found: this daemon has no BuildKit; build with DOCKER_BUILDKIT=0",
      "POST /session, POST /grpc"),
-    (NotSupported, "attach over WebSocket is not supported by this daemon",
-     "GET /containers/{name}/attach/ws"),
 ]
 for _error, _text, _paths in REFUSED_ROUTES:
     for _method, _path in (_item.split() for _item in _paths.split(",")):
@@ -16382,11 +16499,38 @@ def container_wait(request: Request, name: str) -> None:
     Lines(request, stream).write(to_json(reply))
 
 
+ATTACH_FLAGS = "logs:bool stream:bool stdin:bool stdout:bool stderr:bool detachKeys"
+
+
 @route("POST", "/containers/{name}/attach")
 def container_attach(request: Request, name: str) -> None:
     """Attach: the connection becomes the container's streams."""
-    flags = "logs:bool stream:bool stdin:bool stdout:bool stderr:bool detachKeys"
-    request.hijack(request.job("attach", name, **request.parameters(flags)))
+    request.hijack(request.job("attach", name, **request.parameters(ATTACH_FLAGS)))
+
+
+@route("GET", "/containers/{name}/attach/ws", until("1.42", all_streams))
+def container_attach_ws(request: Request, name: str) -> None:
+    """Attach over a WebSocket, RFC 6455: raw output, in binary messages since 1.28.  A page of another site
+    may not, unless CORS is enabled: browsers name it."""
+    headers, origin = request.headers, request.headers.get("origin")
+    if "websocket" not in headers.get("upgrade", "").lower() or not headers.get("sec-websocket-key"):
+        raise BadParameter("not websocket protocol")
+    if (origin and origin.partition("://")[2] != headers.get("host")
+            and request.server.cors not in ("*", origin)):
+        raise Forbidden(f"a page of {origin} may not attach: CORS is not enabled for it")
+    job = request.job("attach", name, raw=True, **request.parameters(ATTACH_FLAGS))
+
+    def ready(facts: dict[str, Any]) -> None:
+        key = headers["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+        head = ("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                f"Sec-WebSocket-Accept: {accept}\r\n\r\n")
+        stream = request.connection.hijack(head.encode())
+        job.hijacked = WebSocketStream(stream, 2 if request.version >= (1, 28) else 1)
+
+    job.on_ready = ready
+    job.run()
+    job.hijacked.finish()
 
 
 @route("POST", "/exec/{id}/start", until("1.42", without("ConsoleSize")))
@@ -16605,6 +16749,7 @@ class ApiServer:
         self.engine = engine
         self.watcher = DisconnectWatcher()
         self.activated = threading.Event()
+        self.cors = ""                          # the origin whose pages may use the API, "*" for all
         self.idle: collections.OrderedDict[Connection, None] = collections.OrderedDict()
         self.connections = 0
         self.listeners: list[Listener] = []
@@ -16657,7 +16802,8 @@ class ApiServer:
         headers = [("Api-Version", API_VERSION), ("Docker-Experimental", "false"), ("Ostype", "linux"),
                    ("Server", f"Docker/{env.get('Version') or VERSION} (linux)")]
         if env.get_bool("EnableCors") or env.get("CorsHeaders"):
-            headers += [("Access-Control-Allow-Origin", env.get("CorsHeaders") or "*"),
+            self.cors = env.get("CorsHeaders") or "*"
+            headers += [("Access-Control-Allow-Origin", self.cors),
                         ("Access-Control-Allow-Headers",
                          "Origin, X-Requested-With, Content-Type, Accept, X-Registry-Auth"),
                         ("Access-Control-Allow-Methods", "HEAD, GET, POST, DELETE, PUT, OPTIONS")]

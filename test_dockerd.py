@@ -2361,6 +2361,98 @@ def test_attach_ends_as_docker_ends_it(host: Host) -> None:
     assert host.inspect(more)["State"]["Running"]
 
 
+def websocket(host: Host, name: str, query: str, version: str = API, origin: str = "") -> Hijacked:
+    """An attachment over a WebSocket, behind the response's head."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(60)
+    sock.connect(host.socket)
+    sock.sendall(
+        (
+            f"GET {version}/containers/{name}/attach/ws?{query} HTTP/1.1\r\nHost: localhost\r\n"
+            "Upgrade: websocket\r\nConnection: keep-alive, Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+            f"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{origin and f'Origin: {origin}'}\r\n\r\n"
+        )
+        .replace("\r\n\r\n\r\n", "\r\n\r\n")
+        .encode()
+    )
+    stream = Hijacked(sock, b"", b"")
+    stream.head = stream.read_until(b"\r\n\r\n")
+    stream.status = int(stream.head.split()[1])
+    return stream
+
+
+def websocket_frame(opcode: int, data: bytes, final: bool = True, mask: bytes = b"mask") -> bytes:
+    """A frame as a client sends it."""
+    size = bytes((0x80 | len(data),)) if len(data) < 126 else b"\xfe" + len(data).to_bytes(2, "big") if (
+        len(data) < 65536) else b"\xff" + len(data).to_bytes(8, "big")  # fmt: skip
+    masked = bytes(byte ^ mask[at % 4] for at, byte in enumerate(data))
+    return bytes((final << 7 | opcode,)) + size + mask + masked
+
+
+@pytest.mark.parametrize("version, opcode", [(API, 0x82), ("/v1.28", 0x82), ("/v1.27", 0x81)])
+def test_attach_over_a_websocket(host: Host, version: str, opcode: int) -> None:
+    """RFC 6455: accept key, masks, fragments, all lengths, byte by byte too, ping, close."""
+    box = Execs(host, "sh", "-c", "stty -echo raw; echo ready; cat", OpenStdin=True, Tty=True)
+    wait_for(lambda: b"ready" in host.api("GET", f"/containers/{box.id}/logs?stdout=1"))
+    stream = websocket(host, box.id, "stream=1&stdin=1&stdout=1&stderr=1", version)
+    assert b"\r\nSec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in stream.head
+    parts = (websocket_frame(1, b"one", False), websocket_frame(9, b"there?"), websocket_frame(0, b"two"))
+    for byte in b"".join(parts):
+        stream.send(bytes((byte,)))
+    received = b""
+    while not received.endswith(b"two"):
+        received += stream.sock.recv(1)
+    assert b"\x8a\x06there?" in received
+    answered = received.replace(b"\x8a\x06there?", b"")
+    assert re.sub(bytes((opcode,)) + b".", b"", answered) == b"onetwo"
+    for size in (126, 65535, 65536, 200001):
+        data = bytes(ord("a") + at % 26 for at in range(size))
+        sender = threading.Thread(target=stream.send, args=(websocket_frame(2, data),))
+        sender.start()
+        got = bytearray()
+        while len(got) < size:
+            head = stream.sock.recv(2, socket.MSG_WAITALL)
+            assert head[0] == opcode
+            length = head[1]
+            if length == 126:
+                length = int.from_bytes(stream.sock.recv(2, socket.MSG_WAITALL), "big")
+            got += stream.sock.recv(length, socket.MSG_WAITALL)
+        sender.join()
+        assert bytes(got) == data
+    stream.send(websocket_frame(8, b"\x03\xe9bye"))
+    assert stream.read_all() == b"\x88\x02\x03\xe9"
+    stream.close()
+    logs = websocket(host, box.id, "logs=1&stdout=1", version)
+    assert logs.read_all().endswith(b"\x88\x02\x03\xe8")  # the daemon's own end
+    logs.close()
+    unmasked, unended = b"\x82\x01x", websocket_frame(9, b"", False)
+    for bad in (unmasked, unended, websocket_frame(3, b""), websocket_frame(0, b"x")):
+        stream = websocket(host, box.id, "stream=1&stdin=1", version)
+        stream.send(bad)
+        assert stream.read_all() == b"\x88\x02\x03\xea"
+        stream.close()
+    assert host.inspect(box.id)["State"]["Running"]
+
+
+def test_websocket_refuses_other_sites(host: Host, new_host: Callable[..., Host], busybox: bytes) -> None:
+    """A browser lets any page open a WebSocket: its Origin must be ours, unless CORS is enabled for it."""
+    open_host = new_host("--api-enable-cors")
+    open_host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    for each, origin, status in (
+        (host, "http://localhost", 101), (host, "https://site", 403), (host, "null", 403),
+        (host, "http://localhost.site", 403), (open_host, "https://site", 101),
+    ):  # fmt: skip
+        identity = each.create("true")
+        stream = websocket(each, identity, "logs=1", origin=origin)
+        assert stream.status == status, origin
+        stream.close()
+        each.api("DELETE", f"/containers/{identity}")
+    assert host.http("GET", f"{API}/containers/nosuch/attach/ws").status == 400
+    stream = websocket(host, "nosuch", "logs=1")
+    assert stream.status == 404
+    stream.close()
+
+
 def test_a_restart_finds_its_containers(new_host: Callable[..., Host], busybox: bytes) -> None:
     """A clean restart stops what ran and knows everything afterwards: images, names, exit codes, logs."""
     host = new_host()
@@ -3611,6 +3703,11 @@ def test_working_directory_behind_a_descriptor_cve_2024_21626(
     secret = host.path("secret")
     with open(secret, "w") as file:
         file.write("the host's secret")
+    box, script = Execs(host), f"cat ./{secret} {'../' * 12}{secret}"
+    places = (f"/proc/self/fd/{number}" for number in range(3, 24))
+    outputs = [box.run("sh", "-c", script, WorkingDir=place)[0] for place in places]
+    leaks = any(b"the host's secret" in output for output in outputs)
+    assert leaks != defended, outputs  # on hosts of cgroup v1 alone no directory is open that could leak
     outputs = []
     for number in range(3, 24):
         identity = host.create(
@@ -3621,6 +3718,56 @@ def test_working_directory_behind_a_descriptor_cve_2024_21626(
             outputs.append(host.api("GET", f"/containers/{identity}/logs?stdout=1&stderr=1") or b"")
         host.api("DELETE", f"/containers/{identity}")
     assert any(b"the host's secret" in output for output in outputs) != defended, outputs
+
+
+# Run by a container's first process: what it gets of a process that joins it and is not yet the command.
+JOIN_ATTACK = """
+while :; do
+    for place in /proc/[0-9]*; do
+        case $(readlink $place/exe) in
+        "" | /bin/busybox) ;;
+        *) cat $place/maps >>/loot;;
+        esac
+    done
+done 2>/dev/null
+"""
+
+
+@OFF_AND_ON
+def test_spying_on_the_joining_process_cve_2016_9962(
+    new_host: Callable[..., Host], busybox: bytes, defended: bool
+) -> None:
+    """A container waits for an exec's process and looks into it while it still is the runtime."""
+    host = new_host(environment=switched("undumpable", defended))
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    box = Execs(host, "sh", "-c", JOIN_ATTACK)
+    slow = "PATH=" + "/x:" * 40000 + "/bin"  # it looks for its command for a while, its privileges given up
+    loot = b""
+    for _ in range(3 if defended else 20):
+        box.run("true", Env=[slow])
+        loot = box.run("cat", "/loot")[0]
+        if loot:
+            break
+    assert (b"[heap]" in loot) != defended, loot
+
+
+@OFF_AND_ON
+def test_overwriting_the_runtime_by_exec_cve_2019_5736(
+    new_host: Callable[..., Host], defended: bool, tmp_path: Any
+) -> None:
+    """The same as above, by a command that the operator runs in the hostile container."""
+    python = interpreter_copy(str(tmp_path / "python"))
+    mode = os.stat(python).st_mode
+    host = new_host(python=python, environment=switched("exe-seal", defended))
+    attack = b"#!/proc/self/exe -S\nimport os\nos.chmod('/proc/self/exe', 0o4755)\n"
+    host.import_image(
+        "evil",
+        tar_of({**busybox_entries(), **python_entries(python), "attack": (attack, 0o755)}),
+        f"ENV PATH={PATH} PYTHONHOME={sys.base_prefix}",
+    )
+    errors = Execs(host, image="evil").run("/attack")[1]
+    assert (b"Read-only file system" in errors) == defended, errors
+    assert (os.stat(python).st_mode == mode) == defended
 
 
 # Run in a mount namespace of its own: the state in which the init finds a root whose /dev/null an accomplice
