@@ -7069,7 +7069,7 @@ def _pids_limit(resources: dict[str, Any]) -> str:
 
 def v1_settings(resources: dict[str, Any]) -> list[Setting]:
     """What to write for HostConfig's resources on version 1; what is not set (0, None, "") is left as it
-    is."""
+    is, but PidsLimit 0 is no limit: an update takes the limit away by it."""
     get = resources.get
     period, quota = _cpu_time(resources)
     swappiness = get("MemorySwappiness")

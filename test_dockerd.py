@@ -6538,9 +6538,8 @@ def test_settings_of_version_1() -> None:
         ("blkio.weight", "500"),
     ]
     assert dockerd.v1_settings({}) == []
-    assert dockerd.v1_settings({"PidsLimit": 0, "MemorySwappiness": -1, "Memory": 0, "MemorySwap": -1}) == [
-        ("memory", "memory.memsw.limit_in_bytes", "-1")
-    ]
+    unset = {"PidsLimit": None, "MemorySwappiness": -1, "Memory": 0, "MemorySwap": -1}
+    assert dockerd.v1_settings(unset) == [("memory", "memory.memsw.limit_in_bytes", "-1")]
     assert dockerd.v1_settings({"PidsLimit": -1}) == [("pids", "pids.max", "max")]
 
 
