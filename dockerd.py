@@ -839,12 +839,11 @@ def parse_duration(text: str) -> float:
     body = text[1:] if text[:1] in ("-", "+") else text
     if body == "0":
         return 0.0
-    parts = list(_DURATION_PART.finditer(body))
-    if not body or "".join(part.group() for part in parts) != body:
+    parts = _DURATION_PART.findall(body)
+    if not body or "".join(number + unit for number, unit in parts) != body:
         raise BadParameter(f'time: invalid duration "{text}"')
     seconds = 0.0
-    for part in parts:
-        number, unit = part.groups()
+    for number, unit in parts:
         if unit not in _DURATION_UNITS:
             fault = f'unknown unit "{unit}"' if unit else "missing unit"
             raise BadParameter(f'time: {fault} in duration "{text}"')
@@ -1101,7 +1100,7 @@ class Option(NamedTuple):
     kind: str
     help: str
     default: Any = None              # None: the kind's empty value
-    check: Optional[Callable[[Any], Any]] = None   # of each item of a list, of the whole value otherwise
+    check: Callable[[Any], Any] = lambda value: value  # of each item of a list, of the whole value otherwise
     reload: bool = False
     status: tuple[str, str] = SERVED
     in_file: bool = True             # whether daemon.json may have it
@@ -1460,8 +1459,7 @@ def _parse_occurrence(option: Option, text: str, before: Any) -> Any:
         value = {driver: {**before.get(driver, {}), **options} for driver, options in value.items()}
     if kind.container is dict:
         value = {**before, **value}
-    if option.check:
-        value = option.check(value)
+    value = option.check(value)
     return [*before, value] if kind.container is list else value
 
 
@@ -1484,7 +1482,7 @@ def _read_config_file(flags: dict[str, tuple[str, Any]]) -> dict[str, tuple[str,
 
 
 def _parse_config(text: str, path: str, flags: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any]]:
-    text = re.sub(r"(?m)^\s*//.*$", "", text)   # the comments of `--print daemon.json`; JSON has no such line
+    text = re.sub(r"(?m)^\s*//.*$", "", text)  # the comments of `--print daemon.json`; JSON has no such line
     document = json.loads(text) if text.strip() else {}
     if not isinstance(document, dict):
         raise BadParameter(f"json: cannot unmarshal {_json_type(document)} into Go value of type "
@@ -1528,24 +1526,17 @@ def _decode_option(option: Option, key: str, value: Any) -> Any:
 
 def _decode_value(option: Option, key: str, value: Any) -> Any:
     kind = KINDS[option.kind]
-    if kind.container is list:
-        if isinstance(value, str) and key == "host-gateway-ip":
-            value = [value]
-        _expect_json(key, value, list, kind.go_type)
-        return [_decode_item(option, key, item) for item in value]
+    if key == "host-gateway-ip" and isinstance(value, str):
+        value = [value]
+    if kind.container in (list, dict):
+        _expect_json(key, value, kind.container, kind.go_type)
+    items = value.values() if kind.container is dict else value if kind.container is list else [value]
+    for item in items:
+        _expect_json(key, item, kind.item, kind.go_type.partition("]")[2] or kind.go_type)
     if kind.container is dict:
-        _expect_json(key, value, dict, kind.go_type)
-        for item in value.values():
-            _expect_json(key, item, kind.item, kind.go_type.partition("]")[2])
-        return option.check(value) if option.check else value
-    return _decode_item(option, key, value)
-
-
-def _decode_item(option: Option, key: str, value: Any) -> Any:
-    kind = KINDS[option.kind]
-    _expect_json(key, value, kind.item, kind.go_type.replace("[]", "", 1))
-    value = kind.parse(value) if kind.item is str else value
-    return option.check(value) if option.check else value
+        return option.check(value)
+    decoded = [option.check(kind.parse(item) if kind.item is str else item) for item in items]
+    return decoded if kind.container is list else decoded[0]
 
 
 def _expect_json(key: str, value: Any, wanted: type, go_type: str) -> None:
@@ -1597,8 +1588,8 @@ def _complete_config(config: Config) -> None:
     if "tlsverify" not in config.given:
         config.tlsverify = config.tls or bool(os.environ.get("DOCKER_TLS_VERIFY"))
     config.tls = config.tls or config.tlsverify or "tlsverify" in config.given
-    folder = os.environ.get("DOCKER_CERT_PATH") or os.environ.get("DOCKER_CONFIG") or "~/.docker"
-    folder = os.path.expanduser(folder)
+    folder = os.path.expanduser(
+        os.environ.get("DOCKER_CERT_PATH") or os.environ.get("DOCKER_CONFIG") or "~/.docker")
     for attribute, name in (("tlscacert", "ca.pem"), ("tlscert", "cert.pem"), ("tlskey", "key.pem")):
         setattr(config, attribute, getattr(config, attribute) or os.path.join(folder, name))
     config.seccomp_profile = config.seccomp_profile or "builtin"   # '' is not "unconfined"
@@ -4556,11 +4547,15 @@ class ShellWord:
 
     `environment` is a list of NAME=VALUE.  BadParameter names the word and what is wrong with it."""
 
+    _UNCLOSED = {
+        "'": "unexpected end of statement while looking for matching single-quote",
+        '"': "unexpected end of statement while looking for matching double-quote",
+        "}": "syntax error: missing '}'",
+    }
+
     def __init__(self, text: str, environment: list[str], escape: str) -> None:
         self.text, self.escape, self.at = text, escape, 0
         self.environment = dict(item.partition("=")[::2] for item in environment)
-        self._special = {"'": self._single_quoted, '"': self._double_quoted, "$": self._dollar,
-                         escape: self._next}
         try:
             self._parsed = self._pieces("")
         except BadParameter as error:
@@ -4588,38 +4583,31 @@ class ShellWord:
         return self.text[self.at:self.at + 1]
 
     def _pieces(self, stop: str) -> list[tuple[str, bool]]:
-        """What stands before `stop` ('' is the end), as pieces and whether blanks in them separate words."""
+        """What stands before `stop` ('' is the end), as pieces and whether blanks in them separate words.
+
+        Between double quotes only $ and some escapes are special, between single ones nothing is."""
         pieces: list[tuple[str, bool]] = []
         while self._peek():
             character = self._next()
             if character == stop:
                 return pieces
-            parse = self._special.get(character)
-            pieces.append((parse() if parse else character, parse is None or character == "$"))
+            if stop == "'":
+                pieces.append((character, False))
+            elif character == "$":
+                pieces.append((self._dollar(), True))
+            elif character == self.escape and (
+                    stop != '"' or self._peek() in ("", '"', "$", self.escape)):
+                pieces.append((self._next(), False))
+            elif character in ("'", '"') and stop != '"':
+                pieces.append((self._text(character), False))
+            else:
+                pieces.append((character, True))
         if stop:
-            raise BadParameter("syntax error: missing '}'")
+            raise BadParameter(self._UNCLOSED[stop])
         return pieces
 
-    def _single_quoted(self) -> str:
-        end = self.text.find("'", self.at)
-        if end < 0:
-            raise BadParameter("unexpected end of statement while looking for matching single-quote")
-        text, self.at = self.text[self.at:end], end + 1
-        return text
-
-    def _double_quoted(self) -> str:
-        text = ""
-        while True:
-            character = self._next()
-            if not character:
-                raise BadParameter("unexpected end of statement while looking for matching double-quote")
-            if character == '"':
-                return text
-            if character == "$":
-                character = self._dollar()
-            elif character == self.escape and self._peek() in ("", '"', "$", self.escape):
-                character = self._next()
-            text += character
+    def _text(self, stop: str) -> str:
+        return "".join(text for text, _ in self._pieces(stop))
 
     def _name(self) -> str:
         match = re.compile(r"[0-9]+|[@*#?\-$!]|\w+").match(self.text, self.at)
@@ -4639,8 +4627,7 @@ class ShellWord:
         if separator not in (":", "?"):
             raise BadParameter("missing ':' in substitution")
         modifier = self._next() if separator == ":" else "?"
-        word = "".join(text for text, _ in self._pieces("}"))
-        return self._modified(name, modifier, word, empty_counts=separator == ":")
+        return self._modified(name, modifier, self._text("}"), empty_counts=separator == ":")
 
     def _modified(self, name: str, modifier: str, word: str, empty_counts: bool) -> str:
         """${name:+word}, ${name:-word}, ${name:?word} and ${name?word}."""
