@@ -10028,7 +10028,7 @@ def test_reload_reads_the_file_again(configure, tmp_path):
     config = configure("--label=a=b", json={"debug": True, "group": "adm"})
     (tmp_path / "daemon.json").write_text('{"debug": false, "group": "root", "shutdown-timeout": 30}')
     assert dockerd.changed_options(config) == {"debug": False, "shutdown_timeout": 30}
-    (tmp_path / "daemon.json").write_text('{"live-restore": true, "init": true}')
+    (tmp_path / "daemon.json").write_text('{"live-restore": true, "authorization-plugins": ["x"]}')
     failure(dockerd.ConfigError, dockerd.changed_options, config)
 
 
