@@ -7,7 +7,7 @@ comma := ,
 space := $(subst ,, )
 PIP_PACKAGES := cffi docker mypy pytest pytest-timeout PyYAML ruff setuptools
 # The real daemon to compare with, unpacked beside the project: never installed, never started on the machine itself.
-PEER_PACKAGES := busybox-static containerd docker.io libdevmapper1.02.1 libseccomp2 runc tini
+PEER_PACKAGES := busybox-static containerd crun docker.io libdevmapper1.02.1 libseccomp2 libyajl2 runc tini
 # What the tests call, and the package that has it.
 TOOLS := cc:gcc debootstrap:debootstrap ip:iproute2 ldd:libc-bin openssl:openssl ps:procps unshare:util-linux
 VM_TOOLS := mkfs.ext4:e2fsprogs qemu-system-x86_64:qemu-system-x86

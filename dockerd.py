@@ -171,6 +171,7 @@ PR_CAPBSET_DROP = 24
 PR_CAPBSET_READ = 23
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
+PR_SET_CHILD_SUBREAPER = 36
 PR_SET_DUMPABLE = 4
 PR_SET_KEEPCAPS = 8
 PR_SET_NAME = 15
@@ -1021,6 +1022,26 @@ def _check_exec_option(option: str) -> str:
     return f"native.cgroupdriver={value}"
 
 
+NATIVE_RUNTIMES = ("runc", "io.containerd.runc.v2")     # the names that this daemon's own goes by
+
+
+def _parse_runtime(text: str) -> dict[str, Any]:
+    name, _, path = (part.strip() for part in text.partition("="))
+    if not name or not path:
+        raise BadParameter(f"invalid runtime argument: {text}")
+    return {name: {"path": path}}
+
+
+def _check_runtimes(runtimes: dict[str, Any]) -> dict[str, Any]:
+    """Names are not the native one's, and each has a program: containerd's own kinds cannot be had here."""
+    for name, runtime in runtimes.items():
+        if name in NATIVE_RUNTIMES:
+            raise BadParameter(f"runtime name '{name}' is reserved")
+        if not runtime.get("path") or set(runtime) - {"path", "runtimeArgs"}:
+            raise BadParameter(f"runtime '{name}' needs a path, and perhaps runtimeArgs, and nothing else")
+    return runtimes
+
+
 def _check_ulimits(limits: dict[str, Any]) -> dict[str, Any]:
     """By name; the keys of each limit may be in any case, as Go's JSON takes them."""
     return {name: check_ulimit({"Name": name, **{field.capitalize(): limit[field] for field in limit}})
@@ -1076,7 +1097,7 @@ KINDS = {
     "switches": Kind("map", dict, bool, _parse_switch, "map[string]bool"),
     "ulimits": Kind("ulimit", dict, dict, _parse_named_ulimit, "map[string]*units.Ulimit"),
     "pools": Kind("pool-options", list, dict, _parse_address_pool, "[]*ipamutils.NetworkToSplit"),
-    "runtimes": Kind("runtime", dict, dict, _parse_pair, "map[string]types.Runtime"),
+    "runtimes": Kind("runtime", dict, dict, _parse_runtime, "map[string]types.Runtime"),
     "network-options": Kind("mapmap", dict, dict, _parse_network_option, "map[string]map[string]string"),
     "object": Kind("object", dict, object, _parse_pair, "map[string]interface {}"),
 }
@@ -1220,9 +1241,9 @@ OPTIONS = (
     Option("cpu-rt-runtime", "--cpu-rt-runtime", "int", "CPU real-time runtime of the parent cgroup, in "
            "microseconds"),
     Option("default-runtime", "--default-runtime", "string", "Default OCI runtime for containers", "runc",
-           reload=True, status=("unlanded", "OCI runtimes other than its own, which goes by the name runc,")),
+           reload=True),
     Option("runtimes", "--add-runtime", "runtimes", "Register an additional OCI compatible runtime",
-           reload=True, status=("unlanded", "OCI runtimes")),
+           check=_check_runtimes, reload=True),
     Option("cdi-spec-dirs", "--cdi-spec-dir", "list", "CDI specification directories to use (default "
            "/etc/cdi and /var/run/cdi)"),
     Option("containerd", "--containerd", "string", "containerd grpc address", status=CONTAINERD),
@@ -1597,6 +1618,8 @@ def _complete_config(config: Config) -> None:
     if not config.default_cgroupns_mode:
         unified = os.path.exists("/sys/fs/cgroup/cgroup.controllers")
         config.default_cgroupns_mode = "private" if unified else "host"
+    if config.default_runtime not in (*NATIVE_RUNTIMES, *config.runtimes):
+        raise ConfigError(f"specified default runtime '{config.default_runtime}' does not exist")
     labels: dict[str, str] = {}
     for key, _, value in (label.partition("=") for label in config.labels):
         if labels.setdefault(key, value) != value:
@@ -6750,6 +6773,20 @@ def compile_seccomp(profile: Union[str, dict[str, Any], None], capabilities: Ite
         raise BadParameter(f"Decoding seccomp profile failed: {error}") from None
 
 
+def oci_seccomp(profile: Optional[dict[str, Any]], capabilities: Iterable[str]) -> dict[str, Any]:
+    """A profile (None: Docker's default) for a container with these capabilities as runtime-spec has it."""
+    uname, given = os.uname(), frozenset(capabilities)
+    profile = default_seccomp_profile() if profile is None else profile
+    kept = {key: profile[key] for key in ("defaultAction", "defaultErrnoRet", "flags") if key in profile}
+    machine = _MACHINES[uname.machine]
+    calls = [call for call in profile.get("syscalls") or ()
+             if _rule_applies(call, given, machine.go_name, uname.release)]
+    return {**kept, "architectures": list(_conventions(profile, machine)),
+            "syscalls": [{"names": list(_named_calls(call)), **{
+                key: call[key] for key in ("action", "errnoRet", "args") if call.get(key) is not None}}
+                for call in calls]}
+
+
 def seccomp_flags(profile: Union[str, dict[str, Any], None] = None) -> int:
     """The SECCOMP_FILTER_FLAG_* that a profile asks for; one that names none leaves speculation alone, as
     runc."""
@@ -8026,6 +8063,8 @@ class Init:
         plan = self.plan
         if plan.get("wait") and not os.read(self.fds["sync"], 1):
             raise InitError("the daemon has gone before it let the container start")
+        if plan["bare"]:
+            self._run_bare()
         self.prepare()
         self._be_root()
         self._enter_cgroups()
@@ -8055,6 +8094,17 @@ class Init:
             with _init_step("cannot make the root read-only"):
                 mount_setattr(AT_FDCWD, "/", 0, set=MOUNT_ATTR_RDONLY)
         self._become()
+
+    def _run_bare(self) -> None:
+        """Execute a program of the host, an OCI runtime, that finds the root at its place and shares that
+        mount with nobody."""
+        with _init_step("cannot attach the root file system"):
+            mount("", "/", "", MS_REC | MS_SLAVE)
+            move_mount(self.fds["root"], "", AT_FDCWD, self.plan["root_place"], MOVE_MOUNT_F_EMPTY_PATH)
+        os.setsid()
+        self._take_streams()
+        self._close_all()
+        self._execute(b"")
 
     def run_joined(self) -> None:
         """The same for a further process, a child that has joined its container's namespaces: what it finds
@@ -8441,7 +8491,9 @@ def _read_plan(fds: dict[str, int]) -> dict[str, Any]:
 
 def _let_go(fds: dict[str, int]) -> None:
     """A fresh child lets go of all that is the shim's but `fds` (pitfalls 3 and 4)."""
-    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP,
+                   signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     _close_others(set(fds.values()))
     prctl(PR_SET_DUMPABLE, 0 if defended("undumpable") else 1)
@@ -8534,6 +8586,10 @@ class Shim:
         self.by_pidfd: dict[int, ShimProcess] = {}
         self.poll = select.epoll()
         self.poll.register(listener, select.EPOLLIN)
+        self.orphans, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.poll.register(self.orphans, select.EPOLLIN)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         self.finished = False
 
     def run(self) -> None:
@@ -8542,12 +8598,30 @@ class Shim:
             for fd, events in self.poll.poll():
                 if fd == self.listener.fileno():
                     self._accept()
+                elif fd == self.orphans:
+                    self._reap_orphans()
                 elif fd in self.by_pidfd:
                     self._reap(self.by_pidfd[fd])
                 elif fd in self.connections and events & select.EPOLLOUT:
                     self._send(self.connections[fd])
                 elif fd in self.connections:
                     self._serve(self.connections[fd])
+
+    def _reap_orphans(self) -> None:
+        """Reap what nobody else does: as a subreaper, for the sake of OCI runtimes' containers, the shim is
+        given every process below it whose parent has ended."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.orphans, 4096)
+        own = {process.pid for process in self.processes.values() if process.end is None}
+        for pid in self._children():
+            if pid not in own:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+
+    @staticmethod
+    def _children() -> list[int]:
+        with open("/proc/thread-self/children") as file:
+            return list(map(int, file.read().split()))
 
     def _accept(self) -> None:
         connection, _ = self.listener.accept()
@@ -8736,6 +8810,7 @@ def shim_main(listener_fd: int) -> None:
     os.chdir("/")
     set_process_name("docker-shim")
     prctl(PR_SET_DUMPABLE, 0)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     for real_time in (32, 33):  # posix_spawn leaves the C library's own ignored; containers would too
@@ -8878,6 +8953,9 @@ class Spec(NamedTuple):
     cgroup_fd: Optional[int] = None                 # the v2 directory to be born in
     cgroup_enter: Optional[Callable[[int], None]] = None  # puts the waiting process into its cgroups
     idmap: IdMap = IdMap()                          # of the user namespace; identity without one
+    runtime: tuple[str, ...] = ()                 # the OCI runtime that is to run it; none: this driver
+    resources: dict[str, Any] = {}                # "linux" members of its config.json
+    bare: bool = False                              # a program of the host's, with the root at its place
     cgroup_namespace: bool = False
     cgroup_mounts: list[dict[str, Any]] = []
     mounts: list[dict[str, Any]] = []             # further mounts, in order
@@ -8971,6 +9049,7 @@ def build_plan(spec: Spec, root_place: str, joins: bool = False) -> dict[str, An
         "labels": spec.labels,
         "wait": spec.cgroup_enter is not None,
         "remapped": bool(spec.idmap),
+        "bare": spec.bare,
         "cgroup_namespace": spec.cgroup_namespace,
         "root_place": root_place,
         "mounts": [] if joins else default_mounts(spec) + spec.devices + device_mounts() + spec.mounts,
@@ -8985,6 +9064,67 @@ def build_plan(spec: Spec, root_place: str, joins: bool = False) -> dict[str, An
         "sysctls": spec.sysctls,
         "oom_score_adj": spec.oom_score_adj,
     }
+
+
+# Namespaces and mount attributes as runtime-spec names them
+_OCI_NAMESPACES = {"mount": CLONE_NEWNS, "pid": CLONE_NEWPID, "ipc": CLONE_NEWIPC, "uts": CLONE_NEWUTS,
+                   "network": CLONE_NEWNET, "user": CLONE_NEWUSER}
+_OCI_MOUNT_OPTIONS = (("ro", MOUNT_ATTR_RDONLY), ("nosuid", MOUNT_ATTR_NOSUID), ("nodev", MOUNT_ATTR_NODEV),
+                      ("noexec", MOUNT_ATTR_NOEXEC), ("strictatime", MOUNT_ATTR_STRICTATIME))
+_OCI_SECONDS = 60.0     # that a runtime may take for one command
+
+
+def oci_config(spec: Spec, root: str) -> dict[str, Any]:
+    """config.json for an OCI runtime that is to start `spec` on the root file system at `root`.
+
+    Source: opencontainers/runtime-spec, config.md and config-linux.md, 1.0."""
+    names = sorted(CAPABILITIES[number] for number in spec.capabilities)
+    spaces = [{"type": name} for name, flag in _OCI_NAMESPACES.items() if spec.namespaces & flag]
+    spaces += [{"type": name, "path": f"/proc/{os.getpid()}/fd/{fd}"} for name, fd in spec.join.items()
+               if name in _OCI_NAMESPACES]
+    spaces += [{"type": "cgroup"}] if spec.cgroup_namespace else []
+    own = default_mounts(spec._replace(cgroup_mounts=[{
+        "type": "cgroup", "source": "cgroup", "to": "/sys/fs/cgroup", "options": [],
+        "attributes": _QUIET | (0 if spec.privileged else MOUNT_ATTR_RDONLY)}]))
+    mounts = [{"destination": entry["to"], "type": entry.get("type", "bind"),
+               "source": entry.get("from") or entry.get("source") or entry["type"],
+               "options": [name for name, flag in _OCI_MOUNT_OPTIONS if entry.get("attributes", 0) & flag]
+               + ([f"{key}={value}" if value else key for key, value in entry["options"]] if "type" in entry
+                  else ["rbind" if entry.get("recursive") else "bind"])}
+              for entry in own + spec.mounts if "type" in entry or "from" in entry]
+    devices = [{"path": node["to"], "type": "b" if stat.S_ISBLK(node["node"]) else "c",
+                "major": os.major(node["rdev"]), "minor": os.minor(node["rdev"]),
+                "fileMode": stat.S_IMODE(node["node"]), "uid": node["owner"][0], "gid": node["owner"][1]}
+               for node in spec.devices if "node" in node]
+    process: dict[str, Any] = {
+        "terminal": spec.tty, "args": spec.args, "env": spec.env, "cwd": spec.cwd,
+        "user": {"uid": spec.uid, "gid": spec.gid, "additionalGids": spec.groups},
+        "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), names),
+        "rlimits": [{"type": _rlimit_name(number), "soft": soft, "hard": hard}
+                    for number, soft, hard in spec.rlimits],
+        "noNewPrivileges": spec.no_new_privileges}
+    for _, text in spec.labels:
+        if text.startswith("exec "):
+            process["apparmorProfile"] = text[5:]
+    if spec.tty and any(spec.console_size):
+        process["consoleSize"] = dict(zip(("height", "width"), spec.console_size))
+    if spec.oom_score_adj is not None:
+        process["oomScoreAdj"] = spec.oom_score_adj
+    linux = {"namespaces": spaces, "devices": devices, "sysctl": dict(spec.sysctls), **spec.resources,
+             "maskedPaths": () if spec.privileged else spec.masked_paths,
+             "readonlyPaths": () if spec.privileged else spec.readonly_paths}
+    for name, ranges in (("uidMappings", spec.idmap.uids), ("gidMappings", spec.idmap.gids)):
+        if ranges:
+            linux[name] = [dict(zip(("containerID", "hostID", "size"), extent)) for extent in ranges]
+    return {"ociVersion": "1.0.2", "process": process, "mounts": mounts, "linux": linux,
+            "root": {"path": root, "readonly": spec.readonly_root}, "hostname": spec.hostname,
+            **({"domainname": spec.domainname} if spec.domainname else {})}
+
+
+def _rlimit_name(number: int) -> str:
+    import resource
+    return next(name for name in dir(resource)
+                if name.startswith("RLIMIT_") and getattr(resource, name) == number)
 
 
 def open_sources(mounts: list[dict[str, Any]]) -> dict[str, int]:
@@ -9407,6 +9547,8 @@ class ExecutionDriver:
         `streams` are the process's own stdin, stdout and stderr (none with a terminal), `keep` the daemon's
         ends of them, which the shim holds too.  With a terminal the result's `console` is its master.  Raises
         StartError, CommandError (exit codes 126 and 127) or DockerError; then no process is left."""
+        if spec.runtime and target < 0:
+            return self._start_by_runtime(spec, streams, keep)
         shim, joins = self.open(), target >= 0
         process = shim.processes[spec.key] = Process(spec.key, shim)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -9445,6 +9587,104 @@ class ExecutionDriver:
             ours.close()
             for fd in opened:
                 os.close(fd)
+
+    # OCI runtimes: each container has a bundle, which also tells what command its runtime is
+
+    def _bundle(self, key: str) -> str:
+        return os.path.join(self.exec_root, "oci", key[:16])  # short: a socket's path has at most 107 bytes
+
+    def _runtime(self, key: str, *arguments: str) -> tuple[int, str]:
+        """Have the runtime of a container do something; (exit code, its last error)."""
+        import subprocess
+        bundle = self._bundle(key)
+        with open(bundle + "/runtime.json", encoding="utf-8") as file:
+            command = [*json.load(file), *arguments]
+        try:
+            code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.DEVNULL, timeout=_OCI_SECONDS).returncode
+        except (OSError, subprocess.SubprocessError) as error:
+            return 255, str(error)
+        return code, self._runtime_error(bundle)
+
+    @staticmethod
+    def _runtime_error(bundle: str) -> str:
+        error = "the OCI runtime does not say why"
+        for line in read_text(bundle + "/log").splitlines():
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
+                error = entry["msg"] if entry.get("level") in ("error", "fatal") else error
+        return error
+
+    def _start_by_runtime(self, spec: Spec, streams: dict[str, int], keep: dict[str, int]) -> Process:
+        """Start `spec` by an OCI runtime: `create` under the shim, which inherits the container's first
+        process and tells its end as it does of its own, then `start`."""
+        self.discard(spec.key)
+        bundle = self._bundle(spec.key)
+        os.makedirs(bundle, 0o700)
+        command = [*spec.runtime, "--root", os.path.join(self.exec_root, "oci", "state"),
+                   "--log", bundle + "/log", "--log-format", "json"]
+        for name, content in (("runtime", command), ("config", oci_config(spec, self.root_place))):
+            write_state(f"{bundle}/{name}.json", json.dumps(content).encode(), durable=False)
+        create = ["create", "--bundle", bundle, "--pid-file", bundle + "/pid"]
+        with contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
+            undo.callback(self.discard, spec.key)
+            listener = held.enter_context(socket.socket(socket.AF_UNIX))
+            if spec.tty:
+                listener.bind(bundle + "/tty")
+                listener.listen()
+                listener.settimeout(_OCI_SECONDS)
+                create += ["--console-socket", bundle + "/tty"]
+            self._create_by_runtime(spec, [*command, *create, spec.key], streams)
+            pid, shim = int(read_text(bundle + "/pid")), self.open()
+            process = Process(spec.key, shim, pid, os.pidfd_open(pid))
+            shim.take(process, keep)
+            undo.callback(self._abandon, process)
+            if spec.tty:
+                with listener.accept()[0] as connection:
+                    process.console, = receive_fds(connection, 4096, 1)[1]
+                shim.call("keep", {"console": process.console}, key=spec.key)
+            code, error = self._runtime(spec.key, "start", spec.key)
+            if code:
+                self._refuse(error)
+            undo.pop_all()
+            return process
+
+    def _create_by_runtime(self, spec: Spec, command: list[str], streams: dict[str, int]) -> None:
+        """Run the runtime's `create` where it finds the root; what it is given as streams is the
+        container's."""
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            creator = self.start(spec._replace(
+                key=spec.key + "-create", args=command, env=["PATH=" + DEFAULT_PATH], bare=True, runtime=(),
+                namespaces=CLONE_NEWNS, join={}, cgroup_join=[], cgroup_fd=None, cgroup_enter=None,
+                idmap=IdMap(), tty=False, uid=0),
+                {name: streams.get(name, null) for name in ("stdin", "stdout", "stderr")}, {})
+        finally:
+            os.close(null)
+        if not creator.ended.wait(_OCI_SECONDS):
+            creator.send_signal(signal.SIGKILL)
+            creator.ended.wait(10)
+        creator.forget()
+        if creator.end is None or creator.end["status"]:
+            self._refuse(self._runtime_error(self._bundle(spec.key)))
+
+    @staticmethod
+    def _refuse(error: str) -> None:
+        codes = (("executable file", 127), ("no such file", 127), ("permission denied", 126))
+        code = next((code for text, code in codes if text in error.lower()), 128)
+        raise (CommandError if code != 128 else StartError)(
+            "failed to create task for container: failed to create shim task: OCI runtime create failed: "
+            + error, code)
+
+    def discard(self, key: str) -> None:
+        """Have the OCI runtime of a container that has ended, if it had one, forget it too."""
+        bundle = self._bundle(key)
+        if os.path.exists(bundle + "/runtime.json"):
+            code, error = self._runtime(key, "delete", "--force", key)
+            if code:
+                log.debug("the OCI runtime does not delete %s: %s", key[:12], error)
+        if os.path.exists(bundle):
+            remove_tree(bundle)
 
     @staticmethod
     def _admit(spec: Spec, pid: int) -> None:
@@ -11499,7 +11739,6 @@ RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
      "Invalid value {OomScoreAdj}, range for oom score adj is [-1000, 1000]"),
     (lambda c: len(c["ConsoleSize"]) != 2 or max(c["ConsoleSize"]) > 65535,
      "invalid console size {ConsoleSize}"),
-    (lambda c: c["Runtime"] not in ("runc", "io.containerd.runc.v2"), "Unknown runtime specified {Runtime}"),
     (lambda c: any(request["Count"] and request["DeviceIDs"] for request in c["DeviceRequests"] or ()),
      "cannot set both Count and DeviceIDs on device request"),
     (lambda c: c["StorageOpt"],
@@ -11562,6 +11801,16 @@ USERNS_RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
 )
 
 
+def oci_runtime(config: Any, name: str) -> tuple[str, ...]:
+    """The command of the OCI runtime of this name, none for the native one; BadParameter for an unknown
+    one."""
+    if name in NATIVE_RUNTIMES:
+        return ()
+    if name not in config.runtimes:
+        raise BadParameter(f"unknown or invalid runtime name: {name}")
+    return (config.runtimes[name]["path"], *(config.runtimes[name].get("runtimeArgs") or ()))
+
+
 def check_rules(rules: Iterable[tuple[Callable[..., Any], str]], members: dict[str, Any]) -> None:
     """BadParameter with the text of the first rule that `members` break."""
     for wrong, text in rules:
@@ -11603,7 +11852,7 @@ def _apply_defaults(host: dict[str, Any], defaults: Any) -> None:
         shared = host["Privileged"] and not os.path.exists("/sys/fs/cgroup/cgroup.controllers")
         host["CgroupnsMode"] = "host" if shared else defaults.default_cgroupns_mode
     host["ShmSize"] = host["ShmSize"] or defaults.default_shm_size
-    host["Runtime"] = host["Runtime"] or "runc"
+    host["Runtime"] = host["Runtime"] or defaults.default_runtime
     host["ConsoleSize"] = host["ConsoleSize"] or [0, 0]
     if host["MemorySwappiness"] == -1:
         host["MemorySwappiness"] = None
@@ -12295,13 +12544,43 @@ class Container:
             "oom_score_adj": host["OomScoreAdj"] or None,
         }
 
+    def _oci_resources(self) -> dict[str, Any]:
+        """Cgroup, limits and filter as an OCI runtime is told of them."""
+        host = self.host_config
+        devices: list[dict[str, Any]] = [{"allow": False, "access": "rwm"}]
+        for rule in device_rules(self._with_devices()):
+            kind, *numbers, access = re.split("[ :]", rule)
+            devices.append({"allow": True, "type": kind, "access": access, **{
+                key: int(number) for key, number in zip(("major", "minor"), numbers) if number != "*"}})
+        period, quota = _cpu_time(host)
+        groups = {
+            "memory": {"limit": host["Memory"], "swap": host["MemorySwap"],
+                       "reservation": host["MemoryReservation"]},
+            "cpu": {"shares": host["CpuShares"], "period": period, "quota": quota,
+                    "cpus": host["CpusetCpus"], "mems": host["CpusetMems"]},
+            "pids": {"limit": host["PidsLimit"]}}
+        limits = {name: {key: value for key, value in values.items() if value}
+                  for name, values in groups.items()}
+        linux: dict[str, Any] = {"cgroupsPath": self.cgroup.path, "resources": {
+            "devices": devices, **{name: values for name, values in limits.items() if values}}}
+        options = parse_security_options(host.get("SecurityOpt") or [])
+        profile = self.parts.seccomp_profile if options.seccomp is None else options.seccomp
+        if not host["Privileged"] and profile != "unconfined":
+            given = capability_sets(host.get("CapAdd") or [], host.get("CapDrop") or [], False,
+                                    bounding_capabilities())
+            linux["seccomp"] = oci_seccomp(profile, [CAPABILITIES[number] for number in given])
+        return linux
+
     def _spec(self, user: Any, join: dict[str, int]) -> Spec:
         """What the execution driver must know, from the record; `join` are the namespaces of others."""
         host = self.host_config
         privileged, namespaces = host["Privileged"], self._namespaces()
         own_names = bool(namespaces & CLONE_NEWUTS)
         program = init_program(self.parts.config) if self._has_init else ""
+        runtime = oci_runtime(self.parts.config, host["Runtime"])
         return Spec(
+            runtime=runtime,
+            resources=self._oci_resources() if runtime else {},
             **self._confinement(user),
             key=self.id,
             args=[*([INIT_PLACE, "--"] if program else []), self.record["Path"], *self.record["Args"]],
@@ -12377,6 +12656,7 @@ class Container:
             self._clearing = True
         try:
             process.forget()
+            self.parts.driver.discard(self.id)
             cgroup.remove()
         finally:
             with self.lock:
@@ -13987,6 +14267,7 @@ class ContainerJobs:
         asked = decode_struct(body, "ContainerConfigWrapper")["Image"]
         image = self.images.resolve(asked or "", job.env.get("platform") or "")
         config, host_config, _, warnings = container_config(body, image.config, self.parts.config)
+        oci_runtime(self.parts.config, host_config["Runtime"])
         if self.parts.idmap and host_config["UsernsMode"] != "host":
             check_rules(USERNS_RULES, host_config)
         warnings = warnings + self.parts.cgroups.adapt(host_config)
@@ -14380,8 +14661,8 @@ class SystemJobs:
                 "Labels": list(config.labels),
                 "ExperimentalBuild": config.experimental,
                 "ServerVersion": VERSION,
-                "Runtimes": {"runc": {"path": "native"}},
-                "DefaultRuntime": "runc",
+                "Runtimes": {"runc": {"path": "native"}, **config.runtimes},
+                "DefaultRuntime": config.default_runtime,
                 "Swarm": {
                     "NodeID": "",
                     "NodeAddr": "",

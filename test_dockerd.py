@@ -7035,6 +7035,98 @@ def test_the_apparmor_profile_denies_the_kernels_knobs() -> None:
     assert not denied("/proc/sys/kernel/core_pattern", "r") and not denied("/sys/class/net/eth0", "r")
 
 
+# OCI runtimes
+
+
+@pytest.fixture(scope="module", params=["runc", "crun"])
+def runtime_host(request: pytest.FixtureRequest, busybox: bytes,
+                 tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    """A host whose default runtime is another program."""
+    program = tmp_path_factory.mktemp("runtimes") / request.param
+    found = glob.glob(f"{PEER}/usr/*bin/{request.param}")
+    libraries = {os.path.dirname(path) for path in glob.glob(f"{PEER}/**/lib*.so.*", recursive=True)}
+    assert found, f"{PEER} has no {request.param}: make peer"
+    program.write_text(f"#!/bin/sh\nLD_LIBRARY_PATH={':'.join(libraries)} exec {found[0]} \"$@\"\n")
+    program.chmod(0o755)
+    host = Host("--add-runtime", f"other={program}", "--default-runtime", "other", "--live-restore")
+    host.enter("umount", "/sys/fs/cgroup/unified", stderr=subprocess.DEVNULL).wait()  # hybrid is not for crun
+    try:
+        host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        yield host
+    finally:
+        host.close()
+
+
+def test_containers_of_an_oci_runtime(runtime_host: Host) -> None:
+    """Streams, terminal, exit code, limits, exec, pause, stop and restart are as with the native driver."""
+    host, limits = runtime_host, {"Memory": 64 << 20, "PidsLimit": 33}
+    assert host.api("GET", "/info")["DefaultRuntime"] == "other"
+    script = "id -u; hostname; grep Seccomp: /proc/self/status; echo lost >&2; exit 3"
+    code, output = host.run("sh", "-c", script, Hostname="alpha", User="bob")
+    assert (code, output.split()) == (3, b"1000 alpha Seccomp: 2 lost".split())
+    assert host.run("sh", "-c", "tty; stty size", Tty=True, HostConfig={"ConsoleSize": [33, 44]}) == (
+        0, b"/dev/pts/0\r\n33 44\r\n")
+    identity = host.create("sleep", NEVER, HostConfig=limits)
+    host.api("POST", f"/containers/{identity}/start")
+    assert host.inspect(identity)["HostConfig"]["Runtime"] == "other"
+    state = host.exec_root + "/oci/state"
+    assert os.listdir(state) == [identity]
+    values = {read_text(f"{path}/{name}").strip() for path in host.cgroups() if path.endswith(identity)
+              for name in ("memory.limit_in_bytes", "memory.max", "pids.max")}
+    assert {str(64 << 20), "33"} <= values
+    docker = Docker(docker_clis()[min(docker_clis())], host)
+    assert docker("exec", identity, "cat", "/proc/1/cmdline") == f"sleep\0{NEVER}\0"
+    for action in ("pause", "unpause", "restart?t=0", "stop?t=0"):
+        host.api("POST", f"/containers/{identity}/{action}")
+    assert host.inspect(identity)["State"]["ExitCode"] == 137
+    host.remove_all()
+    assert os.listdir(state) == [] and os.listdir(host.exec_root + "/oci") == ["state"]
+
+
+@pytest.mark.parametrize("command, code", [("nosuch", 127), ("/etc/plain", 126)])
+def test_what_an_oci_runtime_cannot_start(runtime_host: Host, command: str, code: int) -> None:
+    identity = runtime_host.create(command)
+    message = runtime_host.api("POST", f"/containers/{identity}/start", status=400)["message"]
+    assert "OCI runtime create failed: " in message
+    assert {127: "nosuch", 126: "ermission denied"}[code] in message
+    assert runtime_host.inspect(identity)["State"]["ExitCode"] == code
+    runtime_host.remove_all()
+    assert os.listdir(runtime_host.exec_root + "/oci/state") == []
+
+
+def test_an_oci_runtimes_container_outlives_the_daemon(runtime_host: Host) -> None:
+    """The shim inherits it: the next daemon has its output and exit code, and clears up behind it."""
+    host = runtime_host
+    script = "trap 'echo late; exit 7' TERM; echo early; while :; do sleep 0.1; done"
+    identity = host.create("sh", "-c", script)
+    host.api("POST", f"/containers/{identity}/start")
+    wait_for(lambda: b"early" in host.api("GET", f"/containers/{identity}/logs?stdout=1"), "its output")
+    host.kill()
+    host.start()
+    host.api("POST", f"/containers/{identity}/kill?signal=TERM")
+    assert host.api("POST", f"/containers/{identity}/wait")["StatusCode"] == 7
+    logs = host.api("GET", f"/containers/{identity}/logs?stdout=1")
+    assert demultiplex(logs)[0] == b"early\nlate\n"
+    host.remove_all()
+    assert os.listdir(host.exec_root + "/oci/state") == []
+
+
+def test_the_shim_reaps_orphans(host: Host) -> None:
+    """What a container with the host's processes leaves to the shim does not stay as a zombie."""
+    identity = host.create("sh", "-c", "(sleep 0.05 &) ; exec sleep " + NEVER, HostConfig={"PidMode": "host"})
+    host.api("POST", f"/containers/{identity}/start")
+    pid = host.inspect(identity)["State"]["Pid"]
+    shim = int(read_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[1])
+    wait_for(lambda: not any(f") Z {shim} " in read_text(f"/proc/{pid}/stat") or
+                             read_text(f"/proc/{pid}/cmdline") == "sleep\0000.05\0" for pid in processes()))
+
+
+def test_an_unknown_runtime(host: Host) -> None:
+    body = {"Image": "busybox", "HostConfig": {"Runtime": "zz"}}
+    assert host.api("POST", "/containers/create", body, status=400) == {
+        "message": "unknown or invalid runtime name: zz"}
+
+
 # User namespaces
 
 
@@ -8246,7 +8338,6 @@ def test_config_that_is_no_object():
     ({"CgroupnsMode": "x"}, "invalid cgroup namespace mode: x"), ({"IpcMode": "x"}, "invalid IPC mode: x"),
     ({"PidMode": "x"}, "invalid PID mode: x"), ({"UTSMode": "x"}, "invalid UTS mode: x"),
     ({"Isolation": "x"}, "Invalid isolation: \"x\" - linux only supports 'default'"),
-    ({"Runtime": "x"}, "Unknown runtime specified x"),
     ({"LogConfig": {"Type": "bogus"}}, "logger: no log driver named 'bogus' is registered"),
     ({"LogConfig": {"Type": "json-file", "Config": {"bogus": "1"}}},
      "unknown log opt 'bogus' for json-file log driver"),
@@ -9866,7 +9957,10 @@ def test_deprecated_spellings_work_with_docker_s_line(configure, flag, line):
     (["--log-level=foo"], 'invalid argument "foo" for "-l, --log-level" flag: invalid logging level: foo'),
     (["--default-address-pool=foo"],
      'invalid argument "foo" for "--default-address-pool" flag: '
-     "invalid field 'foo' must be a key=value pair")])
+     "invalid field 'foo' must be a key=value pair"),
+    (["--add-runtime=foo"], 'invalid argument "foo" for "--add-runtime" flag: invalid runtime argument: foo'),
+    (["--add-runtime=runc=/x"],
+     'invalid argument "runc=/x" for "--add-runtime" flag: runtime name \'runc\' is reserved')])
 def test_command_lines_refused_in_dockerd_s_words(configure, flags, text):
     assert failure(dockerd.UsageError, configure, *flags) == text
 
@@ -9919,7 +10013,6 @@ def test_docker_host_is_not_the_daemon_s(configure, monkeypatch):
 
 @pytest.mark.parametrize("key, value", [
     ("authorization-plugins", ["x"]), ("api-cors-header", "*"),
-    ("default-runtime", "crun"), ("runtimes", {"a": {"path": "/a"}}),
     ("metrics-addr", "127.0.0.1:1"), ("rootless", True), ("cluster-store", "etcd://x")])
 def test_options_that_must_not_be_ignored_are_refused(configure, key, value):
     assert failure(dockerd.ConfigError, configure, json={key: value}).startswith(f"{key} in /")
