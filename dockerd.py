@@ -2735,18 +2735,22 @@ class TarReader:
 
     def __iter__(self) -> Iterator[TarEntry]:
         while True:
-            self._leave_entry()
-            entry = self._next_entry()
-            if entry is None:
+            self.copy(-1, self._left)
+            self._take(self._padding)
+            self._padding = 0
+            try:
+                self._entry = self._parse()
+            except (ValueError, OverflowError) as error:
+                raise BadParameter(INVALID_TAR_HEADER) from error
+            if self._entry is None:
                 return
-            self._entry = entry
-            yield entry
+            yield self._entry
 
     def copy(self, fd: int, size: int) -> None:
         """Write the next `size` bytes of the current entry's content to a descriptor."""
         while size:
-            if self._at == len(self._buffer):
-                self._refill()
+            if self._at == len(self._buffer) and not self._fill(1):
+                raise BadParameter("unexpected EOF")
             piece = self._view[self._at:self._at + size]
             done = os.write(fd, piece) if fd >= 0 else len(piece)
             if self._observer:
@@ -2759,10 +2763,6 @@ class TarReader:
         """Read the stream to its very end, which the archive's end need not be."""
         while self._fill(1):
             self._take(len(self._buffer) - self._at)
-
-    def _refill(self) -> None:
-        if not self._fill(1):
-            raise BadParameter("unexpected EOF")
 
     def _fill(self, size: int) -> bool:
         """Have at least `size` bytes in the buffer; False when the stream ends before."""
@@ -2781,13 +2781,6 @@ class TarReader:
             self._observer(None, data)
         return data
 
-    def _leave_entry(self) -> None:
-        if self._left:
-            self.copy(-1, self._left)
-        if self._padding:
-            self._take(self._padding)
-            self._padding = 0
-
     def _special(self, size: int) -> bytes:
         """The content of an extended header or a long name, with its padding."""
         if not 0 <= size <= TAR_SPECIAL_LIMIT:
@@ -2796,12 +2789,6 @@ class TarReader:
         if len(data) < size:
             raise BadParameter("unexpected EOF")
         return data[:size]
-
-    def _next_entry(self) -> Optional[TarEntry]:
-        try:
-            return self._parse()
-        except (ValueError, OverflowError) as error:
-            raise BadParameter(INVALID_TAR_HEADER) from error
 
     def _parse(self) -> Optional[TarEntry]:
         """The next entry with its extended headers; None at the archive's end; ValueError when it is no
@@ -3244,8 +3231,8 @@ def remove_tree(path: Union[str, bytes]) -> None:
 def _remove_below(directory: int, name: Any, depth: int, top: int, moved: list[Any]) -> None:
     """Remove `name` in the open `directory`; what lies deep is moved into the directory `top` and added to
     `moved`."""
-    if _unlinked(directory, name):
-        return
+    with contextlib.suppress(IsADirectoryError):
+        return _forcing(directory, name, lambda: os.unlink(name, dir_fd=directory))
     if depth > 40:
         moved.append(f".{secrets.token_hex(16)}-removing")
         return os.rename(name, moved[-1], src_dir_fd=directory, dst_dir_fd=top)
@@ -3259,15 +3246,6 @@ def _remove_below(directory: int, name: Any, depth: int, top: int, moved: list[A
     if failure:
         raise failure
     _forcing(directory, name, lambda: os.rmdir(name, dir_fd=directory))
-
-
-def _unlinked(directory: int, name: Any) -> bool:
-    """Remove what is no directory; False when it is one."""
-    try:
-        _forcing(directory, name, lambda: os.unlink(name, dir_fd=directory))
-    except IsADirectoryError:
-        return False
-    return True
 
 
 def _forcing(directory: int, name: Any, remove: Callable[[], None]) -> None:
@@ -3329,9 +3307,8 @@ def _split_name(name: bytes) -> Optional[tuple[bytes, bytes]]:
     if len(name) <= 100:
         return b"", name
     slash = name.rfind(b"/", 0, min(len(name) - name.endswith(b"/"), 156))
-    if slash <= 0 or slash > 155 or not 0 < len(name) - slash - 1 <= 100:
-        return None
-    return name[:slash], name[slash + 1:]
+    fits = 0 < slash <= 155 and 0 < len(name) - slash - 1 <= 100
+    return (name[:slash], name[slash + 1:]) if fits else None
 
 
 def _pax_record(keyword: bytes, value: bytes) -> bytes:
@@ -3911,15 +3888,13 @@ class Overlay(StorageDriver):
         if parent is None:
             return
         make_directory(os.path.join(path, "work"), 0o700, uid, gid)
-        lowers = [f"l/{self._short(parent)}", *self._lowers(parent)]
+        above = read_state(os.path.join(self._path(parent), "link")).decode()
+        lowers = [f"l/{above}", *self._lowers(parent)]
         if len(lowers) > OVERLAY_DEPTH:
             raise BadParameter("max depth exceeded")
         write_state(os.path.join(path, "lower"), ":".join(lowers).encode(), 0o644, durable=False)
         committed = os.path.join(self._path(parent), "committed")
         os.close(os.open(committed, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-
-    def _short(self, cache_id: str) -> str:
-        return read_state(os.path.join(self._path(cache_id), "link")).decode()
 
     def _lowers(self, cache_id: str) -> list[str]:
         """The layers below one as paths relative to the driver's directory, uppermost first."""
