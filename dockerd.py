@@ -15429,6 +15429,13 @@ class Frames:
         self.stream.write(stream_frame(self.number, data))
 
 
+def take_from(buffer: bytearray, size: int) -> bytes:
+    """The first `size` bytes of `buffer`, or fewer, which are removed from it."""
+    data = bytes(buffer[:size])
+    del buffer[:size]
+    return data
+
+
 class Connection:
     """One client's connection: its socket and the one buffer in front of it, from which requests are read in
     turn.
@@ -15489,8 +15496,7 @@ class Connection:
         while True:
             end = buffer.find(b"\r\n\r\n")
             if 0 <= end <= HEAD_BYTES:
-                head = bytes(buffer[:end + 2]).lstrip(b"\r\n")
-                del buffer[:end + 4]
+                head = take_from(buffer, end + 4)[:-2].lstrip(b"\r\n")
                 if head:
                     return head
                 continue
@@ -15543,9 +15549,7 @@ class Connection:
     def take(self, size: int, deadline: float) -> bytes:
         """Between 1 and `size` bytes of the body; ClientGone at the end of the connection."""
         if self.buffer:
-            data = bytes(self.buffer[:size])
-            del self.buffer[:size]
-            return data
+            return take_from(self.buffer, size)
         data = self._receive(size, deadline)
         if not data:
             raise ClientGone("unexpected EOF")
@@ -15556,10 +15560,9 @@ class Connection:
         while True:
             end = self.buffer.find(b"\n")
             if end >= 0:
-                line = bytes(self.buffer[:end + 1])
+                line = take_from(self.buffer, end + 1)
                 if not line.endswith(b"\r\n"):
                     raise ProtocolError(400, "bad chunk: a bare line feed")
-                del self.buffer[:end + 1]
                 return line[:-2]
             if len(self.buffer) > 4096:
                 raise ProtocolError(400, "bad chunk: a line without end")
@@ -15626,9 +15629,7 @@ class HijackedStream:
         """At most `size` bytes; None when nothing is there yet, b"" when the client has ended its side or
         is gone."""
         if self._buffer:
-            data = bytes(self._buffer[:size])
-            del self._buffer[:size]
-            return data
+            return take_from(self._buffer, size)
         try:
             return self._attempt(self._sock.recv, size, None)
         except ClientGone:
@@ -15694,8 +15695,7 @@ class WebSocketStream:
         little."""
         raw = self._raw
         if self._left:
-            part = bytes(raw[:self._left])
-            del raw[:self._left]
+            part = take_from(raw, self._left)
             found += self._unmasked(part)
             self._left -= len(part)
             return bool(raw)
@@ -15711,11 +15711,9 @@ class WebSocketStream:
             return False
         if start > 2:
             length = int.from_bytes(raw[2:start], "big")
-        self._mask = bytes(raw[start:start + 4])
-        del raw[:start + 4]
+        self._mask = take_from(raw, start + 4)[start:]
         if control:
-            self._answer(opcode, self._unmasked(bytes(raw[:length])))
-            del raw[:length]
+            self._answer(opcode, self._unmasked(take_from(raw, length)))
         else:
             self._left, self._fragmented = length, not final
         return bool(raw)
