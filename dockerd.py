@@ -90,6 +90,8 @@ AT_EMPTY_PATH = 0x1000
 AT_FDCWD = -100
 AT_RECURSIVE = 0x8000
 F_SETPIPE_SZ = 1031
+SPLICE_F_MOVE = 1
+SPLICE_F_NONBLOCK = 2
 
 # <linux/bpf.h>
 BPF_CGROUP_DEVICE = 6
@@ -146,7 +148,8 @@ FS_IMMUTABLE_FL = 0x10
 FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
 
-# <linux/ioctl.h> families: <asm-generic/ioctls.h>
+# <linux/ioctl.h> families: <asm-generic/ioctls.h>, <linux/sockios.h>
+SIOCGSKNS = 0x894C
 TIOCGPTPEER = 0x5441
 TIOCSCTTY = 0x540E
 TIOCSWINSZ = 0x5414
@@ -184,16 +187,79 @@ PIDFD_INFO_EXIT = 1 << 3
 # <linux/seccomp.h>
 SECCOMP_SET_MODE_FILTER = 1
 
-# <linux/rtnetlink.h>, <linux/netlink.h>, <linux/if.h>
+# <linux/rtnetlink.h>, <linux/netlink.h>, <linux/if.h>, <linux/if_link.h>, <linux/if_addr.h>, <linux/veth.h>
+IFA_ADDRESS = 1
+IFA_BROADCAST = 4
+IFA_F_NODAD = 2
+IFA_LOCAL = 2
 IFF_UP = 1
+IFLA_ADDRESS = 1
+IFLA_IFNAME = 3
+IFLA_INFO_DATA = 2
+IFLA_INFO_KIND = 1
+IFLA_LINK = 5
+IFLA_LINKINFO = 18
+IFLA_MASTER = 10
+IFLA_MTU = 4
+IFLA_NET_NS_FD = 28
 NETLINK_CAP_ACK = 10
 NETLINK_EXT_ACK = 11
+NETLINK_NETFILTER = 12
 NETLINK_ROUTE = 0
+NLA_F_NESTED = 0x8000
+NLMSG_DONE = 3
 NLMSG_ERROR = 2
 NLM_F_ACK = 4
+NLM_F_APPEND = 0x800
+NLM_F_CREATE = 0x400
+NLM_F_DUMP = 0x300
+NLM_F_EXCL = 0x200
+NLM_F_REPLACE = 0x100
 NLM_F_REQUEST = 1
+RTA_DST = 1
+RTA_GATEWAY = 5
+RTA_OIF = 4
+RTM_DELADDR = 21
+RTM_DELLINK = 17
+RTM_DELROUTE = 25
+RTM_GETADDR = 22
+RTM_GETLINK = 18
+RTM_GETROUTE = 26
+RTM_NEWADDR = 20
 RTM_NEWLINK = 16
+RTM_NEWROUTE = 24
+RTPROT_BOOT = 3
+RT_SCOPE_LINK = 253
+RT_TABLE_MAIN = 254
 SOL_NETLINK = 270
+VETH_INFO_PEER = 1
+
+# <linux/netfilter.h>, <linux/netfilter/nfnetlink.h>, nf_tables.h, nfnetlink_conntrack.h
+CTA_PROTO_DST_PORT = 3
+CTA_PROTO_NUM = 1
+CTA_TUPLE_IP = 1
+CTA_TUPLE_ORIG = 1
+CTA_TUPLE_PROTO = 2
+IPCTNL_MSG_CT_DELETE = 1 << 8 | 2
+IPCTNL_MSG_CT_GET = 1 << 8 | 1
+NFNL_MSG_BATCH_BEGIN = 16
+NFNL_MSG_BATCH_END = 17
+NFT_MSG_DELRULE = 10 << 8 | 8
+NFT_MSG_DELSETELEM = 10 << 8 | 14
+NFT_MSG_DELTABLE = 10 << 8 | 2
+NFT_MSG_NEWCHAIN = 10 << 8 | 3
+NFT_MSG_NEWRULE = 10 << 8 | 6
+NFT_MSG_NEWSET = 10 << 8 | 9
+NFT_MSG_NEWSETELEM = 10 << 8 | 12
+NFT_MSG_NEWTABLE = 10 << 8 | 0
+NFT_RETURN = -5
+IPS_DST_NAT = 1 << 5
+NF_ACCEPT = 1
+NF_DROP = 0
+NF_INET_FORWARD = 2
+NF_INET_LOCAL_OUT = 3
+NF_INET_POST_ROUTING = 4
+NF_INET_PRE_ROUTING = 0
 
 # <asm/unistd.h>: system calls that the C library of the oldest host served does not wrap, by machine
 SYSCALLS = {
@@ -579,6 +645,13 @@ def setns(fd: int, kind: int = 0) -> None:
     _check(_libc.setns(fd, kind))
 
 
+def splice(source: int, target: int, count: int) -> int:
+    """Move up to `count` bytes between two descriptors, one of them a pipe, without copying them; the number
+    moved, 0 at the end.  BlockingIOError when a side is not ready; splice(2)."""
+    flags = SPLICE_F_MOVE | SPLICE_F_NONBLOCK
+    return _check(_libc.splice(source, None, target, None, ctypes.c_size_t(count), flags))
+
+
 def statfs_type(place: Union[str, int]) -> int:
     """The magic number of the file system of a path or descriptor (os.statvfs does not tell); statfs(2)."""
     buffer = ctypes.create_string_buffer(120)
@@ -720,10 +793,37 @@ def sd_notify(state: str) -> bool:
 def netlink_message(kind: int, payload: bytes, flags: int = 0, sequence: int = 1) -> bytes:
     """One request with its header, acknowledged by the kernel; `payload` is the family's fixed part and
     attributes."""
-    return (
-        struct.pack("=IHHII", 16 + len(payload), kind, NLM_F_REQUEST | NLM_F_ACK | flags, sequence, 0)
-        + payload
-    )
+    flags |= NLM_F_REQUEST | (0 if flags & NLM_F_DUMP == NLM_F_DUMP else NLM_F_ACK)
+    head = struct.pack("=IHHII", 16 + len(payload), kind, flags, sequence, 0)
+    return head + payload + bytes(-len(payload) % 4)
+
+
+def attribute(kind: int, *values: Union[bytes, int, str]) -> bytes:
+    """One attribute of a request: bytes as they are, an int as a u32 of this machine, a text with its NUL;
+    several are one after the other, which is how attributes nest."""
+    data = b"".join(struct.pack("=I", value) if isinstance(value, int) else
+                    value.encode() + b"\0" if isinstance(value, str) else value for value in values)
+    return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """The attributes in `data` by their kind."""
+    found, offset = {}, 0
+    while offset + 4 <= len(data):
+        length, kind = struct.unpack_from("=HH", data, offset)
+        if length < 4:
+            break
+        found[kind & 0x3FFF] = data[offset + 4:offset + length]
+        offset += (length + 3) & ~3
+    return found
+
+
+def _netlink_socket(protocol: int) -> socket.socket:
+    link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+    for option in (NETLINK_EXT_ACK, NETLINK_CAP_ACK):
+        with contextlib.suppress(OSError):
+            link.setsockopt(SOL_NETLINK, option, 1)
+    return link
 
 
 def netlink_batch(messages: list[bytes], protocol: int = NETLINK_ROUTE) -> None:
@@ -733,17 +833,14 @@ def netlink_batch(messages: list[bytes], protocol: int = NETLINK_ROUTE) -> None:
     if native is not None:
         _netlink_batch_native(b"".join(messages), len(messages), protocol)
         return
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as link:
-        with contextlib.suppress(OSError):
-            link.setsockopt(SOL_NETLINK, NETLINK_EXT_ACK, 1)
-            link.setsockopt(SOL_NETLINK, NETLINK_CAP_ACK, 1)
+    with _netlink_socket(protocol) as link:
         link.send(b"".join(messages))
         waiting = len(messages)
         while waiting:
-            for number, text in _acknowledgements(link.recv(65536)):
-                waiting -= 1
-                if number:
-                    raise OSError(number, f"{os.strerror(number)}{': ' + text if text else ''}")
+            for kind, _, body in _netlink_answers(link.recv(65536)):
+                if kind == NLMSG_ERROR:
+                    _raise_error(body)
+                    waiting -= 1
 
 
 def _netlink_batch_native(data: bytes, count: int, protocol: int) -> None:
@@ -755,33 +852,275 @@ def _netlink_batch_native(data: bytes, count: int, protocol: int) -> None:
         raise OSError(number, f"{os.strerror(number)}{': ' + words if words else ''}")
 
 
-def _acknowledgements(data: bytes) -> Iterator[tuple[int, str]]:
-    """(errno, extended text) of each NLMSG_ERROR message in `data`."""
+def netlink_dump(kind: int, payload: bytes, protocol: int = NETLINK_ROUTE) -> Iterator[bytes]:
+    """What the kernel lists for the request: the payload of each answer; OSError where it refuses."""
+    with _netlink_socket(protocol) as link:
+        link.send(netlink_message(kind, payload, NLM_F_DUMP))
+        while True:
+            for answer, _, body in _netlink_answers(link.recv(1 << 18)):
+                if answer == NLMSG_DONE:
+                    return
+                if answer == NLMSG_ERROR:
+                    _raise_error(body)
+                yield body
+
+
+def _netlink_answers(data: bytes) -> Iterator[tuple[int, int, bytes]]:
+    """(type, flags, payload) of each message in `data`."""
     offset = 0
     while offset + 16 <= len(data):
         length, kind, flags = struct.unpack_from("=IHH", data, offset)
-        if kind == NLMSG_ERROR:
-            number = -struct.unpack_from("=i", data, offset + 16)[0]
-            yield number, _extended_text(data[offset + 36:offset + length]) if number else ""
+        yield kind, flags, data[offset + 16:offset + length]
         offset += (length + 3) & ~3
 
 
-def _extended_text(attributes: bytes) -> str:
-    """NLMSGERR_ATTR_MSG (1) among the attributes that may follow the failed request's header."""
-    offset = 0
-    while offset + 4 <= len(attributes):
-        length, kind = struct.unpack_from("=HH", attributes, offset)
-        if length < 4:
-            break
-        if kind == 1:
-            return attributes[offset + 4:offset + length].rstrip(b"\0").decode(errors="replace")
-        offset += (length + 3) & ~3
-    return ""
+def _raise_error(body: bytes) -> None:
+    """OSError for an NLMSG_ERROR that is no mere acknowledgement, with NLMSGERR_ATTR_MSG (1) where the kernel
+    says more."""
+    number = -struct.unpack_from("=i", body)[0]
+    if number:
+        text = attributes(body[20:]).get(1, b"").rstrip(b"\0").decode(errors="replace")
+        raise OSError(number, f"{os.strerror(number)}{': ' + text if text else ''}")
+
+
+def link_change(index: int, *settings: bytes, up: bool = True, kind: int = RTM_NEWLINK) -> bytes:
+    """The request that changes the link (loopback is 1 in every namespace) and brings it up or down."""
+    head = struct.pack("=BxHiII", 0, 0, index, IFF_UP * up, IFF_UP)
+    return netlink_message(kind, head + b"".join(settings))
 
 
 def link_up(index: int) -> None:
-    """Bring the link with this interface index up (loopback is 1 in every new namespace)."""
-    netlink_batch([netlink_message(RTM_NEWLINK, struct.pack("=BxHiII", 0, 0, index, IFF_UP, IFF_UP))])
+    """Bring the link with this interface index up."""
+    netlink_batch([link_change(index)])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Netlink: links, addresses, routes, flows and rules
+#
+# What the network driver asks of the kernel; the shim needs none of it.  rtnetlink(7),
+# linux/netfilter/nfnetlink_conntrack.h, linux/netfilter/nf_tables.h.
+# ------------------------------------------------------------------------------------------------------------
+
+IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+IPInterface = Union[ipaddress.IPv4Interface, ipaddress.IPv6Interface]
+IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+
+
+def ip_family(version: int) -> socket.AddressFamily:
+    """The socket's family of IP version 4 or 6."""
+    return socket.AF_INET if version == 4 else socket.AF_INET6
+
+
+def link_message(name: str, kind: str, *settings: bytes, data: bytes = b"", up: bool = True) -> bytes:
+    """The request that makes a link of `kind` (bridge, veth, macvlan, ...) with further attributes."""
+    info = attribute(IFLA_LINKINFO | NLA_F_NESTED, attribute(IFLA_INFO_KIND, kind),
+                     attribute(IFLA_INFO_DATA | NLA_F_NESTED, data) if data else b"")
+    head = struct.pack("=BxHiII", 0, 0, 0, IFF_UP * up, IFF_UP * up)
+    return netlink_message(RTM_NEWLINK, head + attribute(IFLA_IFNAME, name) + b"".join(settings) + info,
+                           NLM_F_CREATE | NLM_F_EXCL)
+
+
+def address_message(kind: int, index: int, address: IPInterface) -> bytes:
+    """The request that adds (RTM_NEWADDR) or takes away (RTM_DELADDR) a link's address; an IPv6 address is
+    usable at once, without duplicate address detection."""
+    body = struct.pack("=BBBBI", ip_family(address.version), address.network.prefixlen,
+                       IFA_F_NODAD * (address.version == 6), 0, index)
+    body += attribute(IFA_LOCAL, address.ip.packed) + attribute(IFA_ADDRESS, address.ip.packed)
+    if address.version == 4 and address.network.prefixlen < 31:
+        body += attribute(IFA_BROADCAST, address.network.broadcast_address.packed)
+    return netlink_message(kind, body, NLM_F_CREATE | NLM_F_REPLACE if kind == RTM_NEWADDR else 0)
+
+
+def route_message(kind: int, index: int, to: IPNetwork, gateway: Optional[IPAddress] = None) -> bytes:
+    """The request that sets (RTM_NEWROUTE) or takes away (RTM_DELROUTE) the route to `to`."""
+    body = struct.pack("=BBBBBBBBI", ip_family(to.version), to.prefixlen, 0, 0, RT_TABLE_MAIN, RTPROT_BOOT,
+                       0 if gateway else RT_SCOPE_LINK, 1, 0) + attribute(RTA_OIF, index)
+    body += attribute(RTA_DST, to.network_address.packed) if to.prefixlen else b""
+    body += attribute(RTA_GATEWAY, gateway.packed) if gateway else b""
+    return netlink_message(kind, body, NLM_F_CREATE | NLM_F_REPLACE if kind == RTM_NEWROUTE else 0)
+
+
+class Link(NamedTuple):
+    """One of the links of this thread's network namespace."""
+    number: int    # its interface index
+    name: str
+    kind: str      # "" for hardware and loopback
+    mac: bytes
+    mtu: int
+    master: int
+
+
+def list_links() -> dict[str, Link]:
+    """All links by name."""
+    found = {}
+    for body in netlink_dump(RTM_GETLINK, bytes(16)):
+        values, index = attributes(body[16:]), struct.unpack_from("=i", body, 4)[0]
+        name = values[IFLA_IFNAME].rstrip(b"\0").decode(errors="replace")
+        kind = attributes(values.get(IFLA_LINKINFO, b"")).get(IFLA_INFO_KIND, b"").rstrip(b"\0").decode()
+        mtu, master = (int.from_bytes(values.get(key, b""), sys.byteorder) for key in (IFLA_MTU, IFLA_MASTER))
+        found[name] = Link(index, name, kind, values.get(IFLA_ADDRESS, b""), mtu, master)
+    return found
+
+
+def list_addresses(index: int = 0) -> list[IPInterface]:
+    """The addresses of the link, or of all."""
+    found = []
+    for body in netlink_dump(RTM_GETADDR, bytes(8)):
+        family, prefix, _, _, link = struct.unpack_from("=BBBBI", body)
+        values = attributes(body[8:])
+        packed = values.get(IFA_LOCAL) or values.get(IFA_ADDRESS)
+        if packed and link == (index or link):
+            found.append(ipaddress.ip_interface((packed, prefix)))
+    return found
+
+
+def list_routes() -> list[tuple[IPNetwork, int]]:
+    """(destination, interface index) of each route of the main table."""
+    found = []
+    for body in netlink_dump(RTM_GETROUTE, bytes(12)):
+        family, prefix, _, _, table = struct.unpack_from("=BBBBB", body)
+        values = attributes(body[12:])
+        if table == RT_TABLE_MAIN and RTA_OIF in values and family in (socket.AF_INET, socket.AF_INET6):
+            packed = values.get(RTA_DST, bytes(4 if family == socket.AF_INET else 16))
+            found.append((ipaddress.ip_network((packed, prefix)), struct.unpack("=i", values[RTA_OIF])[0]))
+    return found
+
+
+def in_network(namespace: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run `function` in a throwaway thread that is in the network namespace behind the descriptor: sockets it
+    makes, and /proc/sys/net as it sees it, are of that namespace."""
+
+    def body() -> Any:
+        setns(namespace, CLONE_NEWNET)
+        return function(*arguments)
+
+    return in_thread(body)
+
+
+def forget_flows(protocol: int, port: int) -> None:
+    """Make the kernel forget the flows to `port` of this machine that it translates or passes: those of UDP
+    would otherwise never see a new rule.  Source: nfnetlink_conntrack.h."""
+    wanted = (bytes([protocol]), struct.pack(">H", port))
+    for body in list(netlink_dump(IPCTNL_MSG_CT_GET, bytes(4), NETLINK_NETFILTER)):
+        flow = attributes(body[4:]).get(CTA_TUPLE_ORIG, b"")
+        parts = attributes(attributes(flow).get(CTA_TUPLE_PROTO, b""))
+        if (parts.get(CTA_PROTO_NUM), parts.get(CTA_PROTO_DST_PORT)) == wanted:
+            doomed = body[:4] + attribute(CTA_TUPLE_ORIG | NLA_F_NESTED, flow)
+            with contextlib.suppress(OSError):  # it may have ended meanwhile
+                netlink_batch([netlink_message(IPCTNL_MSG_CT_DELETE, doomed)], NETLINK_NETFILTER)
+
+
+# nf_tables.  A table's messages go in one batch, which the kernel carries out as a whole or not at all.  An
+# expression reads packets into 32-bit registers (8 and up, named r0, r1, ... here) and looks at these; all
+# values are big-endian, a port fills one register.  linux/netfilter/nf_tables.h, nft(8).
+
+NFT_REGISTER = 8  # NFT_REG32_00
+
+
+def nft_batch(family: int, messages: list[tuple[int, int, bytes]]) -> None:
+    """Carry out (type, flags, attributes) of `messages` for the tables of an address family in one
+    transaction; OSError where the kernel refuses, and nothing is changed."""
+    head = struct.pack("=BBH", family, 0, 0)
+    edge = struct.pack(">BBH", socket.AF_UNSPEC, 0, 10)  # NFNL_SUBSYS_NFTABLES
+    packets = [netlink_message(kind, head + body, flags, number)
+               for number, (kind, flags, body) in enumerate(messages, 2)]
+    begin, end = (struct.pack("=IHHII", 20, kind, NLM_F_REQUEST, 1, 0) + edge
+                  for kind in (NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END))
+    packets[0], packets[-1] = begin + packets[0], packets[-1] + end
+    netlink_batch(packets, NETLINK_NETFILTER)
+
+
+def _be32(number: int) -> bytes:
+    return struct.pack(">i", number)
+
+
+def nft_table(name: str) -> bytes:
+    """The attributes that name a table."""
+    return attribute(1, name)
+
+
+def nft_chain(table: str, name: str, kind: str, hook: int, priority: int, policy: int) -> bytes:
+    """A base chain of `kind` (filter, nat) at a hook."""
+    place = attribute(1, _be32(hook)) + attribute(2, _be32(priority))
+    return attribute(1, table) + attribute(3, name) + attribute(4 | NLA_F_NESTED, place) + attribute(
+        5, _be32(policy)) + attribute(7, kind)
+
+
+def nft_map(table: str, number: int, name: str, key_type: int, key: int, value_type: int = 0,
+            value: int = 0) -> bytes:
+    """A set of keys of `key` bytes, or a map to values of `value` bytes; the types are for nft(8)."""
+    body = attribute(1, table) + attribute(2, name) + attribute(3, _be32(8 if value else 0))  # NFT_SET_MAP
+    body += attribute(4, _be32(key_type)) + attribute(5, _be32(key)) + attribute(10, _be32(number))
+    return body + (attribute(6, _be32(value_type)) + attribute(7, _be32(value)) if value else b"")
+
+
+def nft_elements(table: str, name: str, elements: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """(key, value) of a map, or of a set with empty values, to add or to take away."""
+    def data(kind: int, value: bytes) -> bytes:
+        return attribute(kind | NLA_F_NESTED, attribute(1, value)) if value else b""
+
+    listed = [attribute(1 | NLA_F_NESTED, data(1, key) + data(2, value)) for key, value in elements]
+    return attribute(1, table) + attribute(2, name) + attribute(3 | NLA_F_NESTED, *listed)
+
+
+def nft_rule(table: str, chain: str, *expressions: bytes) -> bytes:
+    """A rule at the end of the chain; without expressions: all its rules, to take away."""
+    body = attribute(1, table) + attribute(2, chain)
+    return body + attribute(4 | NLA_F_NESTED, *expressions) if expressions else body
+
+
+def nft_expression(name: str, **values: Union[int, bytes, str]) -> bytes:
+    """One expression; each argument is a<N>, the attribute N: an int goes as a big-endian u32."""
+    body = [attribute(int(key[1:]) | (NLA_F_NESTED if isinstance(value, bytes) else 0),
+                      _be32(value) if isinstance(value, int) else value) for key, value in values.items()]
+    return attribute(1 | NLA_F_NESTED, attribute(1, name), attribute(2 | NLA_F_NESTED, *body))
+
+
+def nft_payload(offset: int, length: int, register: int = 0, transport: bool = False) -> bytes:
+    """Read `length` bytes at `offset` of the network header, or of the transport header."""
+    return nft_expression("payload", a1=NFT_REGISTER + register, a2=2 if transport else 1, a3=offset,
+                          a4=length)
+
+
+def nft_compare(value: bytes, same: bool = True, register: int = 0) -> bytes:
+    """Go on where the register has this value, or where it has not."""
+    return nft_expression("cmp", a1=NFT_REGISTER + register, a2=0 if same else 1, a3=attribute(1, value))
+
+
+def nft_masked(mask: bytes, register: int = 0) -> bytes:
+    """Keep those bits of the register that are set in `mask`."""
+    return nft_expression("bitwise", a1=NFT_REGISTER + register, a2=NFT_REGISTER + register, a3=len(mask),
+                          a4=attribute(1, mask), a5=attribute(1, bytes(len(mask))))
+
+
+def nft_immediate(value: bytes, register: int = 0) -> bytes:
+    """Put the value into the register."""
+    return nft_expression("immediate", a1=NFT_REGISTER + register, a2=attribute(1, value))
+
+
+def nft_verdict(code: int) -> bytes:
+    """End with NF_ACCEPT, NF_DROP or -5, return."""
+    return nft_expression("immediate", a1=0, a2=attribute(2 | NLA_F_NESTED, attribute(1, _be32(code))))
+
+
+def nft_interface(name: str, out: bool = False, same: bool = True) -> bytes:
+    """Go on where the packet comes in (or goes out) by the link `name`."""
+    return nft_expression("meta", a2=7 if out else 6, a1=NFT_REGISTER) + nft_compare(
+        name.encode().ljust(16, b"\0"), same)
+
+
+def nft_ct(key: int, bits: int) -> bytes:
+    """Go on where one of `bits` is set in the flow's state (key 0) or status (key 2)."""
+    return nft_expression("ct", a2=key, a1=NFT_REGISTER) + nft_masked(struct.pack("=I", bits)) + nft_compare(
+        bytes(4), same=False)
+
+
+def nft_network(network: IPNetwork, destination: bool, same: bool = True) -> bytes:
+    """Go on where the packet's source, or destination, is in `network`."""
+    length = network.max_prefixlen // 8
+    offset = (16 if length == 4 else 24) if destination else (12 if length == 4 else 8)
+    return nft_payload(offset, length) + nft_masked(network.netmask.packed) + nft_compare(
+        network.network_address.packed, same)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1104,7 +1443,6 @@ KINDS = {
 
 # What becomes of an option that is given a value other than its default: (status, reason)
 SERVED = ("served", "")
-NETWORK = ("ignored", "bridge networking has not landed yet; containers have loopback only")
 SWARM = ("ignored", "this daemon has no swarm mode")
 CONTAINERD = ("ignored", "this daemon works without containerd")
 CLASSIC_SWARM = ("refused", "Swarm classic and its cluster stores were removed from Docker")
@@ -1281,49 +1619,40 @@ OPTIONS = (
     Option("dns-opts", "--dns-opt", "list", "DNS options to use"),
     Option("dns-search", "--dns-search", "list", "DNS search domains to use", check=check_dns_search),
     Option("host-gateway-ips host-gateway-ip", "--host-gateway-ip", "ips", "IP addresses that the special "
-           "'host-gateway' string in --add-host resolves to", status=NETWORK),
+           "'host-gateway' string in --add-host resolves to"),
     Option("bridge", "-b --bridge", "string", "Attach containers to a network bridge; 'none' turns bridge "
-           "networking off", status=NETWORK),
-    Option("bip", "--bip", "string", "IPv4 address for the default bridge, with its prefix; not with -b",
-           status=NETWORK),
-    Option("bip6", "--bip6", "string", "IPv6 address for the default bridge", status=NETWORK),
-    Option("fixed-cidr", "--fixed-cidr", "string", "IPv4 subnet for the default bridge network",
-           status=NETWORK),
-    Option("fixed-cidr-v6", "--fixed-cidr-v6", "string", "IPv6 subnet for the default bridge network",
-           status=NETWORK),
+           "networking off"),
+    Option("bip", "--bip", "string", "IPv4 address for the default bridge, with its prefix; not with -b"),
+    Option("bip6", "--bip6", "string", "IPv6 address for the default bridge"),
+    Option("fixed-cidr", "--fixed-cidr", "string", "IPv4 subnet for the default bridge network"),
+    Option("fixed-cidr-v6", "--fixed-cidr-v6", "string", "IPv6 subnet for the default bridge network"),
     Option("default-gateway", "--default-gateway", "ip", "Default gateway IPv4 address for the default "
-           "bridge network", status=NETWORK),
+           "bridge network"),
     Option("default-gateway-v6", "--default-gateway-v6", "ip", "Default gateway IPv6 address for the default "
-           "bridge network", status=NETWORK),
+           "bridge network"),
     Option("icc", "--icc", "bool", "Enable inter-container communication for the default bridge network",
-           True, status=NETWORK),
-    Option("ip", "--ip", "ip", "Host IP for port publishing from the default bridge network", "0.0.0.0",
-           status=NETWORK),
-    Option("ip-forward", "--ip-forward", "bool", "Enable IP forwarding in system configuration", True,
-           status=NETWORK),
+           True),
+    Option("ip", "--ip", "ip", "Host IP for port publishing from the default bridge network", "0.0.0.0"),
+    Option("ip-forward", "--ip-forward", "bool", "Enable IP forwarding in system configuration", True),
     Option("ip-forward-no-drop", "--ip-forward-no-drop", "bool", "Do not set the filter-FORWARD policy to "
-           "DROP when enabling IP forwarding", status=NETWORK),
-    Option("ip-masq", "--ip-masq", "bool", "Enable IP masquerading for the default bridge network", True,
-           status=NETWORK),
-    Option("iptables", "--iptables", "bool", "Enable addition of iptables rules", True, status=NETWORK),
-    Option("ip6tables", "--ip6tables", "bool", "Enable addition of ip6tables rules", True, status=NETWORK),
+           "DROP when enabling IP forwarding"),
+    Option("ip-masq", "--ip-masq", "bool", "Enable IP masquerading for the default bridge network", True),
+    Option("iptables", "--iptables", "bool", "Enable addition of iptables rules", True),
+    Option("ip6tables", "--ip6tables", "bool", "Enable addition of ip6tables rules", True),
     Option("firewall-backend", "--firewall-backend", "string", "Firewall backend to use", "auto",
            _choice('invalid firewall-backend "{}": use auto, iptables, nftables or none',
-                   "auto", "", "iptables", "nftables", "none"),
-           status=NETWORK),
+                   "auto", "", "iptables", "nftables", "none")),
     Option("allow-direct-routing", "--allow-direct-routing", "bool", "Allow remote access to published ports "
-           "on container IP addresses", status=NETWORK),
+           "on container IP addresses"),
     Option("bridge-accept-fwmark", "--bridge-accept-fwmark", "string", "In bridge networks, accept packets "
-           "with this firewall mark/mask", status=NETWORK),
-    Option("ipv6", "--ipv6", "bool", "Enable IPv6 networking for the default bridge network", status=NETWORK),
+           "with this firewall mark/mask"),
+    Option("ipv6", "--ipv6", "bool", "Enable IPv6 networking for the default bridge network"),
     Option("mtu", "--mtu", "int", "Set the MTU of the default bridge network; 0 for the default route's", 0,
-           functools.partial(_at_least_zero, "default MTU"), status=NETWORK),
+           functools.partial(_at_least_zero, "default MTU")),
     Option("default-address-pools", "--default-address-pool", "pools", "Default address pools for node "
-           "specific local networks", check=_check_pool, status=NETWORK),
-    Option("default-network-opts", "--default-network-opt", "network-options", "Default network options",
-           status=NETWORK),
-    Option("userland-proxy", "--userland-proxy", "bool", "Use userland proxy for loopback traffic", True,
-           status=NETWORK),
+           "specific local networks", check=_check_pool),
+    Option("default-network-opts", "--default-network-opt", "network-options", "Default network options"),
+    Option("userland-proxy", "--userland-proxy", "bool", "Use userland proxy for loopback traffic", True),
     Option("userland-proxy-path", "--userland-proxy-path", "string", "Path to the userland proxy binary",
            status=("ignored", "the proxy is part of this program")),
     # swarm
@@ -1590,8 +1919,7 @@ def _apply_status(config: Config) -> None:
     """Refuse what is not served (ConfigError), and add a line to the warnings for what has no effect."""
     for option in OPTIONS:
         value = getattr(config, option.attribute)
-        harmless = value == option.empty or not (value or option.kind == "bool") or (
-            option.status is NETWORK and value == "none")
+        harmless = value == option.empty or not (value or option.kind == "bool")
         if option.name not in config.given or harmless:
             continue
         where, (status, reason) = config.given[option.name], option.status
@@ -8063,6 +8391,8 @@ class Init:
                 _attach(open_tree(self.slave, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC),
                         self.root, "/dev/console")
         self._enter_root()
+        if plan.get("await_network") and not os.read(self.fds["sync"], 1):
+            raise InitError("the daemon has gone before the container had its network")
         self._set_sysctls()
         self._protect_paths()
         if plan["readonly_root"]:
@@ -8525,7 +8855,8 @@ def strange_exit_code(pid: int, pidfd: int) -> Optional[int]:
         with contextlib.suppress(OSError, ValueError):
             with open(f"/proc/{pid}/stat", "rb") as file:
                 fields = file.read().rpartition(b")")[2].split()
-            signal.pidfd_send_signal(pidfd, 0)  # type: ignore[attr-defined]  # still it, and no later one's pid
+            signal.pidfd_send_signal(pidfd,
+                                     0)  # type: ignore[attr-defined]  # still it, and no later one's pid
             status = int(fields[49]) if fields[0] == b"Z" else None
     if status is None:
         status = pidfd_exit_code(pidfd)  # somebody has reaped it meanwhile
@@ -8550,58 +8881,60 @@ class ShimProcess:
         self.keep.clear()
 
 
-class Shim:
-    """The shim's loop over its listening socket, its daemons' connections and the pidfds of its processes."""
+class HelperProcess:
+    """The loop of a process that serves daemons and outlives them: a listening socket, the daemons'
+    connections, and whatever else is watched.  A request OP is carried out by the method op_OP."""
+
+    idle = -1.0     # seconds after which on_idle is called
 
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
-        self.processes: dict[str, ShimProcess] = {}
         self.connections: dict[int, socket.socket] = {}
         self.unsent: dict[int, list[tuple[bytes, list[int]]]] = {}  # by connection: packets and descriptors
-        self.by_pidfd: dict[int, ShimProcess] = {}
+        self.handlers: dict[int, Callable[[int], None]] = {}
         self.poll = select.epoll()
-        self.poll.register(listener, select.EPOLLIN)
-        self.orphans, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.poll.register(self.orphans, select.EPOLLIN)
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         self.finished = False
+        self.watch(listener.fileno(), select.EPOLLIN, self._accept)
 
     def run(self) -> None:
         """Serve until told to quit."""
         while not self.finished:
-            for fd, events in self.poll.poll():
-                if fd == self.listener.fileno():
-                    self._accept()
-                elif fd == self.orphans:
-                    self._reap_orphans()
-                elif fd in self.by_pidfd:
-                    self._reap(self.by_pidfd[fd])
-                elif fd in self.connections and events & select.EPOLLOUT:
-                    self._send(self.connections[fd])
-                elif fd in self.connections:
-                    self._serve(self.connections[fd])
+            for fd, events in self.poll.poll(self.idle):
+                if fd in self.handlers:
+                    self.handlers[fd](events)
+            self.on_idle()
 
-    def _reap_orphans(self) -> None:
-        """Reap what nobody else does: as a subreaper, for the sake of OCI runtimes' containers, the shim is
-        given every process below it whose parent has ended."""
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.orphans, 4096)
-        own = {process.pid for process in self.processes.values() if process.end is None}
-        for pid in self._children():
-            if pid not in own:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, os.WNOHANG)
+    def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
+        """Have `handler` called with what of `events` has come for the descriptor."""
+        (self.poll.modify if fd in self.handlers else self.poll.register)(fd, events)
+        self.handlers[fd] = handler
 
-    @staticmethod
-    def _children() -> list[int]:
-        with open("/proc/thread-self/children") as file:
-            return list(map(int, file.read().split()))
+    def unwatch(self, fd: int) -> None:
+        """The descriptor is about to be closed."""
+        if self.handlers.pop(fd, None) is not None:
+            self.poll.unregister(fd)
 
-    def _accept(self) -> None:
-        connection, _ = self.listener.accept()
+    def on_idle(self) -> None:
+        """Called now and then."""
+
+    def is_busy(self) -> bool:
+        """Whether it must not quit."""
+        return False
+
+    def _accept(self, events: int) -> None:
+        try:
+            connection, _ = self.listener.accept()
+        except OSError:  # the daemon has gone again, or has to try again when there are descriptors
+            return
         self.connections[connection.fileno()], self.unsent[connection.fileno()] = connection, []
-        self.poll.register(connection, select.EPOLLIN)
+        self._await(connection)
+
+    def _await(self, connection: socket.socket) -> None:
+        def serve(events: int) -> None:
+            self._send(connection) if events & select.EPOLLOUT else self._serve(connection)
+
+        waiting = self.unsent[connection.fileno()]
+        self.watch(connection.fileno(), select.EPOLLIN | (select.EPOLLOUT if waiting else 0), serve)
 
     def _send(self, connection: socket.socket, data: bytes = b"", fds: Iterable[int] = ()) -> None:
         """Send `data`, if any, behind what waits already: a daemon that does not read holds nobody up."""
@@ -8617,7 +8950,7 @@ class Shim:
             pass
         except OSError:  # the daemon is gone: its end of file follows
             self._drop_unsent(waiting)
-        self.poll.modify(connection, select.EPOLLIN | (select.EPOLLOUT if waiting else 0))
+        self._await(connection)
 
     @staticmethod
     def _drop_unsent(waiting: list[tuple[bytes, list[int]]]) -> None:
@@ -8637,7 +8970,7 @@ class Shim:
         except OSError:
             del self.connections[connection.fileno()]
             self._drop_unsent(self.unsent.pop(connection.fileno()))
-            self.poll.unregister(connection)
+            self.unwatch(connection.fileno())
             connection.close()
             return
         named = dict(zip(request.get("fds", ()), fds))
@@ -8652,8 +8985,47 @@ class Shim:
         self._send(connection, json.dumps(answer).encode(), sent)
 
     def op_hello(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
-        """Who the shim is."""
+        """Who the process is."""
         answer.update(protocol=SHIM_PROTOCOL, pid=os.getpid())
+
+    def op_quit(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
+        """End the process, unless it is busy."""
+        answer["quitting"] = self.finished = not self.is_busy()
+        if self.finished:
+            with contextlib.suppress(OSError):
+                os.unlink(self.listener.getsockname())
+
+
+class Shim(HelperProcess):
+    """The loop over the pidfds of all processes."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        super().__init__(listener)
+        self.processes: dict[str, ShimProcess] = {}
+        self.orphans, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.watch(self.orphans, select.EPOLLIN, self._reap_orphans)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+
+    def is_busy(self) -> bool:
+        """Whether it has processes, or ends that no daemon has recorded."""
+        return bool(self.processes)
+
+    def _reap_orphans(self, events: int) -> None:
+        """Reap what nobody else does: as a subreaper, for the sake of OCI runtimes' containers, the shim is
+        given every process below it whose parent has ended."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.orphans, 4096)
+        own = {process.pid for process in self.processes.values() if process.end is None}
+        for pid in self._children():
+            if pid not in own:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, os.WNOHANG)
+
+    @staticmethod
+    def _children() -> list[int]:
+        with open("/proc/thread-self/children") as file:
+            return list(map(int, file.read().split()))
 
     def op_start(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> list[int]:
         """Fork a process into new namespaces; `keep:NAME` descriptors are held for later daemons."""
@@ -8666,7 +9038,7 @@ class Shim:
             for name in ("cgroup", "pid"):
                 fds.pop(name, None)
             _init_main(plan, fds)
-        self._watch(request["key"], pid, pidfd, keep)
+        self._follow(request["key"], pid, pidfd, keep)
         answer.update(pid=pid, key=request["key"])
         return [pidfd]
 
@@ -8688,7 +9060,7 @@ class Shim:
             return []
         pid, pidfd = int(told), os.pidfd_open(int(told))
         keep = {name[5:]: fds.pop(name) for name in list(fds) if name.startswith("keep:")}
-        self._watch(request["key"], pid, pidfd, keep)
+        self._follow(request["key"], pid, pidfd, keep)
         answer.update(pid=pid, key=request["key"])
         return [pidfd]
 
@@ -8698,11 +9070,11 @@ class Shim:
             raise KeyError(f"{request['key']} is running")
         pidfd = fds.pop("pidfd")
         keep = {name[5:]: fds.pop(name) for name in list(fds) if name.startswith("keep:")}
-        self._watch(request["key"], request["pid"], pidfd, keep)
+        self._follow(request["key"], request["pid"], pidfd, keep)
 
-    def _watch(self, key: str, pid: int, pidfd: int, keep: dict[str, int]) -> None:
-        self.by_pidfd[pidfd] = self.processes[key] = ShimProcess(key, pid, pidfd, keep)
-        self.poll.register(pidfd, select.EPOLLIN)
+    def _follow(self, key: str, pid: int, pidfd: int, keep: dict[str, int]) -> None:
+        process = self.processes[key] = ShimProcess(key, pid, pidfd, keep)
+        self.watch(pidfd, select.EPOLLIN, lambda events: self._reap(process))
 
     @staticmethod
     def _clone(flags: int, cgroup: Optional[int], processes: Optional[int]) -> tuple[int, int]:
@@ -8749,14 +9121,6 @@ class Shim:
             del self.processes[process.key]
             process.close()
 
-    def op_quit(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
-        """End the shim, unless it still has processes, or ends that no daemon has recorded."""
-        self.finished = not self.processes
-        if self.finished:
-            with contextlib.suppress(OSError):
-                os.unlink(self.listener.getsockname())
-        answer["quitting"] = self.finished
-
     def _reap(self, process: ShimProcess) -> None:
         """Take the exit status and tell every daemon that listens; forgotten only when a daemon says so."""
         try:
@@ -8771,31 +9135,32 @@ class Shim:
                        "time": time.time_ns()}
         if code is None:
             process.end["error"] = "the exit code is not known: the shim that had started it was lost"
-        self.poll.unregister(process.pidfd)
-        del self.by_pidfd[process.pidfd]
+        self.unwatch(process.pidfd)
         packet = json.dumps(process.end).encode()
         for connection in self.connections.values():
             self._send(connection, packet)
 
 
-def shim_main(listener_fd: int) -> None:
-    """The shim's process from its start: `listener_fd` is the bound, listening SEQPACKET socket."""
+def helper_main(listener_fd: int, role: str) -> None:
+    """The process of the role `shim` or `proxy` from its start: `listener_fd` is the bound, listening
+    SEQPACKET socket."""
     import gc
     import resource  # noqa: F401  the init's: nothing is imported after pivot_root (pitfall 3)
     os.chdir("/")
-    set_process_name("docker-shim")
+    set_process_name("docker-" + role)
     prctl(PR_SET_DUMPABLE, 0)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     for real_time in (32, 33):  # posix_spawn leaves the C library's own ignored; containers would too
         reset_signal(real_time)
-    shim = Shim(socket.socket(fileno=listener_fd))
+    helper = (Shim if role == "shim" else Proxy)(socket.socket(fileno=listener_fd))
     gc.collect()
     trim_memory()
     gc.freeze()
-    gc.disable()
-    shim.run()
+    if role == "shim":
+        gc.disable()
+    helper.run()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -8807,7 +9172,8 @@ def shim_main(listener_fd: int) -> None:
 # Docker's, in its order.
 # ------------------------------------------------------------------------------------------------------------
 
-SHIM_SECTIONS = ("Constants", "Errors", "Kernel calls", "Netlink", "Execution driver: shim and init")
+SHIM_SECTIONS = ("Constants", "Errors", "Kernel calls", "Netlink", "Execution driver: shim and init",
+                 "Network driver: the proxy")
 SHIM_HEAD = (
     "from __future__ import annotations\nimport contextlib, ctypes, errno, fcntl, json, os, select, signal, "
     "socket, stat, struct, sys, time"
@@ -8931,6 +9297,7 @@ class Spec(NamedTuple):
     runtime: tuple[str, ...] = ()                 # the OCI runtime that is to run it; none: this driver
     resources: dict[str, Any] = {}                # "linux" members of its config.json
     bare: bool = False                              # a program of the host's, with the root at its place
+    network_enter: Optional[Callable[[int], None]] = None  # gives the waiting process's namespace its links
     cgroup_namespace: bool = False
     cgroup_mounts: list[dict[str, Any]] = []
     mounts: list[dict[str, Any]] = []             # further mounts, in order
@@ -9025,6 +9392,7 @@ def build_plan(spec: Spec, root_place: str, joins: bool = False) -> dict[str, An
         "wait": spec.cgroup_enter is not None,
         "remapped": bool(spec.idmap),
         "bare": spec.bare,
+        "await_network": spec.network_enter is not None,
         "cgroup_namespace": spec.cgroup_namespace,
         "root_place": root_place,
         "mounts": [] if joins else default_mounts(spec) + spec.devices + device_mounts() + spec.mounts,
@@ -9146,7 +9514,7 @@ def shim_source(text: str) -> str:
     for start, end in zip(banners, banners[1:] + [len(lines)]):
         if lines[start + 1][2:] in SHIM_SECTIONS:
             program[start:end] = lines[start:end]
-    return "\n".join(program) + "\nshim_main(int(sys.argv[1]))\n"
+    return "\n".join(program) + "\nhelper_main(int(sys.argv[1]), sys.argv[2])\n"
 
 
 def shim_bytecode(directory: str) -> str:
@@ -9233,26 +9601,25 @@ class Process:
         self.shim.forgotten(self.key)
 
 
-class ShimClient:
-    """The daemon's connection to the shim at `path`: requests from any thread, ends of processes to their
-    on_end, and `on_loss(self)` in a thread of its own when the shim is gone."""
+class HelperClient:
+    """The daemon's connection to the helper process of a role at `path`: requests from any thread."""
 
-    def __init__(self, path: str, on_loss: Callable[[ShimClient], None]) -> None:
-        self.path, self.on_loss = path, on_loss
+    role = ""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
         self.pid = 0
-        self.retired = False    # another one starts what is new: this one quits when it has no process
-        self.processes: dict[str, Process] = {}
         self._socket: Optional[socket.socket] = None
         self._sequence = itertools.count(1)
         self._waiting: dict[int, queue.SimpleQueue[Any]] = {}
 
     @property
     def connected(self) -> bool:
-        """Whether there is a shim to talk to."""
+        """Whether there is a process to talk to."""
         return self._socket is not None
 
     def connect(self) -> bool:
-        """Connect to the shim; False when none listens, DockerError when it does not answer."""
+        """Connect to the process; False when none listens, DockerError when it does not answer."""
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SHIM_TIMEOUT, 0))
         try:
@@ -9265,19 +9632,19 @@ class ShimClient:
 
     def _begin(self, connection: socket.socket) -> None:
         self._socket = connection
-        threading.Thread(target=self._read, args=(connection,), name="shim", daemon=True).start()
+        threading.Thread(target=self._read, args=(connection,), name=self.role, daemon=True).start()
         self.pid = self.call("hello")[0]["pid"]
 
     def spawn(self, bytecode: str) -> None:
-        """Start the shim, in a session of its own, with nothing of the daemon's but its listening socket, and
-        connect to it; DockerError when that fails."""
+        """Start the process, in a session of its own, with nothing of the daemon's but its listening socket,
+        and connect to it; DockerError when that fails."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         listener.bind(self.path)
         os.chmod(self.path, 0o600)
         listener.listen(16)
-        log_path = os.path.join(os.path.dirname(self.path), "shim.log")
+        log_path = os.path.join(os.path.dirname(self.path), self.role + ".log")
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         errors = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         program = sealed_interpreter()
@@ -9286,7 +9653,8 @@ class ShimClient:
             environment["DOCKERD_FAILPOINTS"] = os.environ["DOCKERD_FAILPOINTS"]
         try:
             os.posix_spawn(
-                f"/proc/self/fd/{program}", [sys.executable, "-I", "-S", bytecode, "3"], environment,
+                f"/proc/self/fd/{program}", [sys.executable, "-I", "-S", bytecode, "3", self.role],
+                environment,
                 file_actions=[(os.POSIX_SPAWN_DUP2, fd, number)
                               for number, fd in enumerate((null, errors, errors, listener.fileno()))],
                 setsid=True, setsigmask=())
@@ -9296,10 +9664,10 @@ class ShimClient:
             for fd in (null, errors, program):
                 os.close(fd)
         if not connected:
-            raise DockerError(f"cannot start the shim: see {log_path}")
+            raise DockerError(f"cannot start the {self.role}: see {log_path}")
 
     def _read(self, connection: socket.socket) -> None:
-        """The reader thread: answers go to their callers, ends to their processes."""
+        """The reader thread: answers go to their callers, what comes unasked to `_told`."""
         while True:
             try:
                 data, fds = receive_fds(connection, SHIM_PACKET, 64)
@@ -9309,51 +9677,46 @@ class ShimClient:
                 break
             packet = json.loads(data)
             slot = self._waiting.pop(packet.get("seq"), None)
-            process = self.processes.get(packet.get("exit"))
-            if process is not None:
-                process.finish(packet)
-            elif slot is not None:
+            if slot is not None:
                 slot.put((packet, fds))
             else:
-                self._discard(packet, fds)
+                self._told(packet, fds)
         self._socket = None
         for sequence in list(self._waiting):
             self._waiting.pop(sequence).put(None)
         connection.close()
-        self.on_loss(self)
+        self._gone()
 
-    def _discard(self, packet: dict[str, Any], fds: list[int]) -> None:
-        """An answer that nobody waits for any more: what was started after all has to end."""
-        if "key" in packet and fds:
-            process = Process(packet["key"], self, packet["pid"], fds.pop(0))
-            self.processes[process.key] = process
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGKILL)
-            process.deliver(Process.forget)
+    def _told(self, packet: dict[str, Any], fds: list[int]) -> None:
+        """A packet that answers nobody who still waits."""
         for fd in fds:
             os.close(fd)
+
+    def _gone(self) -> None:
+        """The process is gone."""
 
     def _send(self, operation: str, sequence: int, fds: dict[str, int], fields: dict[str, Any]) -> None:
         """Send one request; a packet is whole or not sent at all, so that no lock is needed."""
         packet = json.dumps({"op": operation, "seq": sequence, "fds": list(fds), **fields}).encode()
         connection = self._socket
         if connection is None:
-            raise DockerError("the shim is gone")
+            raise DockerError(f"the {self.role} is gone")
         try:
             socket.send_fds(connection, [packet], list(fds.values()))
         except BlockingIOError:
             raise DockerError(self._stuck(operation)) from None
         except OSError as error:
-            raise DockerError(f"the shim is gone: {error.strerror}") from None
+            raise DockerError(f"the {self.role} is gone: {error.strerror}") from None
 
     def _stuck(self, operation: str) -> str:
-        return (f"the shim (pid {self.pid or 'not known'}, {self.path}) has not answered {operation} within "
+        return (f"the {self.role} (pid {self.pid or 'not known'}, {self.path}) has not answered {operation} "
+                "within "
                 f"{SHIM_TIMEOUT} s")
 
     def call(
         self, operation: str, fds: Optional[dict[str, int]] = None, **fields: Any
     ) -> tuple[dict[str, Any], list[int]]:
-        """Send one request and wait for its answer: (fields, descriptors).  DockerError when the shim
+        """Send one request and wait for its answer: (fields, descriptors).  DockerError when the process
         refuses, is gone, or does not answer in time."""
         sequence = next(self._sequence)
         slot: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -9368,10 +9731,10 @@ class ShimClient:
         finally:
             self._waiting.pop(sequence, None)
         if received is None:
-            raise DockerError("the shim is gone")
+            raise DockerError(f"the {self.role} is gone")
         answer, descriptors = received
         if "error" in answer:
-            raise DockerError(f"the shim refused {operation}: {answer['error']}")
+            raise DockerError(f"the {self.role} refused {operation}: {answer['error']}")
         return answer, descriptors
 
     def post(self, operation: str, **fields: Any) -> None:
@@ -9387,6 +9750,43 @@ class ShimClient:
             if not page:
                 return keys
             keys += page
+
+    def close(self) -> None:
+        """Ask the process to end, if it is not busy, and let the connection go."""
+        with contextlib.suppress(DockerError):
+            self.call("quit")
+        connection = self._socket
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+class ShimClient(HelperClient):
+    """The connection to the shim at `path`: ends of processes go to their on_end, and `on_loss(self)` is
+    called in a thread of its own when the shim is gone."""
+
+    role = "shim"
+
+    def __init__(self, path: str, on_loss: Callable[[ShimClient], None]) -> None:
+        super().__init__(path)
+        self.on_loss = on_loss
+        self.retired = False    # another one starts what is new: this one quits when it has no process
+        self.processes: dict[str, Process] = {}
+
+    def _told(self, packet: dict[str, Any], fds: list[int]) -> None:
+        """The end of a process, or an answer that comes too late: what was started after all has to end."""
+        if packet.get("exit") in self.processes:
+            self.processes[packet["exit"]].finish(packet)
+        elif "key" in packet and fds:
+            process = Process(packet["key"], self, packet["pid"], fds.pop(0))
+            self.processes[process.key] = process
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)
+            process.deliver(Process.forget)
+        super()._told(packet, fds)
+
+    def _gone(self) -> None:
+        self.on_loss(self)
 
     def adopt(self, key: str) -> Process:
         """The process `key` that an earlier daemon started, with its kept streams."""
@@ -9415,12 +9815,7 @@ class ShimClient:
     def close(self) -> None:
         """Ask the shim to end, if it has no process, and let the connection go."""
         self.on_loss = lambda client: None
-        with contextlib.suppress(DockerError):
-            self.call("quit")
-        connection = self._socket
-        if connection is not None:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        super().close()
 
 
 class ExecutionDriver:
@@ -9550,10 +9945,12 @@ class ExecutionDriver:
                     "exec" if joins else "start", fds, key=spec.key, flags=spec.namespaces)
             if received:
                 process.pid, process.pidfd = answer["pid"], received[0]
+            failed = EXEC_FAILED if joins else START_FAILED
             if document["wait"]:
-                self._admit(spec, process.pid)
-                ours.send(b"\0")
-            self._await_execve(process, ours, EXEC_FAILED if joins else START_FAILED)
+                self._enter(process, ours, functools.partial(self._admit, spec), failed)
+            if spec.network_enter:
+                self._enter(process, ours, spec.network_enter, failed)
+            self._await_execve(process, ours, failed)
             return process
         except BaseException:
             self._abandon(process)
@@ -9618,6 +10015,8 @@ class ExecutionDriver:
                 with listener.accept()[0] as connection:
                     process.console, = receive_fds(connection, 4096, 1)[1]
                 shim.call("keep", {"console": process.console}, key=spec.key)
+            if spec.network_enter:
+                spec.network_enter(pid)
             code, error = self._runtime(spec.key, "start", spec.key)
             if code:
                 self._refuse(error)
@@ -9632,7 +10031,7 @@ class ExecutionDriver:
             creator = self.start(spec._replace(
                 key=spec.key + "-create", args=command, env=["PATH=" + DEFAULT_PATH], bare=True, runtime=(),
                 namespaces=CLONE_NEWNS, join={}, cgroup_join=[], cgroup_fd=None, cgroup_enter=None,
-                idmap=IdMap(), tty=False, uid=0),
+                network_enter=None, idmap=IdMap(), tty=False, uid=0),
                 {name: streams.get(name, null) for name in ("stdin", "stdout", "stderr")}, {})
         finally:
             os.close(null)
@@ -9682,6 +10081,18 @@ class ExecutionDriver:
         except (OSError, ValueError) as error:
             raise StartError(f"cannot set the user namespace up: {error}", 128) from None
 
+    def _enter(self, process: Process, sync: socket.socket, enter: Callable[[int], None],
+               failed: str) -> None:
+        """Do for the waiting init what only the daemon can, and let it go on; where that fails because the
+        init has failed, its own reason is told."""
+        try:
+            enter(process.pid)
+            sync.send(b"\0")
+        except OSError:
+            if process.ended.wait(0.1):
+                self._await_execve(process, sync, failed)
+            raise
+
     def _await_execve(self, process: Process, sync: socket.socket, failed: str) -> None:
         """Read what the init tells until its end of file: its terminal, and perhaps what stood in the way."""
         while True:
@@ -9712,44 +10123,78 @@ class ExecutionDriver:
 # ------------------------------------------------------------------------------------------------------------
 # Network driver
 #
-# What a container's network is made of.  Here: the networks none and host, and the three files that tell a
-# container its name and its name servers.  `bridge` gives loopback only, and a log line says so.  hosts(5),
-# resolv.conf(5).
+# Networks and what a container has of them: address pools, bridges and veth pairs, the firewall's back ends,
+# published ports with their proxy, and the resolver of user networks.  A Network owns its bridge and its
+# addresses, a Sandbox is one container's share: addresses and ports are taken before its process exists, and
+# its links made when there is a namespace to put them in.  Interfaces: rtnetlink(7), veth(4),
+# linux/netfilter/nf_tables.h, iptables-extensions(8), RFC 1035 (DNS), splice(2); what is called what, and
+# which rules stand where, is Docker's.
 # ------------------------------------------------------------------------------------------------------------
 
 HOSTS_HEAD = ("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nfe00::0\tip6-localnet\n"
               "ff00::0\tip6-mcastprefix\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n")
 DEFAULT_NAME_SERVERS = ("8.8.8.8", "8.8.4.4")
+RESOLVER_ADDRESS = "127.0.0.11"
 
 
-def hosts_text(host_config: dict[str, Any]) -> str:
-    """The container's /etc/hosts: the host's own in its network, else the standard names; then --add-host."""
+def hosts_text(host_config: dict[str, Any], lines: Iterable[str] = (), gateways: Iterable[str] = ()) -> str:
+    """The container's /etc/hosts: the host's own in its network, else the standard names; then --add-host
+    (`gateways` is what host-gateway stands for), and `lines`."""
     text = read_text("/etc/hosts") if host_config["NetworkMode"] == "host" else HOSTS_HEAD
     for entry in host_config.get("ExtraHosts") or []:
         name, _, address = entry.partition(":")
-        text += f"{address}\t{name}\n"
-    return text
+        for value in gateways if address == "host-gateway" else (address.strip("[]"),):
+            text += f"{value}\t{name}\n"
+    return text + "".join(line + "\n" for line in lines)
 
 
-def resolv_text(host_config: dict[str, Any], config: Any) -> str:
-    """The container's /etc/resolv.conf: --dns, --dns-search and --dns-option of the container, else of the
-    daemon, else the host's; outside the host's network its loopback servers are of no use and are left
-    out."""
-    host = read_text("/etc/resolv.conf")
+def edit_hosts(path: str, stale: Iterable[str], fresh: Iterable[str]) -> None:
+    """Take the lines `stale` out of a running container's hosts file and add `fresh`.  In place: the file is
+    bound into the container, a new one would not be seen there."""
+    gone = set(stale)
+    with contextlib.suppress(OSError):
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b") as file:
+            kept = [line for line in file.read(1 << 20).splitlines()
+                    if line.decode(errors="replace") not in gone]
+            file.seek(0)
+            file.write(b"".join(line + b"\n" for line in kept + [line.encode() for line in fresh]))
+            file.truncate()
+
+
+def host_resolv() -> dict[str, list[str]]:
+    """What the host's resolv.conf says: "nameserver", "search" and "options"."""
     found: dict[str, list[str]] = {"nameserver": [], "search": [], "options": []}
-    for line in host.splitlines():
+    for line in read_text("/etc/resolv.conf").splitlines():
         word, *values = line.split()[:8] or [""]
         if word in found and values:
             found[word] = found[word] + values[:1] if word == "nameserver" else values
-    servers = host_config.get("Dns") or config.dns or found["nameserver"]
-    searches = host_config.get("DnsSearch") or config.dns_search or found["search"]
-    options = host_config.get("DnsOptions") or config.dns_opts or found["options"]
-    if host_config["NetworkMode"] != "host" and not (host_config.get("Dns") or config.dns):
-        servers = [server for server in servers if not _is_loopback(server)] or list(DEFAULT_NAME_SERVERS)
+    return found
+
+
+def resolv_text(host_config: dict[str, Any], config: Any, resolver: bool = False) -> str:
+    """The container's /etc/resolv.conf: --dns, --dns-search and --dns-option of the container, else of the
+    daemon, else the host's.  Outside the host's network its loopback servers are of no use and are left out;
+    with `resolver` the one name server is ours, and the others are its upstreams."""
+    host = host_resolv()
+    searches = host_config.get("DnsSearch") or config.dns_search or host["search"]
+    options = list(host_config.get("DnsOptions") or config.dns_opts or host["options"])
+    servers = [RESOLVER_ADDRESS] if resolver else name_servers(host_config, config)
+    if resolver and not any(option.startswith("ndots:") for option in options):
+        options.append("ndots:0")
     lines = [f"search {' '.join(searches)}"] if searches and searches != ["."] else []
     lines += [f"nameserver {server}" for server in servers]
     lines += [f"options {' '.join(options)}"] if options else []
     return "\n".join(lines) + "\n"
+
+
+def name_servers(host_config: dict[str, Any], config: Any) -> list[str]:
+    """The servers that a container asks, or that our resolver asks for it."""
+    servers = host_config.get("Dns") or config.dns
+    if not servers:
+        servers = host_resolv()["nameserver"]
+        if host_config["NetworkMode"] != "host":
+            servers = [server for server in servers if not _is_loopback(server)] or list(DEFAULT_NAME_SERVERS)
+    return servers
 
 
 def _is_loopback(address: str) -> bool:
@@ -9759,41 +10204,2019 @@ def _is_loopback(address: str) -> bool:
         return False
 
 
-def write_network_files(directory: str, hostname: str, host_config: dict[str, Any], config: Any) -> None:
-    """Write hostname, hosts and resolv.conf of a container into its `directory`; they are bind-mounted into
+def write_setting(path: str, value: str) -> None:
+    """Write one of the kernel's settings where it is there and may be written."""
+    with contextlib.suppress(OSError), open(path, "w") as file:
+        file.write(value)
+
+
+# Address pools
+
+DEFAULT_POOLS = (("172.17.0.0/16", 16), ("172.18.0.0/16", 16), ("172.19.0.0/16", 16), ("172.20.0.0/14", 16),
+                 ("172.24.0.0/14", 16), ("172.28.0.0/14", 16), ("192.168.0.0/16", 20))
+
+
+class AddressPool:
+    """The addresses of one subnet of a network: the lowest free one is given out.  The network's lock guards
     it."""
-    texts = {"hostname": hostname + "\n", "hosts": hosts_text(host_config),
-             "resolv.conf": resolv_text(host_config, config)}
-    for name, text in texts.items():
-        write_state(os.path.join(directory, name), text.encode(), mode=0o644, durable=False)
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.subnet = ipaddress.ip_network(settings["Subnet"])
+        self.range = ipaddress.ip_network(settings.get("IPRange") or settings["Subnet"])
+        gateway, aside = settings.get("Gateway"), settings.get("AuxiliaryAddresses") or {}
+        self.taken = {int(ipaddress.ip_address(value)) for value in aside.values()}
+        self.taken.add(int(self.subnet.network_address))
+        if self.subnet.version == 4 and self.subnet.prefixlen < 31:
+            self.taken.add(int(self.subnet.broadcast_address))
+        self.lowest = int(self.range.network_address)
+        self.leaving: dict[int, str] = {}  # given back, by the link that must be gone first
+        self.gateway = ipaddress.ip_address(gateway.partition("/")[0]) if gateway else self.take().ip
+        self.taken.add(int(self.gateway))
+        route = aside.get(f"DefaultGatewayIPv{self.subnet.version}")
+        self.route = ipaddress.ip_address(route) if route else self.gateway  # what its containers are given
+
+    def take(self, wanted: Optional[IPAddress] = None) -> IPInterface:
+        """The lowest free address, or the one wanted; Forbidden when it is taken, Conflict when none is
+        left."""
+        if wanted is not None:
+            number = int(wanted)
+            if number in self.taken:
+                raise Forbidden("Address already in use")
+        else:
+            number = next((number for number in range(self.lowest, int(self.range.broadcast_address) + 1)
+                           if number not in self.taken and not self._is_leaving(number)), -1)
+            if number < 0:
+                raise Conflict(f"no available IPv{self.subnet.version} addresses on this network's address "
+                               "pools")
+            self.lowest = min([number + 1, *self.leaving])
+        self.leaving.pop(number, None)
+        self.taken.add(number)
+        return self.interface(self.subnet[number - int(self.subnet.network_address)])
+
+    def _is_leaving(self, number: int) -> bool:
+        """Whether the link that had the address is still there: the kernel takes a namespace down after the
+        end of its last process, and two must not answer for one address."""
+        link = self.leaving.get(number)
+        return link is not None and link_exists(link)
+
+    def give_back(self, address: IPAddress, link: str = "") -> None:
+        """The address is free again, once the link is gone."""
+        self.taken.discard(int(address))
+        if link:
+            self.leaving[int(address)] = link
+        if address in self.range:
+            self.lowest = min(self.lowest, int(address))
+
+    def interface(self, address: IPAddress) -> IPInterface:
+        """The address with the subnet's prefix."""
+        return ipaddress.ip_interface(f"{address}/{self.subnet.prefixlen}")
 
 
-def network_settings(host_config: dict[str, Any], networks: dict[str, str]) -> dict[str, Any]:
-    """NetworkSettings of a container as inspect shows them; `networks` maps network names to ids."""
-    mode = host_config["NetworkMode"]
-    name = "bridge" if mode == "default" else mode
-    endpoint = {
-        "IPAMConfig": None,
-        "Links": None,
-        "Aliases": None,
-        "MacAddress": "",
-        "DriverOpts": None,
-        "GwPriority": 0,
-        "NetworkID": networks.get(name, ""),
-        "EndpointID": "",
-        "Gateway": "",
-        "IPAddress": "",
-        "IPPrefixLen": 0,
-        "IPv6Gateway": "",
-        "GlobalIPv6Address": "",
-        "GlobalIPv6PrefixLen": 0,
-        "DNSNames": None,
-    }
-    return {"Bridge": "", "SandboxID": "", "SandboxKey": "", "Ports": {}, "HairpinMode": False,
-            "LinkLocalIPv6Address": "", "LinkLocalIPv6PrefixLen": 0, "SecondaryIPAddresses": None,
-            "SecondaryIPv6Addresses": None, "EndpointID": "", "Gateway": "", "GlobalIPv6Address": "",
-            "GlobalIPv6PrefixLen": 0, "IPAddress": "", "IPPrefixLen": 0, "IPv6Gateway": "", "MacAddress": "",
-            "Networks": {name: endpoint}}
+def link_exists(name: str) -> bool:
+    """Whether this thread's network namespace has the link."""
+    try:
+        return socket.if_nametoindex(name) > 0
+    except OSError:
+        return False
+
+
+def used_networks() -> list[IPNetwork]:
+    """What a new subnet must not overlap: the host's routes, and its name servers."""
+    routes = [network for network, _ in list_routes() if network.prefixlen]
+    servers = [ipaddress.ip_network(server) for server in host_resolv()["nameserver"]
+               if not _is_loopback(server)
+               and "%" not in server]
+    return routes + servers
+
+
+def free_subnet(pools: Iterable[tuple[str, int]], used: Iterable[IPNetwork]) -> IPNetwork:
+    """The first subnet of `pools`, (base, prefix length), that overlaps none of `used`; Forbidden when there
+    is none."""
+    used = list(used)
+    for base, size in pools:
+        for subnet in ipaddress.ip_network(base).subnets(new_prefix=size):
+            if not any(subnet.version == other.version and subnet.overlaps(other) for other in used):
+                return subnet
+    raise Forbidden("all predefined address pools have been fully subnetted")
+
+
+# Published ports
+
+PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
+
+
+class PortRule(NamedTuple):
+    """A published port: what comes to the host's address and port goes to the target."""
+    bridge: str
+    protocol: str
+    host: IPAddress
+    port: int
+    target: IPAddress
+    target_port: int
+
+    @property
+    def version(self) -> int:
+        """The IP version that the kernel can pass it by; other pairs take the proxy."""
+        return self.target.version if self.target.version == self.host.version else 0
+
+
+class PortAllocator:
+    """The host ports that containers hold, each bound so that nobody else takes it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.taken: dict[tuple[str, int], set[IPAddress]] = {}
+        self._next = 0
+
+    @staticmethod
+    def ephemeral() -> tuple[int, int]:
+        """The kernel's range of ports that nobody names; Docker's own where it cannot be read."""
+        words = read_text("/proc/sys/net/ipv4/ip_local_port_range").split()
+        return (int(words[0]), int(words[1])) if len(words) == 2 else (49153, 65535)
+
+    def take(self, protocol: str, hosts: list[IPAddress], first: int,
+             last: int) -> tuple[int, list[socket.socket]]:
+        """(port, bound sockets, one for each of `hosts`): the first of the range that is free on all, of the
+        ephemeral range when `first` is 0.  DockerError with Docker's text when none is."""
+        low, high = (first, last) if first else self.ephemeral()
+        start = low if first or not low <= self._next <= high else self._next
+        for port in itertools.chain(range(start, high + 1), range(low, start)):
+            where = f"{_bracketed(hosts[0])}:{port}"
+            if not self._reserve(protocol, hosts, port):
+                if first == last and first:
+                    raise DockerError(f"Bind for {where} failed: port is already allocated")
+                continue
+            try:
+                bound = _bind_all(protocol, hosts, port)
+            except OSError as error:
+                self.give_back(protocol, hosts, port)
+                if error.errno != errno.EADDRINUSE or (first == last and first):
+                    raise DockerError(f"failed to bind host port for {where}/{protocol}: "
+                                      f"{(error.strerror or str(error)).lower()}") from None
+                continue
+            if not first:
+                self._next = port + 1
+            return port, bound
+        raise DockerError("all ports are allocated")
+
+    def _reserve(self, protocol: str, hosts: list[IPAddress], port: int) -> bool:
+        with self.lock:
+            taken = self.taken.setdefault((protocol, port), set())
+            clash = any(host.version == other.version
+                        and (host == other or host.is_unspecified or other.is_unspecified)
+                        for host, other in itertools.product(hosts, taken))
+            if not clash:
+                taken.update(hosts)
+            return not clash
+
+    def hold(self, protocol: str, hosts: list[IPAddress], port: int) -> None:
+        """Take a port that a container has had under an earlier daemon."""
+        self._reserve(protocol, hosts, port)
+
+    def give_back(self, protocol: str, hosts: Iterable[IPAddress], port: int) -> None:
+        """The port is free again on `hosts`."""
+        with self.lock:
+            taken = self.taken.get((protocol, port), set())
+            taken.difference_update(hosts)
+            if not taken:
+                self.taken.pop((protocol, port), None)
+
+
+def _bracketed(host: IPAddress) -> str:
+    return f"[{host}]" if host.version == 6 else str(host)
+
+
+def _bind_all(protocol: str, hosts: list[IPAddress], port: int) -> list[socket.socket]:
+    """Sockets bound, and listening, at the port of each of `hosts`; none for a protocol that the kernel does
+    not have."""
+    with contextlib.ExitStack() as undo:
+        bound = []
+        for host in hosts:
+            kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
+            try:
+                listener = socket.socket(ip_family(host.version), kind | socket.SOCK_CLOEXEC,
+                                         PROTOCOLS[protocol])
+            except OSError as error:
+                if error.errno not in (errno.EPROTONOSUPPORT, errno.ESOCKTNOSUPPORT, errno.EAFNOSUPPORT):
+                    raise
+                log.warning("the kernel has no %s over IPv%d: port %d has no proxy", protocol, host.version,
+                            port)
+                continue
+            bound.append(undo.enter_context(listener))
+            if host.version == 6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            if protocol != "udp":
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((str(host), port))
+            if protocol != "udp":
+                listener.listen(1024)
+        undo.pop_all()
+        return bound
+
+
+# Firewall.  What stands in the kernel follows from entries; each back end writes them its own way, and can
+# write them all anew when somebody has flushed its rules.
+
+
+class BridgeRule(NamedTuple):
+    """What holds for one subnet of a bridge."""
+    bridge: str
+    subnet: IPNetwork
+    icc: bool            # its containers reach each other
+    masquerade: bool     # they reach the world under the host's address
+    internal: bool       # they reach nothing else
+
+    @property
+    def version(self) -> int:
+        """The IP version."""
+        return self.subnet.version
+
+
+class LinkRule(NamedTuple):
+    """One container may use another's port on a bridge without inter-container communication."""
+    bridge: str
+    parent: IPAddress
+    child: IPAddress
+    protocol: str
+    port: int
+
+    @property
+    def version(self) -> int:
+        """The IP version."""
+        return self.child.version
+
+
+FirewallRule = Union[BridgeRule, PortRule, LinkRule]
+
+
+class Firewall:
+    """The back end `none`: no rule is touched.  The others write what `rules` says.
+
+    `proxied`: connections from this machine's loopback and from the bridges take the user-space proxy;
+    `forwarding`: it was this daemon that made the host a router, so it passes nothing but its bridges'."""
+
+    name = "none"
+
+    def __init__(self, proxied: bool = True, forwarding: bool = False) -> None:
+        self.proxied, self.forwarding = proxied, forwarding
+        self.rules: dict[FirewallRule, None] = {}
+        self.lock = threading.Lock()
+
+    def change(self, added: Iterable[FirewallRule] = (), removed: Iterable[FirewallRule] = ()) -> None:
+        """Make the rules of `added` stand and those of `removed` gone, together; DockerError when the kernel
+        refuses, and then nothing is changed."""
+        with self.lock:
+            fresh = [rule for rule in added if rule.version and rule not in self.rules]
+            stale = [rule for rule in removed if rule in self.rules]
+            before = dict(self.rules)
+            for rule in stale:
+                del self.rules[rule]
+            self.rules.update(dict.fromkeys(fresh))
+            try:
+                for version in sorted({rule.version for rule in fresh + stale}):
+                    of_version = [[rule for rule in rules if rule.version == version]
+                                  for rules in (fresh, stale)]
+                    self._change(version, *of_version)
+            except (OSError, DockerError) as error:
+                log.info("the firewall's rules are not there as they should be, writing them anew: %s", error)
+                try:
+                    self._rebuild()
+                except (OSError, DockerError) as reason:
+                    self.rules = before
+                    raise DockerError(f"cannot set the firewall's rules: {reason}") from None
+
+    def rebuild(self) -> None:
+        """Write all rules anew, after a start or when somebody has flushed them, and clear left-overs."""
+        with self.lock:
+            self._rebuild()
+
+    def _change(self, version: int, fresh: list[Any], stale: list[Any]) -> None:
+        """Write the difference for one IP version."""
+
+    def _rebuild(self) -> None:
+        """Write everything."""
+
+    def _of_kind(self, version: int, kind: type) -> list[Any]:
+        return [rule for rule in self.rules if isinstance(rule, kind) and rule.version == version]
+
+
+class Iptables(Firewall):
+    """Rules in Docker's chains, one iptables-restore a change."""
+
+    name = "iptables"
+    CHAINS = {"filter": ("DOCKER", "DOCKER-ISOLATION-STAGE-1", "DOCKER-ISOLATION-STAGE-2"),
+              "nat": ("DOCKER",)}
+    FIRST = ("DOCKER-ISOLATION-STAGE-1", "DOCKER-USER")
+    LEFT_OVER = re.compile(r"-A (?:FORWARD|PREROUTING|OUTPUT|POSTROUTING) .*(?:-j DOCKER\b|-[io] (?:docker0|"
+                           r"br-[0-9a-f]{12})\b)|-A POSTROUTING -s (\S+) -d \1 .*-j MASQUERADE")
+
+    def _change(self, version: int, fresh: list[Any], stale: list[Any]) -> None:
+        lines = [line for rule in stale for line in self._lines(rule, remove=True)]
+        lines += [line for rule in fresh for line in self._lines(rule)]
+        if any(isinstance(rule, BridgeRule) for rule in fresh):  # these stay at the head of the chain
+            lines += [("filter", f"{how} FORWARD -j {chain}\n") for chain in self.FIRST
+                      for how in ("-D", "-I")]
+        self._restore(version, lines)
+
+    def _restore(self, version: int, lines: list[tuple[str, str]]) -> None:
+        """Carry out (table, line) in one transaction a table."""
+        text = "".join(f"*{table}\n{''.join(line for name, line in lines if name == table)}COMMIT\n"
+                       for table in ("filter", "nat", "raw") if any(name == table for name, _ in lines))
+        run_tool(["iptables-restore" if version == 4 else "ip6tables-restore", "-w", "--noflush"], text)
+
+    def _lines(self, rule: FirewallRule, remove: bool = False) -> list[tuple[str, str]]:
+        """(table, line) that add the rule, or that take it away."""
+        if isinstance(rule, BridgeRule):
+            listed = self._bridge_lines(rule)
+        elif isinstance(rule, PortRule):
+            listed = self._port_lines(rule)
+        else:
+            within = f"-i {rule.bridge} -o {rule.bridge} -p {rule.protocol} -m {rule.protocol}"
+            listed = [("filter", "-I", "DOCKER",
+                       f"-s {one} -d {other} {within} --{side} {rule.port} -j ACCEPT")
+                      for one, other, side in ((rule.parent, rule.child, "dport"),
+                                               (rule.child, rule.parent, "sport"))]
+        return [(table, f"{'-D' if remove else how} {chain} {text}\n") for table, how, chain, text in listed]
+
+    def _bridge_lines(self, rule: BridgeRule) -> list[tuple[str, str, str, str]]:
+        name, one, two = rule.bridge, "DOCKER-ISOLATION-STAGE-1", "DOCKER-ISOLATION-STAGE-2"
+        within = ("filter", "-I", "FORWARD", f"-i {name} -o {name} -j {'ACCEPT' if rule.icc else 'DROP'}")
+        if rule.internal:
+            return [within, ("filter", "-I", one, f"! -s {rule.subnet} -o {name} -j DROP"),
+                    ("filter", "-I", one, f"! -d {rule.subnet} -i {name} -j DROP")]
+        lines = [within, ("filter", "-I", "FORWARD", f"-i {name} ! -o {name} -j ACCEPT"),
+                 ("filter", "-I", "FORWARD", f"-o {name} -j DOCKER"),
+                 ("filter", "-I", "FORWARD",
+                  f"-o {name} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"),
+                 ("filter", "-A", "DOCKER", f"! -i {name} -o {name} -j DROP"),
+                 ("filter", "-I", one, f"-i {name} ! -o {name} -j {two}"),
+                 ("filter", "-I", two, f"-o {name} -j DROP")]
+        if rule.masquerade:
+            lines.append(("nat", "-I", "POSTROUTING", f"-s {rule.subnet} ! -o {name} -j MASQUERADE"))
+        return lines + ([("nat", "-I", "DOCKER", f"-i {name} -j RETURN")] if self.proxied else [])
+
+    def _port_lines(self, rule: PortRule) -> list[tuple[str, str, str, str]]:
+        host = "" if rule.host.is_unspecified else f"-d {rule.host} "
+        outside = f"! -i {rule.bridge} " if self.proxied else ""
+        match = f"-p {rule.protocol} -m {rule.protocol} --dport"
+        to = f"{_bracketed(rule.target)}:{rule.target_port}"
+        return [("nat", "-A", "DOCKER", f"{host}{outside}{match} {rule.port} -j DNAT --to-destination {to}"),
+                ("nat", "-A", "POSTROUTING",
+                 f"-s {rule.target} -d {rule.target} {match} {rule.target_port} -j MASQUERADE"),
+                ("filter", "-I", "DOCKER", f"-d {rule.target} ! -i {rule.bridge} -o {rule.bridge} {match} "
+                 f"{rule.target_port} -m conntrack --ctstate DNAT -j ACCEPT")]
+
+    def _rebuild(self) -> None:
+        """Our chains emptied and filled, what points at them put back at its place; other rules stay."""
+        for version in (4, 6):
+            rules = [rule for rule in self.rules if rule.version == version]
+            standing = self._standing(version)
+            if standing is None or (version == 6 and not rules and "DOCKER" not in standing):
+                continue
+            lines = [(table, f"-D{line[2:]}\n") for table, line in self._left_over(standing)]
+            lines += [(table, f":{chain} - [0:0]\n") for table, chains in self.CHAINS.items()
+                      for chain in chains]
+            if ":DOCKER-USER " not in standing:
+                lines += [("filter", ":DOCKER-USER - [0:0]\n"), ("filter", "-A DOCKER-USER -j RETURN\n")]
+            loopback = "! -d 127.0.0.0/8" if version == 4 else "! -d ::1"
+            local = "-m addrtype --dst-type LOCAL -j DOCKER\n"
+            lines += [("filter", "-A DOCKER-ISOLATION-STAGE-1 -j RETURN\n"),
+                      ("filter", "-A DOCKER-ISOLATION-STAGE-2 -j RETURN\n"),
+                      ("nat", f"-A PREROUTING {local}"),
+                      ("nat", f"-A OUTPUT {loopback + ' ' if self.proxied else ''}{local}")]
+            if self.forwarding:
+                lines.append(("filter", ":FORWARD DROP [0:0]\n"))
+            lines += [line for rule in rules for line in self._lines(rule)]
+            lines += [("filter", f"-I FORWARD -j {chain}\n") for chain in self.FIRST]
+            # a chain must be declared before a line names it
+            self._restore(version, sorted(lines, key=lambda line: not line[1].startswith(":")))
+
+    def _standing(self, version: int) -> Optional[str]:
+        """What iptables-save prints, or None where there is no such firewall."""
+        try:
+            return run_tool(["iptables-save" if version == 4 else "ip6tables-save"])
+        except DockerError as error:
+            if version == 4 or self._of_kind(version, BridgeRule):
+                raise
+            log.info("no rules for IPv6: %s", error)
+            return None
+
+    def _left_over(self, standing: str) -> Iterator[tuple[str, str]]:
+        """(table, rule) of the built-in chains that Docker, or an earlier daemon of ours, has left."""
+        table, bridges = "", {rule.bridge for rule in self.rules}
+        for line in standing.splitlines():
+            if line.startswith("*"):
+                table = line[1:]
+            words = line.split()
+            ours = any(word in ("-i", "-o") and name in bridges for word, name in zip(words, words[1:]))
+            if line.startswith("-A ") and table in self.CHAINS and (self.LEFT_OVER.match(line) or (
+                    ours and words[1] in ("FORWARD", "POSTROUTING"))):
+                yield table, line
+
+
+def run_tool(command: list[str], text: str = "") -> str:
+    """The output of one of the host's programs; DockerError with its words when it fails."""
+    import subprocess
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise DockerError(f"{command[0]}: {error}") from None
+    if done.returncode:
+        raise DockerError(f"{command[0]}: {' '.join(done.stderr.split())[:500]}")
+    return done.stdout
+
+
+class Nftables(Firewall):
+    """The same policy in a table of our own for each IP version, written over netlink.  Bridges are rules,
+    written anew when one comes or goes; ports and links are elements of sets, so that a change costs one
+    message however many there are."""
+
+    name = "nftables"
+    TABLE = "dockerd"
+
+    def _change(self, version: int, fresh: list[Any], stale: list[Any]) -> None:
+        messages = []
+        for kind, flags, rules in ((NFT_MSG_DELSETELEM, 0, stale), (NFT_MSG_NEWSETELEM, NLM_F_CREATE, fresh)):
+            for name, elements in self._elements(rules, gone=rules is stale).items():
+                messages.append((kind, flags, nft_elements(self.TABLE, name, elements)))
+        if any(isinstance(rule, BridgeRule) for rule in fresh + stale):
+            messages += [(NFT_MSG_DELRULE, 0, nft_rule(self.TABLE, chain)) for chain in self._chains()]
+            messages += self._all_rules(version)
+        nft_batch(ip_family(version), messages)
+
+    def _rebuild(self) -> None:
+        for version in (4, 6):
+            table, rules = nft_table(self.TABLE), [rule for rule in self.rules if rule.version == version]
+            if version == 6 and not rules:
+                with contextlib.suppress(OSError):  # one of an earlier daemon's
+                    nft_batch(socket.AF_INET6, [(NFT_MSG_DELTABLE, 0, table)])
+                continue
+            address, size = (7, 4) if version == 4 else (8, 16)  # the types by which nft(8) prints them
+            at, to = address << 12 | 12 << 6 | 13, address << 6 | 13  # with protocol and port, with port
+            sets: tuple[Any, ...] = (("ports", 12 << 6 | 13, 8, to, size + 4),
+                                     ("ports_at", at, size + 8, to, size + 4),
+                    ("published", at, size + 8), ("linked", address << 18 | at, 2 * size + 8))
+            messages = [(NFT_MSG_NEWTABLE, NLM_F_CREATE, table), (NFT_MSG_DELTABLE, 0, table),
+                        (NFT_MSG_NEWTABLE, NLM_F_CREATE, table)]
+            messages += [(NFT_MSG_NEWSET, NLM_F_CREATE, nft_map(self.TABLE, number, *values))
+                         for number, values in enumerate(sets, 1)]
+            messages += [(NFT_MSG_NEWCHAIN, NLM_F_CREATE, chain) for chain in self._chains().values()]
+            messages += self._all_rules(version)
+            messages += [(NFT_MSG_NEWSETELEM, NLM_F_CREATE, nft_elements(self.TABLE, name, elements))
+                         for name, elements in self._elements(rules).items()]
+            nft_batch(ip_family(version), messages)
+
+    def _chains(self) -> dict[str, bytes]:
+        """The base chains by name."""
+        nat, policy = NF_ACCEPT, NF_DROP if self.forwarding else NF_ACCEPT
+        table = (("prerouting", "nat", NF_INET_PRE_ROUTING, -100, nat),
+                 ("output", "nat", NF_INET_LOCAL_OUT, -100, nat),
+                 ("postrouting", "nat", NF_INET_POST_ROUTING, 100, nat),
+                 ("forward", "filter", NF_INET_FORWARD, 0, policy))
+        return {row[0]: nft_chain(self.TABLE, *row) for row in table}
+
+    def _all_rules(self, version: int) -> list[tuple[int, int, bytes]]:
+        """The messages that fill the chains.  What goes to a bridge is judged before what comes from one, so
+        that no bridge reaches another."""
+        bridges, lines = self._of_kind(version, BridgeRule), []
+        accept, drop, leave = (nft_verdict(code) for code in (NF_ACCEPT, NF_DROP, NFT_RETURN))
+        if self.proxied:
+            loopback = ipaddress.ip_network("127.0.0.0/8" if version == 4 else "::1/128")
+            lines += [("prerouting", nft_interface(rule.bridge) + leave) for rule in bridges]
+            lines.append(("output", nft_network(loopback, True) + leave))
+        lines += [(chain, self._translation(version, exact))
+                  for chain in ("prerouting", "output") for exact in (True, False)]
+        lines.append(("forward", nft_ct(0, 2 | 4) + accept))  # established or related
+        published = nft_ct(2, IPS_DST_NAT) + self._lookup(version, "published") + accept
+        for rule in bridges:
+            inward, inside = nft_interface(rule.bridge, out=True), nft_interface(rule.bridge)
+            if not rule.icc:
+                lines.append(("forward", inward + inside + self._lookup(version, "linked") + accept))
+            lines.append(("forward", inward + inside + (accept if rule.icc else drop)))
+            if rule.internal:
+                lines.append(("forward", inside + nft_interface(rule.bridge, out=True, same=False) + drop))
+            else:
+                lines.append(("forward", inward + published))
+            lines.append(("forward", inward + drop))
+            source = nft_network(rule.subnet, False)
+            if rule.masquerade and not rule.internal:
+                lines.append(("postrouting", source + nft_interface(rule.bridge, True, False)
+                              + nft_expression("masq")))
+            if not self.proxied:  # a container that reaches itself or a neighbour by the host's port
+                lines.append(("postrouting", source + inward + nft_ct(2, IPS_DST_NAT)
+                              + nft_expression("masq")))
+        lines += [("forward", nft_interface(rule.bridge) + accept) for rule in bridges]
+        return [(NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, nft_rule(self.TABLE, chain, line))
+                for chain, line in lines]
+
+    def _lookup(self, version: int, name: str, to: int = -1) -> bytes:
+        """Go on where the set has the packet's (source and) destination, protocol and port; a map's value
+        goes to the registers from `to`."""
+        size = 4 if version == 4 else 16
+        source, destination = (12, 16) if version == 4 else (8, 24)
+        reads, register = b"", 0
+        if name == "linked":
+            reads, register = nft_payload(source, size), size // 4
+        if name != "ports":
+            reads, register = reads + nft_payload(destination, size, register), register + size // 4
+        reads += nft_expression("meta", a2=16, a1=NFT_REGISTER + register)  # NFT_META_L4PROTO
+        reads += nft_payload(2, 2, register + 1, transport=True)
+        into = {"a3": NFT_REGISTER + to} if to >= 0 else {}
+        return reads + nft_expression("lookup", a1=name, a2=NFT_REGISTER, **into)
+
+    def _translation(self, version: int, exact: bool) -> bytes:
+        """Send what comes to a published port of this machine to its target."""
+        local = nft_expression("fib", a1=NFT_REGISTER, a2=3, a3=2) + nft_compare(struct.pack("=I", 2))
+        to = 8
+        return local + self._lookup(version, "ports_at" if exact else "ports", to) + nft_expression(
+            "nat", a1=1, a2=int(ip_family(version)), a3=NFT_REGISTER + to,
+            a5=NFT_REGISTER + to + (1 if version == 4 else 4))
+
+    def _elements(self, rules: list[Any], gone: bool = False) -> dict[str, list[tuple[bytes, bytes]]]:
+        """(key, value) for each set; of rules that are gone, without what others still need."""
+        found: dict[str, dict[bytes, bytes]] = collections.defaultdict(dict)
+        for rule in rules:
+            if isinstance(rule, PortRule):
+                place = struct.pack(">B3xH2x", PROTOCOLS[rule.protocol], rule.port)
+                value = rule.target.packed + struct.pack(">H2x", rule.target_port)
+                name, head = ("ports", b"") if rule.host.is_unspecified else ("ports_at", rule.host.packed)
+                found[name][head + place] = value
+                inner = struct.pack(">B3xH2x", PROTOCOLS[rule.protocol], rule.target_port)
+                found["published"][rule.target.packed + inner] = b""
+            elif isinstance(rule, LinkRule):
+                port = struct.pack(">B3xH2x", PROTOCOLS[rule.protocol], rule.port)
+                found["linked"][rule.parent.packed + rule.child.packed + port] = b""
+        if gone:
+            kept = self._elements(list(self.rules))
+            for name, elements in kept.items():
+                for key, _ in elements:
+                    found[name].pop(key, None)
+        return {name: list(elements.items()) for name, elements in found.items() if elements}
+
+
+def choose_firewall(config: Any, forwarding: bool) -> Firewall:
+    """The back end that the options ask for, or that this host has: iptables where its programs are, else
+    nf_tables, else none with a line in the log.  DockerError when the one asked for cannot work."""
+    wanted, proxied = config.firewall_backend or "auto", config.userland_proxy
+    if not config.iptables:
+        wanted = "none"
+    failures = []
+    for kind in (Iptables, Nftables):
+        if wanted not in ("auto", kind.name):
+            continue
+        firewall = kind(proxied, forwarding)
+        try:
+            firewall.rebuild()
+            return firewall
+        except (OSError, DockerError) as error:
+            failures.append(f"{kind.name}: {error}")
+            if wanted != "auto":
+                raise DockerError(f"the firewall back end cannot work: {failures[0]}") from None
+    if failures:
+        log.warning("no firewall: networks are not isolated, and published ports take the proxy (%s)",
+                    "; ".join(failures))
+    return Firewall(proxied, forwarding)
+
+
+class ProxyClient(HelperClient):
+    """The connection to the proxy, which is started when the first port needs it."""
+
+    role = "proxy"
+
+    def __init__(self, exec_root: str) -> None:
+        super().__init__(os.path.join(exec_root, "proxy.sock"))
+        self.exec_root = exec_root
+        self._opening = threading.Lock()
+
+    def publish(self, key: str, rule: PortRule, listener: Optional[socket.socket]) -> None:
+        """Serve the bound socket as the rule says; without one, the port `key` that it has gets a new
+        target."""
+        with self._opening:
+            if not self.connected and not self.connect():
+                self.spawn(shim_bytecode(self.exec_root))
+        place = {"target": str(rule.target), "target_port": rule.target_port}
+        self.call("publish", {} if listener is None else {"listener": listener.fileno()}, key=key,
+                  place=place)
+        if listener is not None:
+            listener.close()
+
+    def unpublish(self, key: str) -> None:
+        """Stop to serve the port."""
+        self.post("unpublish", key=key)
+
+
+# The resolver of user networks
+
+
+class Query(NamedTuple):
+    """A DNS question: its message, the name in small letters without its last dot, and the type asked for."""
+    message: bytes
+    name: str
+    kind: int
+    end: int     # where the question ends in the message
+
+
+DNS_A, DNS_PTR, DNS_AAAA = 1, 12, 28
+DNS_SERVFAIL = 2
+DNS_TTL = 600  # seconds, as Docker's
+DNS_UDP_SIZE = 512
+DNS_TIMEOUT = 4.0  # seconds that an upstream has to answer
+
+
+def parse_query(message: bytes) -> Query:
+    """The one question of `message`; ValueError when there is not just one, or it is not whole."""
+    if len(message) < 17 or message[2] & 0x80 or struct.unpack_from(">H", message, 4)[0] != 1:
+        raise ValueError("no query")
+    labels, offset = [], 12
+    while offset < len(message) and message[offset]:
+        length = message[offset]
+        if length > 63 or offset + 1 + length > len(message):
+            raise ValueError("no name")
+        labels.append(message[offset + 1:offset + 1 + length].decode("latin-1"))
+        offset += 1 + length
+    if offset + 5 > len(message):
+        raise ValueError("cut off")
+    kind = struct.unpack_from(">H", message, offset + 1)[0]
+    return Query(message, ".".join(labels).lower(), kind, offset + 5)
+
+
+def dns_answer(query: Query, records: Iterable[bytes] = (), code: int = 0) -> bytes:
+    """The answer with the data of the records asked for, or a failure."""
+    listed = [struct.pack(">HHHIH", 0xC00C, query.kind, 1, DNS_TTL, len(data)) + data for data in records]
+    flags = 0x8080 | (struct.unpack_from(">H", query.message, 2)[0] & 0x0100) | code
+    head = query.message[:2] + struct.pack(">HHHHH", flags, 1, len(listed), 0, 0)
+    return head + query.message[12:query.end] + b"".join(listed)
+
+
+def dns_name(name: str) -> bytes:
+    """A name as labels."""
+    return b"".join(bytes([len(label)]) + label.encode("latin-1", "replace")
+                    for label in name.split(".")) + b"\0"
+
+
+def upstream_socket() -> socket.socket:
+    """A socket that asks servers of both IP versions, from this thread's namespace."""
+    family = socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET
+    try:
+        upstream = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    except OSError:
+        upstream = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+    if upstream.family == socket.AF_INET6:
+        upstream.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    upstream.setblocking(False)
+    return upstream
+
+
+class Forward(NamedTuple):
+    """A question that an upstream has been asked."""
+    seat: ResolverSeat
+    query: Query
+    client: Any
+    servers: list[str]   # those not yet asked
+    deadline: float
+
+
+class ResolverSeat:
+    """The resolver's place in one container: sockets at 127.0.0.11 in its network namespace, the servers to
+    ask with a socket to ask by, and how names are found.  Made in the container's namespace."""
+
+    def __init__(self, lookup: Callable[[str, int], Optional[list[bytes]]], servers: list[str],
+                 upstream: Optional[socket.socket]) -> None:
+        self.lookup, self.servers = lookup, servers
+        self.upstream = upstream or upstream_socket()
+        self.udp, self.tcp = (socket.socket(socket.AF_INET, kind | socket.SOCK_CLOEXEC)
+                              for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM))
+        for server in (self.udp, self.tcp):
+            server.bind((RESOLVER_ADDRESS, 0))
+            server.setblocking(False)
+        self.tcp.listen(64)
+
+    @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        """All of them."""
+        return self.udp, self.tcp, self.upstream
+
+    def redirect(self) -> None:
+        """Send what the container asks at port 53 to the sockets, whose ports are random: its own port 53 is
+        free for it (pitfall 17).  Called in its namespace."""
+        table, rules = "dockerd", []
+        for protocol, server in ((6, self.tcp), (17, self.udp)):
+            rules.append(nft_network(ipaddress.ip_network(RESOLVER_ADDRESS), True)
+                         + nft_expression("meta", a2=16, a1=NFT_REGISTER) + nft_compare(bytes([protocol]))
+                         + nft_payload(2, 2, transport=True) + nft_compare(struct.pack(">H", 53))
+                         + nft_immediate(socket.inet_aton(RESOLVER_ADDRESS))
+                         + nft_immediate(struct.pack(">H", server.getsockname()[1]), 1)
+                         + nft_expression("nat", a1=1, a2=int(socket.AF_INET), a3=NFT_REGISTER,
+                                          a5=NFT_REGISTER + 1))
+        chain = nft_chain(table, "output", "nat", NF_INET_LOCAL_OUT, -100, NF_ACCEPT)
+        try:
+            nft_batch(socket.AF_INET, [(NFT_MSG_NEWTABLE, NLM_F_CREATE, nft_table(table)),
+                                       (NFT_MSG_NEWCHAIN, NLM_F_CREATE, chain),
+                                       (NFT_MSG_DELRULE, 0, nft_rule(table, "output"))] + [
+                (NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND,
+                 nft_rule(table, "output", rule)) for rule in rules])
+        except OSError:
+            ports = "".join(f"-A OUTPUT -d {RESOLVER_ADDRESS} -p {name} --dport 53 -j DNAT --to-destination "
+                            f"{RESOLVER_ADDRESS}:{server.getsockname()[1]}\n"
+                            for name, server in (("tcp", self.tcp), ("udp", self.udp)))
+            run_tool(["iptables-restore", "-w", "--noflush"], f"*nat\n{ports}COMMIT\n")
+
+
+class Resolver:
+    """Answers what containers on user networks ask: names of their networks at once, the rest by the upstream
+    servers.  One thread for all; a TCP question has a thread of its own while it lasts."""
+
+    def __init__(self) -> None:
+        self.seats: dict[int, tuple[ResolverSeat, Callable[[ResolverSeat], None]]] = {}
+        self.pending: dict[tuple[int, bytes], Forward] = {}
+        self.poll = select.epoll()
+        self.lock = threading.Lock()
+        self.tcp_slots = threading.BoundedSemaphore(64)
+        self._thread: Optional[threading.Thread] = None
+
+    def add(self, seat: ResolverSeat) -> None:
+        """Serve the seat from now on."""
+        with self.lock:
+            for each, serve in zip(seat.sockets, (self._serve_udp, self._serve_tcp, self._serve_upstream)):
+                self.seats[each.fileno()] = seat, serve
+                self.poll.register(each, select.EPOLLIN)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="resolver", daemon=True)
+                self._thread.start()
+
+    def remove(self, seat: ResolverSeat) -> None:
+        """The container is gone."""
+        with self.lock:
+            for each in seat.sockets:
+                if self.seats.pop(each.fileno(), None):
+                    self.poll.unregister(each)
+                each.close()
+            self.pending = {key: forward for key, forward in self.pending.items() if forward.seat is not seat}
+
+    def _run(self) -> None:
+        while True:
+            for fd, _ in self.poll.poll(1.0 if self.pending else -1):
+                with self.lock:
+                    seat, serve = self.seats.get(fd, (None, None))
+                    if seat is not None and serve is not None:
+                        with contextlib.suppress(OSError):
+                            serve(seat)
+            self._retry(time.monotonic())
+
+    def _serve_udp(self, seat: ResolverSeat) -> None:
+        message, client = seat.udp.recvfrom(4096)
+        with contextlib.suppress(ValueError):
+            query = parse_query(message)
+            found = seat.lookup(query.name, query.kind)
+            if found is not None:
+                seat.udp.sendto(_cut(query, dns_answer(query, found)), client)
+            else:
+                self._forward(Forward(seat, query, client, list(seat.servers), 0))
+
+    def _forward(self, forward: Forward) -> None:
+        """Ask the next upstream, under a number of our own; without one, say that it failed."""
+        seat, servers = forward.seat, list(forward.servers)
+        while servers and len(self.pending) < 4096:
+            server, number = servers.pop(0), secrets.token_bytes(2)
+            with contextlib.suppress(OSError):
+                mapped = "." in server and seat.upstream.family == socket.AF_INET6
+                place = (f"::ffff:{server}" if mapped else server, 53)
+                seat.upstream.sendto(number + forward.query.message[2:], place)
+                deadline = time.monotonic() + DNS_TIMEOUT
+                self.pending[seat.upstream.fileno(), number] = forward._replace(servers=servers,
+                                                                                deadline=deadline)
+                return
+        with contextlib.suppress(OSError):
+            seat.udp.sendto(dns_answer(forward.query, code=DNS_SERVFAIL), forward.client)
+
+    def _serve_upstream(self, seat: ResolverSeat) -> None:
+        message, (address, port, *_) = seat.upstream.recvfrom(65535)
+        server = address[7:] if address.startswith("::ffff:") else address
+        forward = self.pending.get((seat.upstream.fileno(), message[:2]))
+        asked = forward and forward.query.message[12:forward.query.end].lower()
+        if forward is None or port != 53 or server not in seat.servers or len(message) < 12 or (
+                message[12:forward.query.end].lower() != asked):
+            return
+        del self.pending[seat.upstream.fileno(), message[:2]]
+        if message[3] & 0x0F in (DNS_SERVFAIL, 5) and forward.servers:  # failed, refused: the next may know
+            self._forward(forward)
+        else:
+            seat.udp.sendto(forward.query.message[:2] + message[2:], forward.client)
+
+    def _retry(self, now: float) -> None:
+        with self.lock:
+            late = [key for key, forward in self.pending.items() if forward.deadline <= now]
+            for forward in [self.pending.pop(key) for key in late]:
+                self._forward(forward)
+
+    def _serve_tcp(self, seat: ResolverSeat) -> None:
+        client, _ = seat.tcp.accept()
+        if not self.tcp_slots.acquire(blocking=False):
+            client.close()
+            return
+        threading.Thread(target=self._answer_tcp, args=(seat, client), name="resolver-tcp",
+                         daemon=True).start()
+
+    def _answer_tcp(self, seat: ResolverSeat, client: socket.socket) -> None:
+        """Answer the questions of one connection; each is two bytes of length and the message (RFC 1035)."""
+        try:
+            client.settimeout(10)
+            with client, client.makefile("rb") as file:
+                while True:
+                    query = parse_query(_read_framed(file))
+                    found = seat.lookup(query.name, query.kind)
+                    answer = self._ask_tcp(seat, query) if found is None else dns_answer(query, found)
+                    client.sendall(struct.pack(">H", len(answer)) + answer)
+        except (OSError, ValueError):
+            pass
+        finally:
+            self.tcp_slots.release()
+
+    @staticmethod
+    def _ask_tcp(seat: ResolverSeat, query: Query) -> bytes:
+        """The first upstream's answer, by TCP, from the container's namespace."""
+        def ask(server: str) -> bytes:
+            with socket.create_connection((server, 53), DNS_TIMEOUT) as upstream:
+                upstream.sendall(struct.pack(">H", len(query.message)) + query.message)
+                with upstream.makefile("rb") as file:
+                    return _read_framed(file)
+
+        for server in seat.servers:
+            with contextlib.suppress(OSError, ValueError):
+                namespace = fcntl.ioctl(seat.upstream, SIOCGSKNS)
+                try:
+                    return in_network(namespace, ask, server)
+                finally:
+                    os.close(namespace)
+        return dns_answer(query, code=DNS_SERVFAIL)
+
+
+def _read_framed(file: Any) -> bytes:
+    """A DNS message behind its length; ValueError at the end."""
+    head = file.read(2)
+    message = file.read(struct.unpack(">H", head)[0]) if len(head) == 2 else b""
+    if not message:
+        raise ValueError("the end")
+    return message
+
+
+def _cut(query: Query, answer: bytes) -> bytes:
+    """The answer, or where it is too long for a datagram its head with the mark that tells to ask by TCP."""
+    if len(answer) <= DNS_UDP_SIZE:
+        return answer
+    cut = dns_answer(query)
+    return cut[:2] + bytes([cut[2] | 0x02]) + cut[3:]
+
+
+# Networks
+
+
+BRIDGE_OPTION = "com.docker.network.bridge."
+DEFAULT_BRIDGE = "docker0"
+PREDEFINED_NETWORKS = {"bridge": "bridge", "host": "host", "none": "null"}
+NETWORK_DRIVERS = ("bridge", "host", "ipvlan", "macvlan", "null")
+LINK_MODES = {"macvlan": {"": 4, "bridge": 4, "passthru": 8, "private": 1, "vepa": 2},
+              "ipvlan": {"": 0, "l2": 0, "l3": 1, "l3s": 2}}  # linux/if_link.h
+ENDPOINT_STATUS = {"EndpointID": "", "Gateway": "", "IPAddress": "", "IPPrefixLen": 0, "IPv6Gateway": "",
+                   "GlobalIPv6Address": "", "GlobalIPv6PrefixLen": 0, "MacAddress": ""}
+ENDPOINT = {"IPAMConfig": None, "Links": None, "Aliases": None, "MacAddress": "", "DriverOpts": None,
+            "GwPriority": 0, "NetworkID": "", **ENDPOINT_STATUS, "DNSNames": None}
+
+
+class Endpoint:
+    """A container's place on a network; `settings` is its EndpointSettings in the container's record."""
+
+    def __init__(self, network: Network, settings: dict[str, Any]) -> None:
+        self.network, self.settings = network, settings
+        self.id: str = settings["EndpointID"]
+        self.addresses = [ipaddress.ip_interface(f"{settings[address]}/{settings[length]}")
+                          for address, length in (("IPAddress", "IPPrefixLen"),
+                                                  ("GlobalIPv6Address", "GlobalIPv6PrefixLen"))
+                          if settings[address]]
+        self.gateways = [ipaddress.ip_address(settings[key]) for key in ("Gateway", "IPv6Gateway")
+                         if settings[key]]
+        self.link = ""  # its name in the container
+
+    @property
+    def names(self) -> list[str]:
+        """What it is called on its network."""
+        return self.settings["DNSNames"] or []
+
+    @property
+    def small_names(self) -> set[str]:
+        """These in small letters, for the resolver."""
+        return {name.lower() for name in self.names}
+
+    @property
+    def host_link(self) -> str:
+        """The name of the veth's end on the bridge."""
+        return "veth" + self.id[:7]
+
+    @property
+    def preference(self) -> tuple[int, int, str]:
+        """The endpoint with the least one gives the container its default gateway."""
+        return -(self.settings.get("GwPriority") or 0), -len(self.gateways), self.network.name
+
+    def address(self, version: int) -> Optional[IPAddress]:
+        """Its address of this IP version."""
+        return next((address.ip for address in self.addresses if address.version == version), None)
+
+    def message(self, namespace: int) -> bytes:
+        """The request that makes its link, or the pair whose other end is on the bridge."""
+        network = self.network
+        mac = bytes.fromhex(self.settings["MacAddress"].replace(":", ""))
+        mtu = attribute(IFLA_MTU, network.mtu) if network.mtu else b""
+        inside = [attribute(IFLA_NET_NS_FD, namespace), mtu]
+        if network.driver == "bridge":
+            peer = attribute(VETH_INFO_PEER | NLA_F_NESTED, bytes(16), attribute(IFLA_IFNAME, self.link),
+                             attribute(IFLA_ADDRESS, mac), *inside)
+            master = attribute(IFLA_MASTER, socket.if_nametoindex(network.bridge))
+            return link_message(self.host_link, "veth", master, mtu, data=peer)
+        mode = LINK_MODES[network.driver][network.options.get(f"{network.driver}_mode", "")]
+        parent = attribute(IFLA_LINK, socket.if_nametoindex(network.parent))
+        if network.driver == "macvlan":
+            return link_message(self.link, "macvlan", parent, attribute(IFLA_ADDRESS, mac), *inside, up=False,
+                                data=attribute(1, mode))
+        return link_message(self.link, "ipvlan", parent, *inside, up=False,
+                            data=attribute(1, struct.pack("=H", mode)))
+
+    def set_ipv6(self) -> None:
+        """Have IPv6 on its link, in the container's namespace, only where it has an address."""
+        write_setting(f"/proc/sys/net/ipv6/conf/{self.link}/disable_ipv6", "0" if self.address(6) else "1")
+
+    def configure(self) -> list[bytes]:
+        """The requests that set its link up, in the container's namespace."""
+        index = socket.if_nametoindex(self.link)
+        return [*(address_message(RTM_NEWADDR, index, address) for address in self.addresses),
+                link_change(index)]
+
+
+class Network:
+    """One network: `record` is what inspect shows of it and what is kept on disk.  `lock` guards its pools
+    and endpoints."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        self.record = record
+        self.id, self.name, self.driver = record["Id"], record["Name"], record["Driver"]
+        self.options: dict[str, str] = record["Options"]
+        self.internal: bool = record["Internal"]
+        self.lock = threading.Lock()
+        self.pools = [AddressPool(settings) for settings in record["IPAM"]["Config"] or []]
+        self.endpoints: dict[str,
+                             tuple[str, str, Endpoint]] = {}  # by id: container's id, its name, the endpoint
+
+    @property
+    def is_user_defined(self) -> bool:
+        """Whether names resolve on it."""
+        return self.name not in PREDEFINED_NETWORKS
+
+    @property
+    def configured(self) -> bool:
+        """Whether its subnets were asked for, so that addresses may be."""
+        return not self.record.get("Automatic")
+
+    @property
+    def bridge(self) -> str:
+        """The name of its bridge."""
+        return self.options.get(BRIDGE_OPTION + "name") or "br-" + self.id[:12]
+
+    @property
+    def parent(self) -> str:
+        """The host's link below a macvlan or ipvlan network; without one, a dummy of its own."""
+        return self.options.get("parent") or "dm-" + self.id[:12]
+
+    @property
+    def mtu(self) -> int:
+        """The MTU of its links, 0 for the kernel's default."""
+        return int(self.options.get("com.docker.network.driver.mtu") or 0)
+
+    def switch(self, name: str, default: bool) -> bool:
+        """A yes-or-no option of the bridge driver."""
+        value = self.options.get(BRIDGE_OPTION + name)
+        return default if value is None else value.lower() in ("1", "t", "true")
+
+    def rules(self) -> list[FirewallRule]:
+        """What the firewall must hold for it."""
+        if self.driver != "bridge":
+            return []
+        return [BridgeRule(self.bridge, pool.subnet, self.switch("enable_icc", True),
+                           self.switch("enable_ip_masquerade", True), self.internal) for pool in self.pools]
+
+    def to_api(self, containers: bool = True) -> dict[str, Any]:
+        """The network as inspect shows it; a list leaves the containers out."""
+        listed = {}
+        if containers:
+            with self.lock:
+                for owner, name, endpoint in self.endpoints.values():
+                    by_version = {address.version: str(address) for address in endpoint.addresses}
+                    listed[owner] = {"Name": name, "EndpointID": endpoint.id,
+                                     "MacAddress": endpoint.settings["MacAddress"],
+                                     "IPv4Address": by_version.get(4, ""), "IPv6Address": by_version.get(6,
+                                                                                                         "")}
+        shown = {key: value for key, value in self.record.items() if key != "Automatic"}
+        return {**shown, "Containers": listed}
+
+    def all_endpoints(self) -> list[Endpoint]:
+        """The endpoints that are there now."""
+        with self.lock:
+            return [endpoint for _, _, endpoint in self.endpoints.values()]
+
+    def join(self, owner: str, name: str, settings: dict[str, Any]) -> Endpoint:
+        """Take addresses for a container and write them into its `settings`.
+
+        Forbidden when an address that it asks for is taken, Conflict when there is none left."""
+        wanted = settings["IPAMConfig"] or {}
+        asked = [ipaddress.ip_address(wanted[key]) for key in ("IPv4Address", "IPv6Address")
+                 if wanted.get(key)]
+        taken: list[IPInterface] = []
+        with self.lock, contextlib.ExitStack() as undo:
+            undo.callback(lambda: self._give_back(taken, ""))
+            for version in (4, 6):
+                pools = [pool for pool in self.pools if pool.subnet.version == version]
+                address = next((one for one in asked if one.version == version), None)
+                if address is not None:
+                    pools = [pool for pool in pools if address in pool.subnet]
+                if pools:
+                    taken.append(_take_first(pools, address, self))
+            settings.update(ENDPOINT_STATUS, EndpointID=secrets.token_hex(32), NetworkID=self.id)
+            for address in taken:
+                keys = ("IPAddress", "IPPrefixLen", "Gateway") if address.version == 4 else (
+                    "GlobalIPv6Address", "GlobalIPv6PrefixLen", "IPv6Gateway")
+                gateway = next(str(pool.route) for pool in self.pools if address.ip in pool.subnet)
+                values = (str(address.ip), address.network.prefixlen, "" if self.internal else gateway)
+                settings.update(zip(keys, values))
+            settings["MacAddress"] = settings.get("DesiredMacAddress") or _mac_address(taken)
+            endpoint = Endpoint(self, settings)
+            self.endpoints[endpoint.id] = owner, name, endpoint
+            undo.pop_all()
+        return endpoint
+
+    def adopt(self, owner: str, name: str, settings: dict[str, Any]) -> Endpoint:
+        """The endpoint of a container that an earlier daemon started; its addresses are taken again."""
+        endpoint = Endpoint(self, settings)
+        with self.lock:
+            for pool, address in itertools.product(self.pools, endpoint.addresses):
+                if address.ip in pool.subnet:
+                    pool.taken.add(int(address.ip))
+            self.endpoints[endpoint.id] = owner, name, endpoint
+        return endpoint
+
+    def leave(self, endpoint: Endpoint) -> None:
+        """The endpoint is gone: its addresses are free as soon as its link is."""
+        with self.lock:
+            if self.endpoints.pop(endpoint.id, None):
+                self._give_back(endpoint.addresses, endpoint.host_link if self.driver == "bridge" else "")
+
+    def _give_back(self, addresses: list[IPInterface], link: str) -> None:
+        for pool, address in itertools.product(self.pools, addresses):
+            if address.ip in pool.subnet:
+                pool.give_back(address.ip, link)
+
+
+def _take_first(pools: list[AddressPool], address: Optional[IPAddress], network: Network) -> IPInterface:
+    """An address of the first pool that has one."""
+    for pool in pools:
+        with contextlib.suppress(Conflict):
+            return pool.take(address)
+    raise Conflict(f"no available IPv{pools[0].subnet.version} addresses on this network's address pools: "
+                   f"{network.name} ({network.id})")
+
+
+def _mac_address(addresses: list[IPInterface]) -> str:
+    """Docker's: 02:42 and the IPv4 address, so that a neighbour's table stays right when it comes back."""
+    tail = next((address.ip.packed for address in addresses if address.version == 4), secrets.token_bytes(4))
+    return (b"\x02\x42" + tail).hex(":")
+
+
+class Published(NamedTuple):
+    """A container's port with the host's places of it."""
+    name: str                     # of the container's port, such as 80/tcp
+    hosts: list[IPAddress]
+    port: int
+
+    @property
+    def protocol(self) -> str:
+        """tcp, udp or sctp."""
+        return self.name.partition("/")[2] or "tcp"
+
+
+class Sandbox:
+    """A container's share of the networks during one run.
+
+    `join` and `publish` take addresses and ports before there is a process, `enter` makes the links in its
+    namespace, `close` gives everything back, however far it had come.  Its container's lock guards it."""
+
+    def __init__(self, networks: Networks, key: str, name: str) -> None:
+        self.networks, self.key, self.name = networks, key, name
+        self.endpoints: dict[str, Endpoint] = {}   # by the network's name
+        self.published: list[Published] = []
+        self.sockets: dict[tuple[IPAddress, str, int],
+                           socket.socket] = {}  # bound, not handed to the proxy yet
+        self.rules: list[FirewallRule] = []
+        self.links: list[FirewallRule] = []                # what container links ask of the firewall
+        self.aliases: dict[str, str] = {}          # names that links give to others, by the others' own
+        self.seat: Optional[ResolverSeat] = None
+        self.namespace = -1
+
+    @property
+    def id(self) -> str:
+        """SandboxID."""
+        return hashlib.sha256(self.key.encode()).hexdigest()
+
+    def join(self, network: Network, settings: dict[str, Any]) -> Endpoint:
+        """Take a place on the network; with a namespace its link is made at once."""
+        endpoint = network.join(self.key, self.name, settings)
+        self.endpoints[network.name] = endpoint
+        try:
+            if self.namespace >= 0:
+                self._make_links([endpoint])
+                self._choose_routes()
+                self.republish()
+        except BaseException:
+            self.leave(network.name)
+            raise
+        return endpoint
+
+    def leave(self, name: str) -> None:
+        """Give the place on the network back, with its link."""
+        endpoint = self.endpoints.pop(name)
+        if self.namespace >= 0:
+            with contextlib.suppress(OSError):
+                in_network(self.namespace, lambda: netlink_batch([link_change(
+                    socket.if_nametoindex(endpoint.link), kind=RTM_DELLINK)]))
+            self._choose_routes()
+            self.republish()
+        endpoint.network.leave(endpoint)
+        endpoint.settings.update(ENDPOINT_STATUS)
+
+    def gateway(self, version: int) -> Optional[Endpoint]:
+        """The endpoint through which it reaches the world."""
+        able = [endpoint for endpoint in self.endpoints.values()
+                if any(gateway.version == version for gateway in endpoint.gateways)]
+        return min(able, key=lambda endpoint: endpoint.preference, default=None)
+
+    # Ports
+
+    def publish(self, bindings: dict[str, list[dict[str, str]]]) -> None:
+        """Take the host's ports: those asked for by number first, then free ones; DockerError with Docker's
+        text when one is not free."""
+        gate = self.gateway(4) or self.gateway(6)
+        if gate is None or gate.network.driver != "bridge":
+            return
+        asked = [(name, binding.get("HostIp") or "", *_port_range(binding.get("HostPort") or ""))
+                 for name, listed in sorted(bindings.items()) for binding in listed or [{}]]
+        for name, host, first, last in sorted(asked, key=lambda each: each[2] == 0):
+            hosts = self.networks.host_addresses(host, gate.network)
+            protocol = name.partition("/")[2] or "tcp"
+            try:
+                port, bound = self.networks.ports.take(protocol, hosts, first, last)
+            except DockerError as error:
+                raise DockerError("failed to set up container networking: driver failed programming external "
+                                  f"connectivity on endpoint {self.name} ({gate.id}): {error}") from None
+            self.published.append(Published(name, hosts, port))
+            for each in bound:
+                self.sockets[ipaddress.ip_address(each.getsockname()[0]), protocol, port] = each
+
+    def _port_rules(self) -> list[FirewallRule]:
+        """A rule for each published place, to the address that the container has for the world."""
+        rules: list[FirewallRule] = []
+        for published in self.published:
+            for host in published.hosts:
+                gate = self.gateway(host.version) or self.gateway(4) or self.gateway(6)
+                if gate is None or gate.network.driver != "bridge":
+                    continue
+                target = gate.address(host.version) or gate.address(4) or gate.address(6)
+                if target is not None:
+                    rules.append(PortRule(gate.network.bridge, published.protocol, host, published.port,
+                                          target,
+                                          int(published.name.partition("/")[0])))
+        return rules
+
+    def republish(self) -> None:
+        """Make the firewall and the proxy agree with where the container is now."""
+        networks, rules = self.networks, self._port_rules() + self.links
+        stale = [rule for rule in self.rules if rule not in rules]
+        fresh = [rule for rule in rules if rule not in self.rules]
+        if fresh or stale:
+            networks.firewall.change(fresh, stale)
+        self.rules = rules
+        for rule in fresh:
+            if isinstance(rule, PortRule):
+                if networks.firewall.proxied:
+                    networks.proxy.publish(self._proxy_key(rule), rule, self.sockets.pop(
+                        (rule.host, rule.protocol, rule.port), None))
+                if rule.protocol == "udp":
+                    forget_flows(PROTOCOLS["udp"], rule.port)
+
+    def _proxy_key(self, rule: PortRule) -> str:
+        return f"{self.key}/{rule.protocol}/{_bracketed(rule.host)}:{rule.port}"
+
+    def link(self, rules: list[FirewallRule]) -> None:
+        """Let the container use others' ports, and others its own, as links say."""
+        self.links = rules
+        if self.namespace >= 0:
+            self.republish()
+
+    @property
+    def port_map(self) -> dict[str, list[dict[str, str]]]:
+        """Ports as inspect shows them."""
+        listed: dict[str, list[dict[str, str]]] = {}
+        for published in self.published:
+            listed.setdefault(published.name, []).extend(
+                {"HostIp": str(host), "HostPort": str(published.port)} for host in published.hosts)
+        return listed
+
+    # The namespace
+
+    def enter(self, pid: int, servers: list[str], from_host: bool) -> None:
+        """Make everything in the network namespace of `pid`: rules first, then links.  A container on a user
+        network gets the resolver, which asks `servers` for other names, from the host's network when they are
+        the host's own."""
+        self.namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self.republish()
+        self._make_links(list(self.endpoints.values()), first=True)
+        self._choose_routes()
+        if self.has_resolver:
+            self.open_resolver(servers, from_host)
+
+    def _make_links(self, endpoints: list[Endpoint], first: bool = False) -> None:
+        """Make the links, and set them up inside in one go."""
+        numbers = itertools.count()
+        used = {endpoint.link for endpoint in self.endpoints.values()}
+        for endpoint in endpoints:
+            endpoint.link = next(name for name in (f"eth{number}" for number in numbers) if name not in used)
+        messages = [endpoint.message(self.namespace) for endpoint in endpoints]
+        if messages:
+            netlink_batch(messages)
+            if not self.networks.firewall.proxied:
+                for endpoint in endpoints:
+                    write_setting(f"/sys/class/net/{endpoint.host_link}/brport/hairpin_mode", "1")
+
+        def configure() -> None:
+            six = any(endpoint.address(6) for endpoint in self.endpoints.values())
+            for name in ("all", "default"):  # this sets all links, so each is set again
+                write_setting(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "0" if six else "1")
+            for endpoint in self.endpoints.values():
+                endpoint.set_ipv6()
+            listed = [message for endpoint in endpoints for message in endpoint.configure()]
+            netlink_batch(([link_change(1)] if first else []) + listed)
+
+        in_network(self.namespace, configure)
+
+    def _choose_routes(self) -> None:
+        """Set the default routes by the endpoints that lead to the world."""
+        def configure() -> None:
+            for version in (4, 6):
+                everywhere = ipaddress.ip_network("0.0.0.0/0" if version == 4 else "::/0")
+                gate = self.gateway(version)
+                if gate is not None:
+                    gateway = next(gateway for gateway in gate.gateways if gateway.version == version)
+                    index = socket.if_nametoindex(gate.link)
+                    netlink_batch([route_message(RTM_NEWROUTE, index, everywhere, gateway)])
+
+        if self.endpoints:
+            in_network(self.namespace, configure)
+
+    @property
+    def has_resolver(self) -> bool:
+        """Whether it is on a user network, where names resolve."""
+        return any(endpoint.network.is_user_defined for endpoint in self.endpoints.values())
+
+    def adopt(self, network: Network, settings: dict[str, Any]) -> None:
+        """Take the place again that the container has had under an earlier daemon."""
+        if settings["EndpointID"]:
+            self.endpoints[network.name] = network.adopt(self.key, self.name, settings)
+
+    def resume(self, pid: int, ports: dict[str, Optional[list[dict[str, str]]]], servers: list[str],
+               from_host: bool) -> None:
+        """Go on with a run that an earlier daemon began: its rules, ports and resolver; `ports` are those of
+        its record."""
+        networks = self.networks
+        by_port: dict[tuple[str, int], list[IPAddress]] = {}
+        for name, listed in ports.items():
+            for binding in listed or []:
+                hosts = by_port.setdefault((name, int(binding["HostPort"])), [])
+                hosts.append(ipaddress.ip_address(binding["HostIp"]))
+        for (name, port), hosts in by_port.items():
+            self.published.append(Published(name, hosts, port))
+            networks.ports.hold(self.published[-1].protocol, hosts, port)
+        try:
+            self.namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            for number, endpoint in enumerate(self.endpoints.values()):
+                endpoint.link = f"eth{number}"
+            self.republish()
+            if self.has_resolver:
+                self.open_resolver(servers, from_host)
+        except (OSError, DockerError) as error:  # it has ended, or is about to
+            log.info("the network of %s is not as it was: %s", self.name, error)
+
+    def open_resolver(self, servers: list[str], from_host: bool) -> None:
+        """Give the container the resolver."""
+        upstream = upstream_socket() if from_host else None
+
+        def seat() -> ResolverSeat:
+            made = ResolverSeat(self.lookup, servers, upstream)
+            made.redirect()
+            return made
+
+        self.seat = in_network(self.namespace, seat)
+        self.networks.resolver.add(self.seat)
+
+    def lookup(self, name: str, kind: int) -> Optional[list[bytes]]:
+        """What the resolver answers for a name (or, for PTR, an address) of the container's user networks, in
+        changing order; None when it is none of theirs."""
+        networks = [endpoint.network for endpoint in self.endpoints.values()
+                    if endpoint.network.is_user_defined]
+        if kind == DNS_PTR:
+            found = [dns_name(f"{endpoint.names[0]}.{network.name}") for network in networks
+                     for endpoint in network.all_endpoints() if endpoint.names and name in
+                     (address.ip.reverse_pointer for address in endpoint.addresses)]
+            return found or None
+        wanted = self.aliases.get(name, name)
+        addresses: list[IPAddress] = []
+        for network in networks:
+            short = wanted[:-len(network.name) - 1] if wanted.endswith("." + network.name.lower()) else wanted
+            addresses += [address.ip for endpoint in network.all_endpoints() for address in endpoint.addresses
+                          if short in endpoint.small_names]
+        if not addresses:
+            return None
+        version = {DNS_A: 4, DNS_AAAA: 6}.get(kind)
+        packed = [address.packed for address in addresses if address.version == version]
+        start = secrets.randbelow(len(packed)) if packed else 0
+        return packed[start:] + packed[:start]
+
+    def close(self, linger: bool = False) -> None:
+        """Give everything back; with `linger` the namespace lives on in another container, and the links are
+        taken out of it.  Nothing here fails: what the kernel has lost already is lost."""
+        networks = self.networks
+        if self.seat is not None:
+            networks.resolver.remove(self.seat)
+            self.seat = None
+        if self.rules:
+            with contextlib.suppress(DockerError):
+                networks.firewall.change((), self.rules)
+        for rule in self.rules:
+            if isinstance(rule, PortRule) and networks.firewall.proxied:
+                networks.proxy.unpublish(self._proxy_key(rule))
+        self.rules = []
+        for bound in self.sockets.values():
+            bound.close()
+        self.sockets.clear()
+        for published in self.published:
+            networks.ports.give_back(published.protocol, published.hosts, published.port)
+            if published.protocol == "udp":
+                with contextlib.suppress(OSError):
+                    forget_flows(PROTOCOLS["udp"], published.port)
+        self.published = []
+        for endpoint in self.endpoints.values():
+            if linger and self.namespace >= 0:
+                with contextlib.suppress(OSError):
+                    netlink_batch([link_change(socket.if_nametoindex(endpoint.host_link), kind=RTM_DELLINK)])
+            endpoint.network.leave(endpoint)
+            endpoint.settings.update(ENDPOINT_STATUS)
+        self.endpoints.clear()
+        if self.namespace >= 0:
+            os.close(self.namespace)
+            self.namespace = -1
+
+
+def _port_range(text: str) -> tuple[int, int]:
+    """(first, last) of a host port or a range of them, (0, 0) for any."""
+    first, _, last = text.partition("-")
+    try:
+        return int(first or 0), int(last or first or 0)
+    except ValueError:
+        raise BadParameter(f"invalid port specification: {go_quote(text)}") from None
+
+
+class Networks:
+    """All networks, and what they share: the firewall, the ports, the proxy, the resolver.
+
+    `lock` guards the table; a network's own lock its addresses."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.path = os.path.join(config.data_root, "networks.json")
+        self.lock = threading.Lock()
+        self.table: dict[str, Network] = {}      # by id
+        self.ports = PortAllocator()
+        self.resolver = Resolver()
+        self.proxy = ProxyClient(config.exec_root)
+        self.firewall = Firewall()
+        self.allocated: dict[str, Sandbox] = {}  # what the jobs of Docker 1.2.0 hold, by their ids
+
+    def load(self) -> None:
+        """Read the networks, make the predefined ones, bring the bridges up and the rules in place."""
+        records: list[dict[str, Any]] = []
+        with contextlib.suppress(OSError, ValueError):
+            records = json.loads(read_state(self.path))
+        for record in records if isinstance(records, list) else []:
+            self.table[record["Id"]] = Network(record)
+        self.firewall = choose_firewall(self.config, self._enable_forwarding(4))
+        self._load_predefined()
+        bridges = [network for network in self.table.values() if network.driver == "bridge"]
+        for network in bridges:
+            self._make_bridge(network)
+        self.firewall.change([rule for network in bridges for rule in network.rules()])
+        self.save()
+
+    def save(self) -> None:
+        """Write the table; durable when it returns."""
+        write_state(self.path, [network.record for network in self.table.values()])
+
+    def all(self) -> list[Network]:
+        """All networks, the newest first."""
+        with self.lock:
+            return sorted(self.table.values(), key=lambda network: network.record["Created"], reverse=True)
+
+    def find(self, name: str) -> Network:
+        """The network by its name, id, or an id's unique beginning; NotFound, or BadParameter when several
+        begin so."""
+        networks = self.all()
+        exact = [network for network in networks if name in (network.id, network.name)]
+        found = exact[:1] or [network for network in networks if name and network.id.startswith(name)]
+        if len(found) > 1:
+            raise BadParameter(f"network {name} is ambiguous ({len(found)} matches found on ID prefix)")
+        if not found:
+            raise NotFound(f"network {name} not found")
+        return found[0]
+
+    # Making and removing
+
+    def create(self, body: dict[str, Any]) -> Network:
+        """Make a network as asked; Conflict, Forbidden or BadParameter with Docker's text."""
+        name, driver = body["Name"], body["Driver"] or "bridge"
+        if not name.strip():
+            raise BadParameter("network name cannot be empty or blank" if name else "invalid network name")
+        if name in (*PREDEFINED_NETWORKS, "default"):
+            raise Forbidden(f"operation is not permitted on predefined {name} network")
+        if driver not in NETWORK_DRIVERS:
+            raise NotFound(f'could not find plugin {driver} in v1 plugin registry: plugin "{driver}" not '
+                           'found')
+        if driver in ("host", "null"):
+            raise Forbidden(f'only one instance of "{driver}" network is allowed')
+        with self.lock:
+            if any(network.name == name for network in self.table.values()):
+                raise Conflict(f"network with name {name} already exists")
+            record = network_record(name, driver, body)
+            settings = record["IPAM"]["Config"]
+            record["Automatic"] = not settings
+            for version in [4] * record["EnableIPv4"] + [6] * record["EnableIPv6"]:
+                if not any(ipaddress.ip_network(each["Subnet"]).version == version for each in settings):
+                    settings.append({"Subnet": str(self._free_subnet(version))})
+            self._check_overlap(settings)
+            network = Network(record)
+            for each, pool in zip(settings, network.pools):
+                each.setdefault("Gateway", str(pool.gateway))
+            self._check_links(network)
+            with contextlib.ExitStack() as undo:
+                if driver == "bridge":
+                    undo.callback(self._remove_link, network.bridge)
+                    self._make_bridge(network)
+                    undo.callback(self.firewall.change, (), network.rules())
+                    self.firewall.change(network.rules())
+                elif not network.options.get("parent"):
+                    undo.callback(self._remove_link, network.parent)
+                    netlink_batch([link_message(network.parent, "dummy")])
+                self.table[network.id] = network
+                undo.callback(self.table.pop, network.id)
+                self.save()
+                undo.pop_all()
+        return network
+
+    def remove(self, network: Network) -> None:
+        """Remove it with its bridge and rules; Forbidden when it is predefined or in use."""
+        if not network.is_user_defined:
+            raise Forbidden(f"{network.name} is a pre-defined network and cannot be removed")
+        with self.lock:
+            with network.lock:
+                if network.endpoints:
+                    listed = ", ".join(f'name:"{name}" id:"{endpoint.id[:12]}"'
+                                       for _, name, endpoint in network.endpoints.values())
+                    raise Forbidden(f"error while removing network: network {network.name} has active "
+                                    "endpoints "
+                                    f"({listed})")
+                self.table.pop(network.id, None)
+            self.save()
+            self.firewall.change((), network.rules())
+            if network.driver == "bridge" or not network.options.get("parent"):
+                self._remove_link(network.bridge if network.driver == "bridge" else network.parent)
+
+    @staticmethod
+    def _remove_link(name: str) -> None:
+        with contextlib.suppress(OSError):
+            netlink_batch([link_change(socket.if_nametoindex(name), kind=RTM_DELLINK)])
+
+    def _free_subnet(self, version: int) -> IPNetwork:
+        used = used_networks() + [pool.subnet for network in self.table.values() for pool in network.pools]
+        if version == 4:
+            pools = [(pool["Base"], pool["Size"]) for pool in self.config.default_address_pools or []]
+            return free_subnet([pool for pool in pools if "." in pool[0]] or DEFAULT_POOLS, used)
+        pools = [(pool["Base"], pool["Size"]) for pool in self.config.default_address_pools or []
+                 if ":" in pool["Base"]]
+        local = hashlib.sha256(read_text("/etc/machine-id").encode()
+                               or socket.gethostname().encode()).digest()[:5]
+        unique = str(ipaddress.IPv6Address(b"\xfd" + local + bytes(10))) + "/48"  # RFC 4193
+        return free_subnet(pools or [(unique, 64)], used)
+
+    def _check_overlap(self, settings: list[dict[str, Any]]) -> None:
+        known = [pool.subnet for network in self.table.values() for pool in network.pools]
+        for each in settings:
+            subnet = ipaddress.ip_network(each["Subnet"])
+            if any(subnet.version == other.version and subnet.overlaps(other) for other in known):
+                raise Forbidden("invalid pool request: Pool overlaps with other one on this address space")
+            known.append(subnet)
+
+    def _check_links(self, network: Network) -> None:
+        """A bridge's name is nobody else's, and a macvlan's parent is there."""
+        if network.driver == "bridge":
+            if len(network.bridge) > 15 or "/" in network.bridge:
+                raise BadParameter(f"invalid bridge name {network.bridge}")
+            if any(other.driver == "bridge" and other.bridge == network.bridge
+                   for other in self.table.values()):
+                raise Forbidden(f"networks have same bridge name: {network.bridge}")
+        else:
+            mode = network.options.get(f"{network.driver}_mode", "")
+            if mode not in LINK_MODES[network.driver]:
+                raise BadParameter(f"requested {network.driver} mode '{mode}' is not valid, "
+                                   f"'{'bridge' if network.driver == 'macvlan' else 'l2'}' mode is the "
+                                   "default")
+            if network.options.get("parent") and not link_exists(network.parent):
+                raise BadParameter(f"invalid subinterface vlan name {network.parent}, the host has no such "
+                                   "link")
+
+    # The host's side
+
+    def _enable_forwarding(self, version: int) -> bool:
+        """Make the host a router, which bridges need; whether it was none before, and may be none but for
+        them."""
+        path = f"/proc/sys/net/{'ipv4/ip_forward' if version == 4 else 'ipv6/conf/all/forwarding'}"
+        if not self.config.ip_forward or self.config.bridge == "none" or read_text(path).strip() != "0":
+            return False
+        write_setting(path, "1")
+        if read_text(path).strip() == "1":
+            return not self.config.ip_forward_no_drop
+        log.warning("IP forwarding is disabled and %s cannot be written: containers reach nothing beyond "
+                    "this host",
+                    path)
+        return False
+
+    def _make_bridge(self, network: Network) -> None:
+        """The bridge with its addresses, made where it is missing."""
+        name = network.bridge
+        if not link_exists(name):
+            mac = attribute(IFLA_ADDRESS, b"\x02\x42" + secrets.token_bytes(4))
+            mtu = attribute(IFLA_MTU, network.mtu) if network.mtu else b""
+            netlink_batch([link_message(name, "bridge", mac, mtu)])
+        index = socket.if_nametoindex(name)
+        six = any(pool.subnet.version == 6 for pool in network.pools)
+        if six:
+            self._enable_forwarding(6)
+        write_setting(f"/proc/sys/net/ipv6/conf/{name}/accept_ra", "0")
+        write_setting(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "0" if six else "1")
+        if not self.firewall.proxied:
+            write_setting(f"/proc/sys/net/ipv4/conf/{name}/route_localnet", "1")
+        if not network.switch("enable_icc", True):
+            load_module("br_netfilter")
+            write_setting("/proc/sys/net/bridge/bridge-nf-call-iptables", "1")
+        there = list_addresses(index)
+        wanted = [pool.interface(pool.gateway) for pool in network.pools] if not network.switch(
+            "inhibit_ipv4", False) else []
+        netlink_batch([*(address_message(RTM_NEWADDR, index, address) for address in wanted
+                         if address not in there),
+                       link_change(index)])
+
+    def _load_predefined(self) -> None:
+        """The networks bridge, host and none; the first as the daemon's options have it now."""
+        names = {network.name: network for network in self.table.values()}
+        for name, driver in PREDEFINED_NETWORKS.items():
+            record = network_record(name, driver, {})
+            record["IPAM"]["Options"] = None
+            if name in names:
+                record.update(Id=names[name].id, Created=names[name].record["Created"])
+                del self.table[names[name].id]
+            if name == "bridge":
+                if self.config.bridge == "none":
+                    continue
+                record.update(self._default_bridge())
+            self.table[record["Id"]] = Network(record)
+
+    def _default_bridge(self) -> dict[str, Any]:
+        """What the options say of the network bridge: its name, subnet, addresses and switches."""
+        config = self.config
+        name = config.bridge or DEFAULT_BRIDGE
+        if config.bridge and not link_exists(name):
+            raise DockerError("bridge not found")
+        standing = [address for address in (list_addresses(socket.if_nametoindex(name)) if link_exists(name)
+                                            else [])
+                    if not address.ip.is_link_local]
+        settings = [self._default_pool(4, standing)]
+        if config.ipv6:
+            settings.append(self._default_pool(6, standing))
+        options = {"default_bridge": True, "enable_icc": config.icc, "enable_ip_masquerade": config.ip_masq,
+                   "host_binding_ipv4": config.ip, "name": name}
+        texts = {BRIDGE_OPTION + key: str(value).lower() if isinstance(value, bool) else value
+                 for key, value in options.items()}
+        texts["com.docker.network.driver.mtu"] = str(config.mtu or default_mtu())
+        return {"IPAM": {"Driver": "default", "Options": None, "Config": settings}, "Options": texts,
+                "EnableIPv6": config.ipv6}
+
+    def _default_pool(self, version: int, standing: list[IPInterface]) -> dict[str, Any]:
+        """The default bridge's IPAM configuration; `standing` are the addresses that the bridge has."""
+        config = self.config
+        bip, fixed, gateway = ((config.bip, config.fixed_cidr, config.default_gateway) if version == 4 else
+                               (config.bip6, config.fixed_cidr_v6, config.default_gateway_v6))
+        there = next((address for address in standing if address.version == version), None)
+        if bip:
+            wanted = ipaddress.ip_interface(bip)
+            if config.bridge and there and there != wanted:
+                raise DockerError(f"bridge ip ({there}) does not match existing bridge configuration {bip}")
+            there = wanted
+        if there is None:
+            subnet = ipaddress.ip_network(fixed) if fixed and version == 6 else self._free_subnet(version)
+            there = ipaddress.ip_interface((int(subnet.network_address) + 1, subnet.prefixlen))
+        subnet = there.network
+        settings: dict[str, Any] = {"Subnet": str(subnet), "Gateway": str(there.ip)}
+        if fixed:
+            inner = ipaddress.ip_network(fixed, strict=False)
+            if not _is_inside(inner, subnet):
+                raise DockerError(f"fixed-cidr {fixed} is not inside the bridge's network {subnet}")
+            settings["IPRange"] = str(inner)
+        if gateway:
+            if ipaddress.ip_address(gateway) not in subnet:
+                raise DockerError(f"default gateway {gateway} is not inside the bridge's network {subnet}")
+            settings["AuxiliaryAddresses"] = {f"DefaultGatewayIPv{version}": gateway}
+        return settings
+
+    def host_addresses(self, text: str, network: Network) -> list[IPAddress]:
+        """The host's addresses that a published port is bound to: the one named, else the network's or the
+        daemon's default, which is every address of both IP versions."""
+        text = text.strip("[]") or network.options.get(BRIDGE_OPTION + "host_binding_ipv4") or self.config.ip
+        try:
+            host = ipaddress.ip_address(text)
+        except ValueError:
+            raise BadParameter(f"invalid IP address {go_quote(text)}") from None
+        both = str(host) == "0.0.0.0" and read_text("/proc/net/if_inet6")
+        return [host, ipaddress.ip_address("::")] if both else [host]
+
+    def gateway_addresses(self) -> list[str]:
+        """What host-gateway in --add-host stands for."""
+        pools = next((network.pools for network in self.table.values() if network.name == "bridge"), [])
+        return self.config.host_gateway_ips or [str(pool.gateway) for pool in pools]
+
+
+    # The jobs of Docker 1.2.0, for programs that embed the engine
+
+    def _held(self, job: Job) -> Sandbox:
+        if job.args[0] not in self.allocated:
+            raise NotFound(f"No network information for {job.args[0]}")
+        return self.allocated[job.args[0]]
+
+    @job("allocate_interface")
+    def allocate_interface(self, job: Job) -> None:
+        """Take an address on the bridge, perhaps env `RequestedIP`, for the id in the argument: the reply has
+        IP, Mask, Gateway, MacAddress, Bridge and IPPrefixLen."""
+        wanted, settings = job.env.get("RequestedIP") or "", {**ENDPOINT}
+        settings["IPAMConfig"] = {"IPv4Address": wanted} if wanted else None
+        sandbox = Sandbox(self, job.args[0], job.args[0])
+        network = self.find("bridge")
+        address = sandbox.join(network, settings).addresses[0]
+        self.allocated[job.args[0]] = sandbox
+        job.reply({"IP": str(address.ip), "Mask": str(address.netmask), "Gateway": settings["Gateway"],
+                   "MacAddress": settings["MacAddress"], "Bridge": network.bridge,
+                   "IPPrefixLen": address.network.prefixlen})
+
+    @job("release_interface")
+    def release_interface(self, job: Job) -> None:
+        """Give back what allocate_interface and allocate_port took for the id."""
+        self._held(job).close()
+        del self.allocated[job.args[0]]
+
+    @job("allocate_port")
+    def allocate_port(self, job: Job) -> None:
+        """Publish env `ContainerPort` of the id's address at env `HostPort` and `HostIP`, by `Proto`: the
+        reply has HostIP and HostPort."""
+        sandbox, env = self._held(job), job.env
+        name = f"{env.get_int('ContainerPort')}/{env.get('Proto') or 'tcp'}"
+        sandbox.publish({name: [{"HostIp": env.get("HostIP") or "",
+                                 "HostPort": str(env.get("HostPort") or "")}]})
+        sandbox.republish()
+        job.reply({"HostIP": sandbox.port_map[name][-1]["HostIp"],
+                   "HostPort": sandbox.port_map[name][-1]["HostPort"]})
+
+    @job("link")
+    def link(self, job: Job) -> None:
+        """Let env `ParentIP` use the `Ports` (such as 80/tcp) of `ChildIP` on the bridge; `Action` -D takes
+        that back."""
+        env, bridge = job.env, self.find("bridge").bridge
+        parent, child = (ipaddress.ip_address(env.get(key) or "") for key in ("ParentIP", "ChildIP"))
+        ports = [name.partition("/") for name in env.get_list("Ports")]
+        rules = [LinkRule(bridge, parent, child, protocol or "tcp", int(port)) for port, _, protocol in ports]
+        self.firewall.change((), rules) if env.get("Action") == "-D" else self.firewall.change(rules)
+
+
+def init_networkdriver(job: Job) -> None:
+    """The job init_networkdriver of Docker 1.2.0: make the networks as the engine's variable `config` has
+    them, and register their jobs."""
+    networks = Networks(job.engine.variables["config"])
+    networks.load()
+    job.engine.variables["networks"] = networks
+    job.engine.install(networks)
+
+
+def network_record(name: str, driver: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The record of a new network, from its request; BadParameter where the IPAM configuration is wrong."""
+    ipam = body.get("IPAM") or {}
+    if (ipam.get("Driver") or "default") not in ("default", "null"):
+        raise NotFound(f'could not find plugin {ipam["Driver"]} in v1 plugin registry: plugin '
+                       f'"{ipam["Driver"]}" not found')
+    settings = [{key: value for key, value in each.items() if value} for each in ipam.get("Config") or []]
+    for each in settings:
+        _check_ipam(each)
+    return {"Name": name, "Id": secrets.token_hex(32), "Created": rfc3339nano(time.time_ns()),
+            "Scope": "local",
+            "Driver": driver, "EnableIPv4": body.get("EnableIPv4") is not False,
+            "EnableIPv6": body.get("EnableIPv6") or False,
+            "IPAM": {"Driver": ipam.get("Driver") or "default", "Options": ipam.get("Options") or {},
+                     "Config": settings},
+            "Internal": body.get("Internal") or False, "Attachable": body.get("Attachable") or False,
+            "Ingress": False, "ConfigFrom": {"Network": ""}, "ConfigOnly": False,
+            "Options": body.get("Options") or {}, "Labels": body.get("Labels") or {}}
+
+
+def _is_inside(inner: IPNetwork, outer: IPNetwork) -> bool:
+    return inner.version == outer.version and inner.overlaps(outer) and inner.prefixlen >= outer.prefixlen
+
+
+def _check_ipam(settings: dict[str, Any]) -> None:
+    """BadParameter with Docker's text where a subnet, range, gateway or auxiliary address is wrong."""
+    text = settings.get("Subnet", "")
+    try:
+        subnet = ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise BadParameter(f"invalid network config:\ninvalid subnet {text}: invalid CIDR block "
+                           "notation") from None
+    if "/" not in text or str(subnet) != str(ipaddress.ip_interface(text)):
+        raise BadParameter(f"invalid network config:\ninvalid subnet {text}: it should be {subnet}")
+    values = [("ip-range", settings.get("IPRange")), ("gateway", settings.get("Gateway"))]
+    values += [("auxiliary address", value) for value in (settings.get("AuxiliaryAddresses") or {}).values()]
+    for what, value in values:
+        try:
+            inside = not value or _is_inside(ipaddress.ip_network(value, strict=False), subnet)
+        except ValueError:
+            raise BadParameter(f"invalid network config:\ninvalid {what} {value}: invalid address") from None
+        if not inside:
+            raise BadParameter(f"invalid network config:\ninvalid {what} {value}: parent subnet {subnet} "
+                               "doesn't "
+                               f"contain {what}")
+
+
+def default_mtu() -> int:
+    """The MTU of the default route's link, or 1500."""
+    with contextlib.suppress(OSError, StopIteration):
+        number = next(number for network, number in list_routes() if not network.prefixlen
+                      and network.version == 4)
+        return next(link.mtu for link in list_links().values() if link.number == number)
+    return 1500
+
+
+def load_module(name: str) -> None:
+    """Have the kernel load a module that a feature needs; a kernel without modules is left alone."""
+    with contextlib.suppress(DockerError):
+        run_tool(["modprobe", "-q", name])
+
+
+def network_settings(record: dict[str, Any], sandbox: Optional[Sandbox], pid: int) -> dict[str, Any]:
+    """NetworkSettings of a container as inspect shows them, from its record and, while it runs, its sandbox
+    and the process by which its namespace is found."""
+    networks = {name: {key: settings.get(key, value) for key, value in ENDPOINT.items()}
+                for name, settings in record["Networks"].items()}
+    first = networks.get("bridge") or ENDPOINT
+    return {"Bridge": "", "SandboxID": sandbox.id if sandbox else "",
+            "SandboxKey": f"/proc/{pid}/ns/net" if pid else "", "Ports": record.get("Ports") or {},
+            "HairpinMode": False, "LinkLocalIPv6Address": "", "LinkLocalIPv6PrefixLen": 0,
+            "SecondaryIPAddresses": None, "SecondaryIPv6Addresses": None,
+            **{key: first[key] for key in ENDPOINT_STATUS}, "Networks": networks}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Network driver: the proxy
+#
+# One process for all published ports that need user space: what comes from this machine's loopback or from a
+# bridge, what crosses from one IP version to the other, and everything where no firewall is used.  It is
+# handed the bound sockets and outlives the daemon, with its connections, as the shim does.  Bytes go by
+# splice(2) from socket to pipe to socket and are never copied here; udp(7) flows are forgotten after 90 s of
+# silence, as Docker's.
+# ------------------------------------------------------------------------------------------------------------
+
+PROXY_CHUNK = 1 << 18
+PROXY_UDP_TIMEOUT = 90.0  # seconds
+PROXY_UDP_FLOWS = 4096    # of one port; then the one that was silent longest goes
+
+
+def _family_of(target: tuple[str, int]) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in target[0] else socket.AF_INET
+
+
+class ProxyHalf:
+    """One direction of a connection: socket to pipe to socket."""
+
+    def __init__(self, source: socket.socket, target: socket.socket) -> None:
+        self.source, self.target = source, target
+        self.pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self.pipe[0], F_SETPIPE_SZ, PROXY_CHUNK)
+        self.held = 0         # bytes in the pipe
+        self.ended = self.closed = False
+
+    def move(self) -> None:
+        """Pass on what there is; at its end close the other side's input.  OSError when a side is gone."""
+        while not self.closed:
+            if not self.held and not self.ended:
+                try:
+                    self.held = splice(self.source.fileno(), self.pipe[1], PROXY_CHUNK)
+                except BlockingIOError:
+                    return
+                self.ended = self.held == 0
+            if self.held:
+                try:
+                    self.held -= splice(self.pipe[0], self.target.fileno(), self.held)
+                except BlockingIOError:
+                    return
+            elif self.ended:
+                self.closed = True
+                self.target.shutdown(socket.SHUT_WR)
+
+
+class ProxyConnection:
+    """A connection through a published port: the client's socket, and ours to the container."""
+
+    def __init__(self, port: ProxyPort, client: socket.socket) -> None:
+        self.port, self.proxy, self.client = port, port.proxy, client
+        kind, target = socket.SOCK_STREAM | socket.SOCK_CLOEXEC, port.target
+        self.server = socket.socket(_family_of(target), kind,
+                                    port.listener.proto)
+        port.connections.add(self)
+        self.halves: list[ProxyHalf] = []
+        for end in (client, self.server):
+            end.setblocking(False)
+        self.connecting = self.server.connect_ex(target) == errno.EINPROGRESS
+        self.halves = [ProxyHalf(client, self.server), ProxyHalf(self.server, client)]
+        self.interests: dict[int, int] = {}
+        self.serve()
+
+    def serve(self, events: int = 0) -> None:
+        """Something can be read or written, or has failed: go on, and say what to wait for next."""
+        try:
+            if self.connecting:
+                self.connecting = not self._connected()
+            if not self.connecting:
+                for half in self.halves:
+                    half.move()
+        except OSError:
+            self.close()
+            return
+        if all(half.closed for half in self.halves):
+            self.close()
+        else:
+            self._watch()
+
+    def _connected(self) -> bool:
+        number = self.server.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if number:
+            raise OSError(number, os.strerror(number))
+        try:
+            self.server.getpeername()
+        except OSError:
+            return False
+        return True
+
+    def _watch(self) -> None:
+        forth, back = self.halves
+        for end, reads, writes in ((self.client, forth, back), (self.server, back, forth)):
+            wanted = select.EPOLLIN * (not reads.ended and not reads.held and not self.connecting)
+            wanted |= select.EPOLLOUT * bool(writes.held or (self.connecting and end is self.server))
+            if self.interests.get(end.fileno()) != wanted:
+                self.proxy.watch(end.fileno(), wanted, self.serve)
+                self.interests[end.fileno()] = wanted
+
+    def close(self) -> None:
+        """Both sides and the pipes between them."""
+        self.port.connections.discard(self)
+        for end in (self.client, self.server):
+            self.proxy.unwatch(end.fileno())
+            end.close()
+        for half in self.halves:
+            for fd in half.pipe:
+                os.close(fd)
+
+
+class ProxyPort:
+    """A published port's bound socket, and where it leads: `place` is what the daemon said of it."""
+
+    def __init__(self, proxy: Proxy, listener: socket.socket, place: dict[str, Any]) -> None:
+        self.proxy, self.listener, self.place = proxy, listener, place
+        self.target = (place["target"], place["target_port"])
+        self.flows: dict[Any, tuple[socket.socket, float]] = {}  # of UDP, by client; oldest first
+        self.connections: set[ProxyConnection] = set()
+        listener.setblocking(False)
+        proxy.watch(listener.fileno(), select.EPOLLIN, self.receive if listener.type == socket.SOCK_DGRAM
+                    else self.accept)
+
+    def accept(self, events: int) -> None:
+        """Take a connection, and begin one to the container."""
+        with contextlib.ExitStack() as undo:
+            try:
+                client = undo.enter_context(self.listener.accept()[0])
+                ProxyConnection(self, client)
+                undo.pop_all()
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    time.sleep(0.01)  # it stays in the queue until others have ended
+
+    def receive(self, events: int) -> None:
+        """Pass on a client's datagrams, each client's by a socket of its own."""
+        with contextlib.suppress(OSError):
+            for _ in range(64):
+                data, client = self.listener.recvfrom(65536)
+                flow = self.flows.pop(client, None)
+                server = flow[0] if flow else self._begin(client)
+                self.flows[client] = (server, time.monotonic())
+                with contextlib.suppress(OSError):
+                    server.send(data)
+
+    def _begin(self, client: Any) -> socket.socket:
+        if len(self.flows) >= PROXY_UDP_FLOWS:
+            self._end(next(iter(self.flows)))
+        server = socket.socket(_family_of(self.target), socket.SOCK_DGRAM
+                               | socket.SOCK_CLOEXEC)
+        server.setblocking(False)
+        server.connect(self.target)
+        self.proxy.watch(server.fileno(), select.EPOLLIN, lambda events: self._answer(client, server))
+        return server
+
+    def _answer(self, client: Any, server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            for _ in range(64):
+                self.listener.sendto(server.recv(65536), client)
+                self.flows[client] = (self.flows.pop(client)[0], time.monotonic())
+
+    def _end(self, client: Any) -> None:
+        server, _ = self.flows.pop(client)
+        self.proxy.unwatch(server.fileno())
+        server.close()
+
+    def sweep(self, now: float) -> None:
+        """End the UDP flows that have been silent."""
+        while self.flows and now - next(iter(self.flows.values()))[1] > PROXY_UDP_TIMEOUT:
+            self._end(next(iter(self.flows)))
+
+    def close(self) -> None:
+        """Stop to listen, and end what goes through it: the container is gone."""
+        for client in list(self.flows):
+            self._end(client)
+        for connection in list(self.connections):
+            connection.close()
+        self.proxy.unwatch(self.listener.fileno())
+        self.listener.close()
+
+
+class Proxy(HelperProcess):
+    """The loop over the ports and their connections."""
+
+    idle = 30.0
+
+    def __init__(self, listener: socket.socket) -> None:
+        super().__init__(listener)
+        self.ports: dict[str, ProxyPort] = {}
+
+    def op_publish(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
+        """Serve the bound socket `listener` as the port `key`; one that is known gets a new target."""
+        key, place = request["key"], request["place"]
+        if key in self.ports:
+            self.ports[key].place = place
+            self.ports[key].target = (place["target"], place["target_port"])
+        else:
+            self.ports[key] = ProxyPort(self, socket.socket(fileno=fds.pop("listener")), place)
+
+    def op_unpublish(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
+        """The port is no longer published."""
+        port = self.ports.pop(request["key"], None)
+        if port is not None:
+            port.close()
+
+    def op_list(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
+        """The keys of the ports, in pages: those greater than `after`."""
+        answer["keys"] = sorted(key for key in self.ports if key > request.get("after", ""))[:256]
+
+    def on_idle(self) -> None:
+        """Forget silent flows."""
+        for port in self.ports.values():
+            port.sweep(time.monotonic())
+
+    def is_busy(self) -> bool:
+        """Whether it must not quit."""
+        return bool(self.ports)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -11534,7 +13957,19 @@ _STRUCTS = {
     "DeviceRequest": """
         Driver string  Count int  DeviceIDs []string  Capabilities [][]string  Options map[string]string""",
     "Ulimit": "Name string  Hard int64  Soft int64",
-    "NetworkingConfig": "EndpointsConfig map[string]*object",
+    "NetworkingConfig": "EndpointsConfig map[string]EndpointSettings",
+    "EndpointSettings": """
+        IPAMConfig *EndpointIPAMConfig  Links []string  Aliases []string  MacAddress string
+        DriverOpts map[string]string  GwPriority int""",
+    "EndpointIPAMConfig": "IPv4Address string?  IPv6Address string?  LinkLocalIPs []string?",
+    "NetworkCreate": """
+        Name string  Driver string  Scope string  EnableIPv4 *bool  EnableIPv6 *bool  IPAM IPAM
+        Internal bool  Attachable bool  Ingress bool  ConfigOnly bool  Options map[string]string
+        Labels map[string]string""",
+    "IPAM": "Driver string  Options map[string]string  Config []IPAMConfig",
+    "IPAMConfig": "Subnet string?  IPRange string?  Gateway string?  AuxiliaryAddresses map[string]string?",
+    "NetworkConnect": "Container string  EndpointConfig EndpointSettings",
+    "NetworkDisconnect": "Container string  Force bool",
     "ExecConfig": """
         User string  Privileged bool  Tty bool  ConsoleSize *[]uint  AttachStdin bool  AttachStderr bool
         AttachStdout bool  Detach bool  DetachKeys string  Env []string  WorkingDir string  Cmd []string""",
@@ -11690,6 +14125,23 @@ RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     (lambda c: c["WorkingDir"] and not c["WorkingDir"].startswith("/"),
      "the working directory '{WorkingDir}' is invalid, it needs to be an absolute path"),
     (lambda c: c["UTSMode"] == "host" and c["Hostname"], "conflicting options: hostname and the UTS mode"),
+    (lambda c: _shares(c) and c["Hostname"], "conflicting options: hostname and the network mode"),
+    (lambda c: _shares(c) and c["Links"],
+     "conflicting options: container type network can't be used with links. "
+     "This would result in undefined behavior"),
+    (lambda c: c["NetworkMode"] == "host" and c["Links"],
+     "conflicting options: host type networking can't be used "
+     "with links. This would result in undefined behavior"),
+    (lambda c: _shares(c) and c["Dns"], "conflicting options: dns and the network mode"),
+    (lambda c: _shares(c) and c["ExtraHosts"],
+     "conflicting options: custom host-to-IP mapping and the network mode"),
+    (lambda c: (_shares(c) or c["NetworkMode"] == "host") and c.get("MacAddress"),
+     "conflicting options: mac-address and the network mode"),
+    (lambda c: _shares(c) and (c["PortBindings"] or c["PublishAllPorts"]),
+     "conflicting options: port publishing and the container type network mode"),
+    (lambda c: _shares(c) and c["ExposedPorts"],
+     "conflicting options: port exposing and the container type network mode"),
+    (lambda c: not _is_mac(c.get("MacAddress")), "invalid MAC address: {MacAddress}"),
     (lambda c: c["StopTimeout"] is not None and c["StopTimeout"] < -1, "invalid stop timeout: {StopTimeout}"),
     (lambda c: c["AutoRemove"] and c["RestartPolicy"]["Name"] != "no",
      "can't create 'AutoRemove' container with restart policy"),
@@ -11721,17 +14173,20 @@ RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     (lambda c: not c["Entrypoint"] and not c["Cmd"], "No command specified"),
 )
 
+
+def _shares(config: dict[str, Any]) -> bool:
+    return config["NetworkMode"].startswith("container:")
+
+
+def _is_mac(text: Optional[str]) -> bool:
+    return not text or re.fullmatch(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}", text) is not None
+
+
 # (whether it is asked for, what has not landed): what to ignore would be wrong
 UNLANDED: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     (lambda c: c["Binds"] or c["Mounts"], "mounts (-v, --mount)"),
     (lambda c: c["Tmpfs"], "--tmpfs"),
     (lambda c: c["VolumesFrom"], "--volumes-from"),
-    (lambda c: c["Links"], "--link"),
-    (lambda c: c["NetworkMode"] == "bridge" and
-     (c["PortBindings"] or c["PublishAllPorts"] and c["ExposedPorts"]), "published ports (-p, -P)"),
-    (lambda c: c["NetworkMode"] not in ("none", "host", "bridge"),
-     'the network "{NetworkMode}": networks beside none, host and bridge'),
-    (lambda c: set(c["networks"]) - {c["NetworkMode"], "default"}, "a second network"),
 )
 
 
@@ -11749,8 +14204,7 @@ def container_config(body: dict[str, Any], image_config: Optional[dict[str, Any]
     _merge_image(config, image_config or {})
     _apply_defaults(host, defaults)
     left_out = dict.fromkeys("Annotations ExposedPorts Init Mounts StopTimeout StorageOpt Tmpfs".split())
-    everything = {**left_out, **config, **host, "cpus": os.cpu_count(),
-                  "networks": networking["EndpointsConfig"] or {}}
+    everything = {**left_out, **config, **host, "cpus": os.cpu_count()}
     for asked, text in UNLANDED:
         if asked(everything):
             feature = text.format_map(everything)
@@ -12050,12 +14504,14 @@ class Parts(NamedTuple):
     pump: LogPump
     seccomp_profile: Any                        # None for the built-in, "unconfined", or a document
     log_event: Callable[..., None]              # (action, container, **attributes)
+    log_network: Callable[..., None]            # (action, network, **attributes)
     background: Callable[..., None]             # run a function soon, on a worker thread
     later: Callable[..., Callable[[], None]]    # the same in so many seconds; call the result to give that up
-    networks: dict[str, str]                  # network names to ids
+    networks: Networks
     removed: Callable[[Container], None]      # takes a removed container out of the table
     find: Callable[[str], Container]          # of another container, by name or id
     idmap: IdMap                              # of --userns-remap
+    others: Callable[[], list[Container]]
 
 
 class State:
@@ -12118,6 +14574,70 @@ class State:
         self.started_at, self.finished_at = disk["StartedAt"], disk["FinishedAt"]
 
 
+def endpoint_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """The EndpointSettings of a container that is not up yet, of those in a request; the address it asks for
+    as its link's is kept apart from the one it has."""
+    return {**ENDPOINT, **given, "MacAddress": "", "DesiredMacAddress": given.get("MacAddress", "")}
+
+
+def container_networks(mode: str, given: dict[str, dict[str, Any]], mac: str,
+                       networks: Networks) -> dict[str, dict[str, Any]]:
+    """The networks of a new container by name: that of its network mode first, then others that its request
+    has settings for."""
+    if mode.startswith("container:"):
+        return {}
+    named: dict[str, dict[str, Any]] = {}
+    for name, settings in {mode: given.get("default") or {}, **given}.items():
+        with contextlib.suppress(NotFound):
+            name = networks.find("bridge" if name == "default" else name).name
+        named[name] = endpoint_settings({**named.get(name, {}), **settings})
+    first = next(iter(named))
+    named[first]["DesiredMacAddress"] = named[first]["DesiredMacAddress"] or mac
+    return named
+
+
+def check_endpoint(network: Network, settings: dict[str, Any]) -> None:
+    """BadParameter, with Docker's text, for settings that the network does not take."""
+    wanted, faults = settings.get("IPAMConfig") or {}, []
+    asked = [wanted[key] for key in ("IPv4Address", "IPv6Address") if wanted.get(key)]
+    if asked and not network.is_user_defined:
+        faults.append("user specified IP address is supported on user defined networks only")
+    if settings.get("Aliases") and not network.is_user_defined:
+        faults.append("network-scoped alias is supported only for containers in user defined networks")
+    for text in asked:
+        try:
+            address = ipaddress.ip_address(text)
+        except ValueError:
+            faults.append(f"invalid IP address: {text}")
+            continue
+        if not network.configured:
+            faults.append("user specified IP address is supported only when connecting to networks with user "
+                          "configured subnets")
+        elif not any(address in pool.subnet for pool in network.pools):
+            faults.append(f"no configured subnet contains IP address {text}")
+    if faults:
+        listed = faults[0] if len(faults) == 1 else "\n".join("* " + fault for fault in faults)
+        raise BadParameter(f"invalid config for network {network.name}: invalid endpoint settings:\n{listed}")
+
+
+def link_environment(parent: str, alias: str, address: str, ports: list[tuple[int, str]],
+                     environment: Optional[list[str]]) -> dict[str, str]:
+    """The variables by which a linked container is found, as Docker has named them since 0.7."""
+    prefix = alias.replace("-", "_").upper()
+    values = {}
+    for first, (port, protocol) in zip(itertools.chain([True], itertools.repeat(False)), ports):
+        url, name = f"{protocol}://{address}:{port}", f"{prefix}_PORT_{port}_{protocol.upper()}"
+        values.update({f"{prefix}_PORT": url} if first else {})
+        values.update({name: url, name + "_ADDR": address, name + "_PORT": str(port), name
+                       + "_PROTO": protocol})
+    values[f"{prefix}_NAME"] = f"/{parent}/{alias}"
+    for item in environment or []:
+        key, equals, value = item.partition("=")
+        if equals and key not in ("HOME", "PATH"):
+            values[f"{prefix}_ENV_{key}"] = value
+    return values
+
+
 class Container:
     """One container: its record, its state machine, its streams.
 
@@ -12138,6 +14658,9 @@ class Container:
         self._root_fd = -1
         self.execs: dict[str, ExecInstance] = {}    # those that have not ended
         self._edits = DeviceEdits([], [], [], [])
+        self.sandbox: Optional[Sandbox] = None
+        self._link_lines: list[str] = []                # what links add to /etc/hosts
+        self._link_environment: dict[str, str] = {}     # and to the environment
         driver = container_log(host_config["LogConfig"], self.directory, self.id)
         self.streams = Streams(parts.pump, driver, self.directory if driver is not None else "")
         self.streams.on_finished = self._streams_finished
@@ -12153,7 +14676,7 @@ class Container:
 
     @classmethod
     def create(cls, parts: Parts, container_id: str, name: str, image: Any, config: dict[str, Any],
-               host_config: dict[str, Any]) -> Container:
+               host_config: dict[str, Any], networks: dict[str, dict[str, Any]]) -> Container:
         """A new container on disk: its directory, its writable layer, its record.  All or nothing."""
         directory = os.path.join(parts.config.data_root, "containers", container_id)
         command = (config.get("Entrypoint") or []) + (config.get("Cmd") or [])
@@ -12168,7 +14691,7 @@ class Container:
             "Args": command[1:],
             "Config": config,
             "Image": image.id,
-            "NetworkSettings": network_settings(host_config, parts.networks),
+            "NetworkSettings": {"Networks": networks, "Ports": {}},
             "LogPath": log_path if host_config["LogConfig"]["Type"] == "json-file" else "",
             "Name": "/" + name,
             "Driver": parts.layers.driver.name,
@@ -12279,11 +14802,9 @@ class Container:
         """The steps of a start; each leaves its undo, and a failure runs the undos of what was done."""
         parts = self.parts
         with contextlib.ExitStack() as undo:
-            if self.host_config["NetworkMode"] == "bridge":
-                log.warning("container %s has loopback only: the bridge is not supported yet", self.id[:12])
-            write_network_files(self.directory, self._hostname(), self.host_config, parts.config)
-            for key in ("HostnamePath", "HostsPath", "ResolvConfPath") if self.idmap else ():
-                os.chown(self.record[key], *self.idmap.root)
+            undo.callback(self._close_sandbox)
+            self._open_sandbox()
+            self._write_network_files()
             self._root_fd = parts.layers.mount_rw(self.id, label=self.record["MountLabel"])
             undo.callback(self._close_root)
             user = self._user()
@@ -12299,6 +14820,8 @@ class Container:
                 spec = self._spec(user, self._joined(held))
                 process, ours = launch(parts.driver, spec, self.config["OpenStdin"], notes=notes)
             undo.pop_all()
+        self._record_ports()
+        self._log_networks("connect")
         self.state.running, self.state.restarting, self.state.pid = True, False, process.pid
         self.state.exit_code, self.state.error, self.state.oom_killed = 0, "", False
         self.state.started_at = rfc3339nano(time.time_ns())
@@ -12309,6 +14832,9 @@ class Container:
         self.save()
         self.changed.notify_all()
         self._connect(process, ours)
+        for parent in parts.others():
+            if parent.host_config["Links"] and parent.state.running:
+                parts.background(parent.relink)
 
     def resume(self, process: Process) -> None:
         """Take over a run that an earlier daemon began: its output, and its end, even if that has come."""
@@ -12318,6 +14844,7 @@ class Container:
             with contextlib.suppress(OSError):  # it has ended
                 flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
                 self._root_fd = os.open(f"/proc/{process.pid}/root", flags)
+            self._resume_sandbox(process.pid)
             kept, process.kept = process.kept, {}
             try:
                 self._open_log(connect=False)
@@ -12346,6 +14873,221 @@ class Container:
         except DockerError as error:
             raise DockerError(f"failed to initialize logging driver: {error}") from None
 
+    # Networks
+
+    def _open_sandbox(self) -> None:
+        """Take addresses and ports for a run."""
+        recorded = self.record["NetworkSettings"]
+        if not self._namespaces() & CLONE_NEWNET:
+            return
+        self.sandbox = Sandbox(self.parts.networks, self.id, self.name)
+        for name, settings in list(recorded["Networks"].items()):
+            network = self.parts.networks.find(name)
+            if network.driver not in ("host", "null"):
+                self._join(network, settings)
+        self.sandbox.publish(self._port_bindings())
+        self._link()
+
+    def _join(self, network: Network, settings: dict[str, Any]) -> Endpoint:
+        """Take a place on the network under the container's names."""
+        assert self.sandbox is not None
+        names = [self.name, *(settings["Aliases"] or []), self.id[:12], self.config["Hostname"]]
+        settings["DNSNames"] = list(dict.fromkeys(filter(None, names))) if network.is_user_defined else None
+        for link in settings["Links"] or []:
+            target, _, alias = link.partition(":")
+            self.sandbox.aliases[(alias or target).lower()] = target.lower()
+        check_endpoint(network, settings)
+        return self.sandbox.join(network, settings)
+
+    def _port_bindings(self) -> dict[str, list[dict[str, str]]]:
+        """The ports to publish: those asked for, with -P also those exposed."""
+        exposed = dict.fromkeys(self.config.get("ExposedPorts")
+                                or {}) if self.host_config["PublishAllPorts"] else {}
+        bindings = {**exposed, **(self.host_config["PortBindings"] or {})}
+        return {name if "/" in name else name + "/tcp": listed or [{}] for name, listed in bindings.items()}
+
+    def _enter_network(self, pid: int) -> None:
+        """Make the network in the namespace of the process, which waits for that."""
+        assert self.sandbox is not None
+        own = self.host_config.get("Dns") or self.parts.config.dns
+        servers = own or host_resolv()["nameserver"] or list(DEFAULT_NAME_SERVERS)
+        self.sandbox.enter(pid, servers, not own)
+
+    def _record_ports(self) -> None:
+        exposed: dict[str, Any] = dict.fromkeys(self.config.get("ExposedPorts") or {})
+        ports = {**exposed, **self.sandbox.port_map} if self.sandbox and self.sandbox.endpoints else {}
+        self.record["NetworkSettings"]["Ports"] = ports
+
+    def _close_sandbox(self) -> None:
+        """Give addresses and ports back."""
+        sandbox, self.sandbox = self.sandbox, None
+        self.record["NetworkSettings"]["Ports"] = {}
+        if sandbox is not None:
+            shared = any(other.state.running and other.host_config["NetworkMode"] == f"container:{self.id}"
+                         for other in self.parts.others())
+            sandbox.close(linger=shared)
+
+    def _log_networks(self, action: str) -> None:
+        """Tell the listeners that it has come to its networks, or gone from them."""
+        for name in self.record["NetworkSettings"]["Networks"]:
+            with contextlib.suppress(NotFound):
+                self.parts.log_network(action, self.parts.networks.find(name), container=self.id)
+
+    def _resume_sandbox(self, pid: int) -> None:
+        """Take the addresses and ports of a run that an earlier daemon began."""
+        recorded = self.record["NetworkSettings"]
+        if self._namespaces() & CLONE_NEWNET:
+            self.sandbox = Sandbox(self.parts.networks, self.id, self.name)
+            for name, settings in recorded["Networks"].items():
+                with contextlib.suppress(NotFound):
+                    self.sandbox.adopt(self.parts.networks.find(name), settings)
+            own = self.host_config.get("Dns") or self.parts.config.dns
+            self.sandbox.resume(pid, recorded["Ports"], own or host_resolv()["nameserver"], not own)
+
+    def _write_network_files(self) -> None:
+        """Write hostname, hosts and resolv.conf, which are bound into the container; one that shares
+        another's network has the other's."""
+        if self.host_config["NetworkMode"].startswith("container:"):
+            other = self.parts.find(self.host_config["NetworkMode"].partition(":")[2])
+            self.record.update({key: other.record[key] for key in ("HostnamePath", "HostsPath",
+                                                                   "ResolvConfPath")})
+            return
+        lines = self._own_lines() + self._link_lines
+        gateways = self.parts.networks.gateway_addresses()
+        resolver = self.sandbox is not None and self.sandbox.has_resolver
+        texts = {"hostname": self._hostname() + "\n", "hosts": hosts_text(self.host_config, lines, gateways),
+                 "resolv.conf": resolv_text(self.host_config, self.parts.config, resolver)}
+        for name, text in texts.items():
+            write_state(os.path.join(self.directory, name), text.encode(), mode=0o644, durable=False)
+            if self.idmap:
+                os.chown(os.path.join(self.directory, name), *self.idmap.root)
+
+    def _own_lines(self) -> list[str]:
+        """Its own addresses, as lines of /etc/hosts."""
+        domain = self.config.get("Domainname")
+        name = f"{self._hostname()}.{domain} {self._hostname()}" if domain else self._hostname()
+        endpoints = self.sandbox.endpoints.values() if self.sandbox else ()
+        return [f"{address.ip}\t{name}" for endpoint in endpoints for address in endpoint.addresses]
+
+    def _edit_hosts(self, change: Callable[[], Any]) -> None:
+        """Bring /etc/hosts of the running container up to date after a change of its own addresses."""
+        before = self._own_lines()
+        change()
+        edit_hosts(self.record["HostsPath"], before, self._own_lines())
+
+    def connect(self, network: Network, given: dict[str, Any]) -> None:
+        """Put the container on the network, at once where it runs; Forbidden or Conflict with Docker's
+        text."""
+        with self.lock:
+            networks = self._check_networks(network)
+            if self.state.running and network.name in networks:
+                raise Forbidden(f"endpoint with name {self.name} already exists in network {network.name}")
+            settings = endpoint_settings(given)
+            check_endpoint(network, settings)
+            if self.state.running and self.sandbox is not None:
+                had_resolver = self.sandbox.has_resolver
+                self._edit_hosts(lambda: self._join(network, settings))
+                if not had_resolver and self.sandbox.has_resolver:
+                    self._enter_resolver()
+                self._record_ports()
+                self.parts.log_network("connect", network, container=self.id)
+            networks[network.name] = {**settings, "NetworkID": network.id}
+            if self.sandbox is not None and network.name in self.sandbox.endpoints:
+                networks[network.name] = self.sandbox.endpoints[network.name].settings
+            self.save()
+
+    def _enter_resolver(self) -> None:
+        """A container that came to its first user network gets the resolver."""
+        assert self.sandbox is not None
+        own = self.host_config.get("Dns") or self.parts.config.dns
+        self.sandbox.open_resolver(own or host_resolv()["nameserver"], not own)
+        text = resolv_text(self.host_config, self.parts.config, True).encode()
+        with contextlib.suppress(OSError), open(self.record["ResolvConfPath"], "r+b") as file:
+            file.write(text)
+            file.truncate()
+
+    def disconnect(self, network: Network) -> None:
+        """Take the container off the network, at once where it runs."""
+        with self.lock:
+            networks, sandbox = self._check_networks(network), self.sandbox
+            if network.name not in networks:
+                raise Forbidden(f"container {self.id} is not connected to the network {network.name}")
+            if sandbox is not None and network.name in sandbox.endpoints:
+                self._edit_hosts(lambda: sandbox.leave(network.name))
+                self._record_ports()
+                self.parts.log_network("disconnect", network, container=self.id)
+            del networks[network.name]
+            self.save()
+
+    def _check_networks(self, network: Network) -> dict[str, Any]:
+        """The container's networks, where one may come or go."""
+        mode = self.host_config["NetworkMode"]
+        if self.state.removing or self.state.dead:
+            raise Conflict(f"Container {self.id} is marked for removal and cannot be connected or "
+                           "disconnected to "
+                           "the network")
+        if mode == "host" or network.driver == "host":
+            raise Forbidden("container cannot be disconnected from host network or connected to host network")
+        if mode.startswith("container:"):
+            raise Forbidden("container sharing network namespace with another container or host cannot be "
+                            "connected "
+                            "to any other network")
+        networks: dict[str, Any] = self.record["NetworkSettings"]["Networks"]
+        if network.driver == "null" and set(networks) != {network.name} or (
+                network.driver != "null" and "none" in networks):
+            raise Forbidden("container cannot be connected to multiple networks with one of the networks in "
+                            "private "
+                            "(none) mode")
+        return networks
+
+    # Links of the default bridge
+
+    def links(self) -> list[tuple[Container, str]]:
+        """(container, alias) of each container that it is linked to."""
+        if self.host_config["NetworkMode"] != "bridge":
+            return []
+        pairs = [link.partition(":")[::2] for link in self.host_config["Links"] or []]
+        return [(self.parts.find(target.lstrip("/")), alias.rpartition("/")[2] or target.lstrip("/"))
+                for target, alias in pairs]
+
+    def _link(self) -> None:
+        """Find out what the links give: variables, lines of /etc/hosts, and rules where the bridge keeps its
+        containers apart."""
+        lines: list[str] = []
+        environment: dict[str, str] = {}
+        rules: list[FirewallRule] = []
+        for child, alias in self.links():
+            there = child.sandbox.endpoints.get("bridge") if child.sandbox else None
+            if not child.state.running or there is None or not there.addresses:
+                raise Conflict(f"Cannot link to a non running container: /{child.name} AS "
+                               f"/{self.name}/{alias}")
+            assert self.sandbox is not None
+            here, target = self.sandbox.endpoints["bridge"], there.addresses[0].ip
+            names = dict.fromkeys((alias, child.config["Hostname"], child.name))
+            lines.append(f"{target}\t{' '.join(names)}")
+            ports = sorted(child.exposed_ports())
+            environment.update(link_environment(self.name, alias, str(target), ports, child.config["Env"]))
+            if not here.network.switch("enable_icc", True):
+                rules += [LinkRule(here.network.bridge, here.addresses[0].ip, target, protocol, port)
+                          for port, protocol in ports]
+        self._link_lines, self._link_environment = lines, environment
+        if self.sandbox is not None:
+            self.sandbox.link(rules)
+
+    def exposed_ports(self) -> set[tuple[int, str]]:
+        """(port, protocol) of each port that it exposes or publishes."""
+        names = {**(self.config.get("ExposedPorts") or {}), **(self.host_config["PortBindings"] or {})}
+        return {(int(port), protocol or "tcp") for port, _, protocol in (name.partition("/")
+                                                                         for name in names)}
+
+    def relink(self) -> None:
+        """One that it is linked to has been started again: its hosts file and rules follow."""
+        with self.lock, contextlib.suppress(DockerError):
+            if self.state.running and self.sandbox is not None:
+                before = self._link_lines
+                self._link()
+                edit_hosts(self.record["HostsPath"], before, self._link_lines)
+
     def _hostname(self) -> str:
         host = self.host_config["NetworkMode"] == "host" or self.host_config.get("UTSMode") == "host"
         return socket.gethostname() if host and not self.config.get("Hostname") else self.config["Hostname"]
@@ -12364,7 +15106,7 @@ class Container:
 
     def _environment(self, home: str, tty: bool, further: Iterable[str] = ()) -> list[str]:
         """A process's environment in Docker's order: what Docker sets, the container's own, HOME."""
-        values = {"PATH": DEFAULT_PATH, "HOSTNAME": self._hostname()}
+        values = {"PATH": DEFAULT_PATH, "HOSTNAME": self._hostname(), **self._link_environment}
         if tty:
             values["TERM"] = "xterm"
         for item in (*(self.config.get("Env") or []), *further):
@@ -12391,17 +15133,20 @@ class Container:
 
     def _joined(self, undo: contextlib.ExitStack) -> dict[str, int]:
         """Descriptors, which `undo` closes, of the namespaces that it shares with other containers: "pid",
-        "ipc", and "mnt" for the shared memory.  DockerError, with Docker's text, where that cannot be."""
+        "net", "ipc", and "mnt" for the shared memory.  DockerError, with Docker's text, where that cannot
+        be."""
         joined = {}
-        for key, names, text in (("PidMode", ("pid",), ""),
-                                 ("IpcMode", ("ipc", "mnt"), "can't join IPC of container {}: ")):
+        for key, names, text in (("PidMode", ("pid",), "{1}"),
+                                 ("IpcMode", ("ipc", "mnt"), "can't join IPC of container {0}: {1}"),
+                                 ("NetworkMode", ("net",),
+                                  "cannot join network of a non running container: {0}")):
             kind, _, other = self.host_config[key].partition(":")
             if kind != "container":
                 continue
             try:
                 joined.update(self.parts.find(other).namespaces(names, undo))
             except DockerError as error:
-                raise DockerError(text.format(other) + str(error)) from None
+                raise DockerError(text.format(other, error)) from None
         return joined
 
     def namespaces(self, names: Iterable[str], undo: contextlib.ExitStack) -> dict[str, int]:
@@ -12463,7 +15208,7 @@ class Container:
         check_sysctls(self.host_config)
         sysctls = dict(self.host_config.get("Sysctls") or {})
         if namespaces & CLONE_NEWNET:
-            if os.path.exists("/proc/sys/net/ipv6"):
+            if os.path.exists("/proc/sys/net/ipv6") and not (self.sandbox and self.sandbox.endpoints):
                 sysctls.setdefault("net.ipv6.conf.all.disable_ipv6", "1")
             sysctls.setdefault("net.ipv4.ip_unprivileged_port_start", "0")
             if not self.idmap:  # which has not that many groups
@@ -12570,6 +15315,7 @@ class Container:
             join=join,
             mount_label=self.record["MountLabel"],
             cgroup_enter=self.cgroup.enter,
+            network_enter=self._enter_network if self.sandbox and self.sandbox.endpoints else None,
             cgroup_namespace=host["CgroupnsMode"] == "private",
             cgroup_mounts=self.cgroup.mounts(host["CgroupnsMode"] == "private", not privileged),
             mounts=self._mounts(),
@@ -12622,6 +15368,8 @@ class Container:
             if state.oom_killed:
                 self.event("oom")
             self.event("die", exitCode=str(state.exit_code), execDuration=str(ran))
+            self._close_sandbox()
+            self._log_networks("disconnect")
             cgroup, self.cgroup = self.cgroup, None
             self._close_root()
             self.execs.clear()
@@ -13088,7 +15836,7 @@ class Container:
             "GraphDriver": {"Data": self.parts.layers.rw_metadata(self.id), "Name": record["Driver"]},
             "Mounts": [],
             "Config": self.config,
-            "NetworkSettings": self._network_settings(),
+            "NetworkSettings": network_settings(record["NetworkSettings"], self.sandbox, self.state.pid),
         }
         if size:
             shown["SizeRw"], shown["SizeRootFs"] = self.parts.layers.rw_size(self.id)
@@ -13105,19 +15853,6 @@ class Container:
         sample["cpu_stats"].update(system)
         networks = self.host_config["NetworkMode"] != "host" and interface_counters(process.pid)
         return {**sample, "networks": networks} if networks else sample
-
-    def _network_settings(self) -> dict[str, Any]:
-        settings = {
-            **network_settings(self.host_config, self.parts.networks),
-            **{
-                key: value
-                for key, value in self.record["NetworkSettings"].items()
-                if key in ("Networks", "Ports")
-            },
-        }
-        if self.state.running and self.process is not None:
-            settings["SandboxKey"] = f"/proc/{self.process.pid}/ns/net"
-        return settings
 
     def summary(self, size: bool, image_name: str) -> dict[str, Any]:
         """The container as GET /containers/json of the newest API lists it."""
@@ -13948,7 +16683,6 @@ EVENTS_KEPT = 256               # how many past events a new listener can ask fo
 EVENT_BACKLOG = 4096            # events that may wait for one listener before it is cut off
 WORKERS = 4
 END_NOT_SEEN = "the exit code is not known: neither daemon nor shim saw the end"
-PREDEFINED_NETWORKS = ("bridge", "host", "none")
 
 
 class Workers:
@@ -14039,6 +16773,11 @@ class Events:
                 listener.append(event)
             self._listeners = [listener for listener in self._listeners if len(listener) <= EVENT_BACKLOG]
             self._lock.notify_all()
+
+    def network_event(self, action: str, network: Network, **attributes: str) -> None:
+        """An event about a network, with its name and driver."""
+        self.publish("network", action, network.id, {**attributes, "name": network.name,
+                                                     "type": network.driver})
 
     def container_event(self, action: str, container: Container, **attributes: str) -> None:
         """An event about a container, with its labels, image and name."""
@@ -14241,12 +16980,12 @@ class ContainerJobs:
         name = (job.args[0] if job.args else "").lstrip("/")
         asked = decode_struct(body, "ContainerConfigWrapper")["Image"]
         image = self.images.resolve(asked or "", job.env.get("platform") or "")
-        config, host_config, _, warnings = container_config(body, image.config, self.parts.config)
+        config, host_config, networking, warnings = container_config(body, image.config, self.parts.config)
         oci_runtime(self.parts.config, host_config["Runtime"])
         if self.parts.idmap and host_config["UsernsMode"] != "host":
             check_rules(USERNS_RULES, host_config)
         warnings = warnings + self.parts.cgroups.adapt(host_config)
-        for key in ("IpcMode", "PidMode"):
+        for key in ("IpcMode", "NetworkMode", "PidMode"):
             kind, _, other = host_config[key].partition(":")
             if other:
                 try:
@@ -14258,13 +16997,28 @@ class ContainerJobs:
             config["Hostname"] = "" if host_config["NetworkMode"] == "host" else container_id[:12]
         name = self._reserve_name(name, container_id)
         try:
-            container = Container.create(self.parts, container_id, name, image, config, host_config)
+            networks = container_networks(host_config["NetworkMode"], networking["EndpointsConfig"] or {},
+                                          config.get("MacAddress") or "", self.parts.networks)
+            self._check_links(host_config, name)
+            container = Container.create(self.parts, container_id, name, image, config, host_config, networks)
         except BaseException:
             self.table.release(name)
             raise
         self.table.add(container)
         container.event("create")
         job.reply({"Id": container_id, "Warnings": warnings})
+
+    def _check_links(self, host_config: dict[str, Any], name: str) -> None:
+        """Write links as inspect shows them; BadParameter for one whose target there is not."""
+        links = []
+        for link in host_config["Links"] or []:
+            target, _, alias = link.partition(":")
+            try:
+                child = self.table.find(target.lstrip("/"))
+            except NotFound as error:
+                raise BadParameter(f"could not get container for {target}: {error}") from None
+            links.append(f"/{child.name}:/{name}/{alias.rpartition('/')[2] or child.name}")
+        host_config["Links"] = links or host_config["Links"]
 
     def _reserve_name(self, name: str, container_id: str) -> str:
         """The name asked for, or a random one that is free."""
@@ -14576,6 +17330,103 @@ class ExecJobs:
     def inspect(self, job: Job) -> None:
         """All about it."""
         job.reply(self._find(job.args[0]).inspect())
+
+
+NETWORK_FILTERS = {
+    "driver": lambda network, value: value == network.driver,
+    "id": lambda network, value: value in network.id,
+    "name": lambda network, value: value in network.name,
+    "scope": lambda network, value: value == "local",
+    "type": lambda network, value: (value == "custom") == network.is_user_defined,
+    "dangling": lambda network, value: (value in ("1", "true")) == (
+        network.is_user_defined and not network.endpoints),
+}
+
+
+class NetworkJobs:
+    """The jobs about networks, and the network driver's of Docker 1.2.0."""
+
+    def __init__(self, networks: Networks, table: ContainerTable, events: Events) -> None:
+        self.networks, self.table, self.events = networks, table, events
+
+    @job("networks")
+    def networks_list(self, job: Job) -> None:
+        """The networks that match env `filters`."""
+        filters = parse_filters(job.env.get("filters"), (*NETWORK_FILTERS, "label"))
+        for value in filters.get("type", []):
+            if value not in ("custom", "builtin"):
+                raise BadParameter(f"invalid filter 'type={value}'")
+        found = [network for network in self.networks.all() if matches_labels(
+            filters.get("label", ()), network.record["Labels"]) and all(
+            any(NETWORK_FILTERS[name](network, value) for value in values)
+            for name, values in filters.items() if name != "label")]
+        job.reply([network.to_api(containers=False) for network in found])
+
+    @job("network_inspect")
+    def inspect(self, job: Job) -> None:
+        """One network; env `scope`."""
+        if job.env.get("scope") not in (None, "", "local"):
+            raise NotFound(f"network {job.args[0]} not found")
+        job.reply(self.networks.find(job.args[0]).to_api())
+
+    @job("network_create")
+    def create(self, job: Job) -> None:
+        """Make a network of env `body`."""
+        body = decode_struct(job.env.get("body"), "NetworkCreate")
+        if body["Ingress"] or body["Scope"] == "swarm" or body["ConfigOnly"]:
+            raise Unavailable("This node is not a swarm manager. Use \"docker swarm init\" or \"docker swarm "
+                              "join\" "
+                              "to connect this node to swarm and try again.")
+        network = self.networks.create(body)
+        self.events.network_event("create", network)
+        job.reply({"Id": network.id, "Warning": ""})
+
+    @job("network_delete")
+    def delete(self, job: Job) -> None:
+        """Remove a network."""
+        network = self.networks.find(job.args[0])
+        self.networks.remove(network)
+        self.events.network_event("destroy", network)
+
+    @job("network_prune")
+    def prune(self, job: Job) -> None:
+        """Remove the networks that no container is on and that match env `filters`."""
+        filters = parse_filters(job.env.get("filters"), ("label", "label!", "until"))
+        latest, deleted = until_filter(filters), []
+        named = {name for container in self.table.all()
+                 for name in container.record["NetworkSettings"]["Networks"]}
+        for network in self.networks.all():
+            labels = network.record["Labels"]
+            if (network.is_user_defined and network.name not in named
+                    and parse_timestamp(network.record["Created"]) <= latest
+                    and matches_labels(filters.get("label", ()), labels)
+                    and not any(matches_labels([value], labels) for value in filters.get("label!", ()))):
+                with contextlib.suppress(DockerError):  # taken meanwhile
+                    self.networks.remove(network)
+                    self.events.network_event("destroy", network)
+                    deleted.append(network.name)
+        self.events.publish("network", "prune", "", {"reclaimed": "0"})
+        job.reply({"NetworksDeleted": deleted or None})
+
+    @job("network_connect")
+    def connect(self, job: Job) -> None:
+        """Put the container of env `body` on the network."""
+        body = decode_struct(job.env.get("body"), "NetworkConnect")
+        network = self.networks.find(job.args[0])
+        self.table.find(body["Container"]).connect(network, body["EndpointConfig"])
+
+    @job("network_disconnect")
+    def disconnect(self, job: Job) -> None:
+        """Take the container of env `body` off the network."""
+        body = decode_struct(job.env.get("body"), "NetworkDisconnect")
+        network = self.networks.find(job.args[0])
+        try:
+            container = self.table.find(body["Container"])
+        except NotFound:
+            if body["Force"]:
+                raise NotFound(f"endpoint {body['Container']} not found") from None
+            raise
+        container.disconnect(network)
 
 
 class SystemJobs:
@@ -14893,7 +17744,9 @@ class Daemon:
         self.driver = ExecutionDriver(config.exec_root)
         self.images = Images(config, self.events.image_event, self._image_users, self.idmap)
         self.layers = self.images.layers
-        self.networks = self._network_ids()
+        engine.variables["config"] = config
+        engine.job("init_networkdriver").run()
+        self.networks: Networks = engine.variables["networks"]
         self.parts = Parts(
             config,
             self.layers,
@@ -14902,12 +17755,14 @@ class Daemon:
             LogPump(),
             self._seccomp_profile(),
             self.events.container_event,
+            self.events.network_event,
             self.workers.submit,
             self.workers.later,
             self.networks,
             self.containers.discard,
             self.containers.find,
             self.idmap,
+            self.containers.all,
         )
         self._load_containers()
         self.driver.open()
@@ -14920,6 +17775,7 @@ class Daemon:
             self.events,
             self.images,
             ContainerJobs(self.parts, self.images, self.containers, self.events),
+            NetworkJobs(self.networks, self.containers, self.events),
             Statistics(self.containers),
             ExecJobs(self.containers),
             SystemJobs(self),
@@ -14959,15 +17815,6 @@ class Daemon:
         import uuid
         fresh = str(uuid.uuid4())
         write_state(path, fresh.encode() + b"\n")
-        return fresh
-
-    def _network_ids(self) -> dict[str, str]:
-        """The ids of the predefined networks, made once and kept."""
-        path = os.path.join(self.config.data_root, "networks.json")
-        with contextlib.suppress(OSError, ValueError):
-            return dict(json.loads(read_state(path)))
-        fresh = {name: secrets.token_hex(32) for name in PREDEFINED_NETWORKS}
-        write_state(path, fresh)
         return fresh
 
     def _seccomp_profile(self) -> Any:
@@ -15127,6 +17974,7 @@ class Daemon:
         self.parts.pump.stop()
         self.workers.drain(5)
         self.cgroups.close()
+        self.networks.proxy.close()
         self.driver.close()
         STATE_SYNC.flush()
         os.ftruncate(self._lock_file, 0)
@@ -17278,18 +20126,9 @@ def http_server_class() -> Any:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def init_networkdriver(job: Job) -> None:
-    """The job init_networkdriver of Docker 1.2.0: the bridge is not there yet."""
-    raise NotSupported(
-        "init_networkdriver: bridge networking is not supported by this version yet; use --net=none or host"
-    )
-
-
 def register_builtins(engine: Engine) -> ApiServer:
     """Register the handlers that need no daemon: the network's, the API's; the rest comes with the daemon."""
     engine.register("init_networkdriver", init_networkdriver)
-    for name in ("allocate_interface", "release_interface", "allocate_port", "link"):
-        engine.register(name, init_networkdriver)
     server = ApiServer(engine)
     engine.install(server)
     engine.install(Registry())

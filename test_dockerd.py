@@ -21,6 +21,7 @@ import hashlib
 import http.client
 import http.server
 import io
+import ipaddress
 import json
 import logging
 import lzma
@@ -758,6 +759,17 @@ def host(shared_host: Host) -> Iterator[Host]:
 
 
 @pytest.fixture(scope="session")
+def bridgeless(busybox: bytes) -> Iterator[Host]:
+    """A host without a bridge, as the peer has it."""
+    host = Host("--bridge=none", "--iptables=false")
+    try:
+        host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        yield host
+    finally:
+        host.close()
+
+
+@pytest.fixture(scope="session")
 def peer(busybox: bytes) -> Iterator[Host]:
     """The real dockerd, with the image busybox."""
     host = Peer()
@@ -1444,7 +1456,6 @@ def test_cli_network_modes(docker: Docker) -> None:
     own = os.readlink(f"/proc/{docker.host.holder.pid}/ns/net")
     assert docker("run", "--rm", "--net", "host", "busybox", "readlink", "/proc/self/ns/net") == own
     assert docker("run", "--rm", "--net", "host", "busybox", "hostname") == os.uname().nodename
-    assert docker("run", "--rm", "busybox", "ls", "/sys/class/net") == "lo"
 
 
 def test_cli_limits_reach_the_cgroups(docker: Docker) -> None:
@@ -3618,9 +3629,9 @@ def explanations(section: str, side: int, line: str) -> list[str]:
 
 
 @pytest.mark.parametrize("situation", sorted(SITUATIONS))
-def test_inside_is_as_under_the_real_dockerd(host: Host, peer: Host, situation: str) -> None:
+def test_inside_is_as_under_the_real_dockerd(bridgeless: Host, peer: Host, situation: str) -> None:
     cli = sorted(docker_clis().items())[0][1]
-    ours, theirs = (see_inside(Docker(cli, each), SITUATIONS[situation]) for each in (host, peer))
+    ours, theirs = (see_inside(Docker(cli, each), SITUATIONS[situation]) for each in (bridgeless, peer))
     assert list(ours) == list(theirs) and "end" in ours
     unexplained, used = [], set()
     for section in ours:
@@ -4096,7 +4107,7 @@ SEED = {
     "3.5 builtins: every handler is registered before the daemon is there": [
         "test_builtins_register_the_handlers_that_the_seed_names"
     ],
-    "3.5.1 init_networkdriver and what it registers": ["test_the_network_s_jobs_refuse_with_a_clear_line"],
+    "3.5.1 init_networkdriver and what it registers": ["test_the_network_s_jobs_of_1_2_0"],
     "3.5.2 serveapi and acceptconnections": [
         "test_requests_wait_until_connections_are_accepted",
         "test_acceptconnections_tells_the_service_manager",
@@ -4173,12 +4184,36 @@ def test_builtins_register_the_handlers_that_the_seed_names(builtins: dockerd.En
         builtins.job("commands").run())
 
 
-@pytest.mark.parametrize(
-    "name", ["init_networkdriver", "allocate_interface", "release_interface", "allocate_port", "link"]
-)
-def test_the_network_s_jobs_refuse_with_a_clear_line(builtins: dockerd.Engine, name: str) -> None:
-    with pytest.raises(dockerd.NotSupported, match="bridge networking is not supported by this version yet"):
-        builtins.job(name).run()
+NETWORK_JOBS = """
+import sys, types
+import dockerd
+engine = dockerd.Engine()
+engine.variables["config"] = dockerd.parse_options(sys.argv[1:])
+dockerd.register_builtins(engine)
+engine.job("init_networkdriver").run()
+first = engine.job("allocate_interface", "one").run()
+second = engine.job("allocate_interface", "two", RequestedIP="172.17.0.9").run()
+port = engine.job("allocate_port", "one", Proto="udp", ContainerPort=53, HostIP="127.0.0.1").run()
+print(first["IP"], first["IPPrefixLen"], first["Gateway"], first["Bridge"], second["IP"], port["HostIP"],
+      int(port["HostPort"]) > 1024)
+engine.job("link", Action="-A", ParentIP="172.17.0.2", ChildIP="172.17.0.9", Ports=["80/tcp"]).run()
+for name in ("one", "two"):
+    engine.job("release_interface", name).run()
+print(engine.job("allocate_interface", "three").run()["IP"])
+"""
+
+
+def test_the_network_s_jobs_of_1_2_0(tmp_path: Any) -> None:
+    """init_networkdriver registers the others; what one takes another gives back."""
+    options = ["-g", str(tmp_path / "data"), "--exec-root", str(tmp_path / "exec"), "--userland-proxy=false",
+               "--firewall-backend", "nftables"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "exec").mkdir()
+    inside = ["unshare", "-n", "-m", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    done = subprocess.run([*inside, sys.executable, "-c", NETWORK_JOBS, *options], check=True, cwd=HERE,
+                          stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split("\n")[:2] == [
+        "172.17.0.2 16 172.17.0.1 docker0 172.17.0.9 127.0.0.1 True", "172.17.0.2"]
 
 
 @pytest.mark.parametrize("name", ["auth", "search", "pull", "push"])
@@ -7573,6 +7608,299 @@ def test_responses_follow_the_specifications(host: Host) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Network driver
+# ------------------------------------------------------------------------------------------------------------
+
+OUTSIDE = "10.99.0.254"   # a neighbour of the host's, which routes to the containers' networks by the host
+HOST_ADDRESS = "10.99.0.1"
+
+
+class Networked:
+    """A host with a network beside loopback and a neighbour in it, and a CLI."""
+
+    def __init__(self, *options: str) -> None:
+        self.host = Host("-D", *options)
+        self.neighbour = subprocess.Popen(
+            ["unshare", "-n", "sh", "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert self.neighbour.stdout and self.neighbour.stdout.read(6) == b"ready\n"
+        pid = self.neighbour.pid
+        self.shell(f"ip link add up0 type veth peer name up1 netns {pid} && ip addr add {HOST_ADDRESS}/24 "
+                   "dev up0 && "
+                   f"ip link set up0 up && ip route add default via {OUTSIDE}")
+        subprocess.run(["nsenter", "-t", str(pid), "-n", "sh", "-c", f"ip addr add {OUTSIDE}/24 dev up1 && "
+                                                                     "ip link set "
+                        f"up1 up && ip route add 172.16.0.0/12 via {HOST_ADDRESS}"], check=True)
+        self.docker = Docker(docker_clis()[max(docker_clis())], self.host)
+
+    def shell(self, command: str, check: bool = True) -> str:
+        """What a shell command prints in the host's namespaces."""
+        process = self.host.enter("sh", "-c", command, stdout=subprocess.PIPE, text=True)
+        output = process.communicate(timeout=60)[0]
+        assert not check or process.returncode == 0, (command, output)
+        return str(output)
+
+    def from_outside(self, command: str) -> str:
+        """What a shell command prints at the neighbour."""
+        return subprocess.run(["nsenter", "-t", str(self.neighbour.pid), "-n", "sh", "-c", command],
+                              stdout=subprocess.PIPE, text=True, check=False, timeout=60).stdout
+
+    def state(self) -> list[str]:
+        """What containers might leave: links but for bridges, rules, listening sockets."""
+        links = [line for line in self.shell("ip -o link").splitlines() if "veth" in line
+                 or "macvlan" in line]
+        rules = [line for line in self.shell("iptables-save; nft list table ip dockerd "
+                                             "2>/dev/null", False).splitlines()
+                 if "DNAT" in line or "/32" in line or "elements" in line]
+        return links + rules + self.shell("ss -Hlntu").split("\n")
+
+    def close(self) -> None:
+        """Stop everything."""
+        self.host.remove_all()
+        self.host.close()
+        for stream in (self.neighbour.stdin, self.neighbour.stdout):
+            assert stream is not None
+            stream.close()
+        self.neighbour.wait(10)
+
+
+BACKENDS = {"iptables": ("--firewall-backend=iptables",), "nftables": ("--firewall-backend=nftables",),
+            "none": ("--iptables=false",)}
+SERVE = ("busybox", "nc", "-ll", "-p", "80", "-e", "cat", "/etc/hostname")
+FETCH = f"{PEER}/bin/busybox nc -w 2 {{}} {{}} < /dev/null"
+
+
+@pytest.fixture(scope="module", params=sorted(BACKENDS))
+def networked(request: pytest.FixtureRequest, busybox: bytes) -> Iterator[Networked]:
+    """A networked host with each firewall back end."""
+    made = Networked(*BACKENDS[request.param])
+    try:
+        made.host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        yield made
+    finally:
+        made.close()
+
+
+def test_a_published_port_is_reached_from_everywhere(networked: Networked) -> None:
+    """From the host's loopback and its other address, from a neighbour, from the container itself and from
+    one on another network; the neighbour reaches no other port and not the container's own address."""
+    docker, before = networked.docker, networked.state()
+    docker("network", "create", "other")
+    docker("run", "-d", "--name", "web", "--hostname", "web", "-p", "8080:80", "-p", "127.0.0.1:8081:80",
+           *SERVE)
+    docker("run", "-d", "--name", "user", "--net", "other", "busybox", "sleep", NEVER)
+    own = docker("inspect", "-f", "{{.NetworkSettings.IPAddress}}", "web")
+    assert networked.shell(FETCH.format("127.0.0.1", 8080)) == "web\n"
+    assert networked.shell(FETCH.format("127.0.0.1", 8081)) == "web\n"
+    assert networked.shell(FETCH.format("::1", 8080)) == "web\n"
+    assert networked.shell(FETCH.format(HOST_ADDRESS, 8080)) == "web\n"
+    assert networked.from_outside(FETCH.format(HOST_ADDRESS, 8080)) == "web\n"
+    for name in ("web", "user"):
+        fetch = f"nc -w 2 {HOST_ADDRESS} 8080 < /dev/null"
+        assert docker("exec", name, "sh", "-c", fetch) == "web"
+    assert networked.from_outside(FETCH.format(HOST_ADDRESS, 8081)) == ""
+    if networked.host.options[-1] != BACKENDS["none"][0]:
+        assert networked.from_outside(FETCH.format(own, 80)) == ""
+        assert docker("exec", "user", "sh", "-c", f"nc -w 1 {own} 80 < /dev/null", status=None) == ""
+    docker("rm", "-f", "web", "user")
+    docker("network", "rm", "other")
+    wait_for(lambda: networked.state() == before, "what the containers left")
+
+
+ECHO = ("import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('', 53)); print(flush=True)\n"
+        "while True: s.sendto(*s.recvfrom(100))")
+ASK = ("import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.settimeout(5); "
+       "s.sendto(b'hello', ('{}', 5353)); print(s.recv(100).decode())")
+
+
+def test_udp_through_a_published_port(networked: Networked) -> None:
+    """Datagrams go both ways, by loopback through the proxy and by the neighbour through the kernel."""
+    docker = networked.docker
+    docker("run", "-d", "--name", "echo", "-p", "5353:53/udp", "busybox", "sleep", NEVER)
+    pid = docker("inspect", "-f", "{{.State.Pid}}", "echo")
+    server = subprocess.Popen(["nsenter", "-t", pid, "-n", sys.executable, "-c", ECHO],
+                              stdout=subprocess.PIPE)
+    try:
+        assert server.stdout and server.stdout.readline()
+        for place in ("127.0.0.1", HOST_ADDRESS):
+            assert networked.shell(f'{sys.executable} -c "{ASK.format(place)}"') == "hello\n"
+        assert networked.from_outside(f'{sys.executable} -c "{ASK.format(HOST_ADDRESS)}"') == "hello\n"
+    finally:
+        server.kill()
+        server.communicate()
+    docker("rm", "-f", "echo")
+
+
+def test_user_networks_resolve_and_are_apart(networked: Networked) -> None:
+    """Names, aliases and addresses resolve on a common network alone, before and after it is left; the
+    container's own port 53 is free."""
+    docker = networked.docker
+    for name in ("left", "right"):
+        docker("network", "create", name)
+    docker("run", "-d", "--name", "one", "--net", "left", "--net-alias", "uno", "busybox", "sleep", NEVER)
+    docker("run", "-d", "--name", "two", "--net", "left", "busybox", "sleep", NEVER)
+    docker("run", "-d", "--name", "three", "--net", "right", "busybox", "sleep", NEVER)
+    address = docker("inspect", "-f", "{{.NetworkSettings.Networks.left.IPAddress}}", "one")
+    for name in ("one", "uno", "one.left", "ONE"):
+        assert address in docker("exec", "two", "nslookup", "-type=a", name)
+    assert "one.left" in docker("exec", "two", "nslookup", address)
+    assert docker("exec", "two", "ping", "-c", "1", "-W", "2", "one")
+    assert address not in docker("exec", "three", "nslookup", "-type=a", "one", status=None)
+    if networked.host.options[-1] != BACKENDS["none"][0]:
+        docker("exec", "three", "ping", "-c", "1", "-W", "1", address, status=1)
+    docker("network", "connect", "left", "three")
+    assert address in docker("exec", "three", "nslookup", "-type=a", "one")
+    docker("network", "disconnect", "left", "three")
+    assert address not in docker("exec", "three", "nslookup", "-type=a", "one", status=None)
+    docker("exec", "-d", "two", "nc", "-l", "-p", "53")
+    wait_for(lambda: ":53 " in docker("exec", "two", "netstat", "-lnt"), "the container's own port 53")
+    docker("rm", "-f", "one", "two", "three")
+    docker("network", "rm", "left", "right")
+
+
+def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
+    """kill -9 with live restore: ports, names and addresses serve on; what is gone is given back."""
+    networked = Networked("--live-restore")
+    docker, host = networked.docker, networked.host
+    try:
+        host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        before = networked.state()
+        docker("network", "create", "mine")
+        docker("run", "-d", "--name", "web", "--hostname", "web", "--net", "mine", "-p", "8080:80", *SERVE)
+        docker("run", "-d", "--name", "user", "--net", "mine", "busybox", "sleep", NEVER)
+        host.kill()
+        assert networked.shell(FETCH.format("127.0.0.1", 8080)) == "web\n"
+        assert networked.from_outside(FETCH.format(HOST_ADDRESS, 8080)) == "web\n"
+        host.start()
+        for reach in (networked.shell, networked.from_outside):
+            assert reach(FETCH.format(HOST_ADDRESS, 8080)) == "web\n"
+        assert docker("exec", "user", "ping", "-c", "1", "-W", "2", "web")
+        assert "already allocated" in docker.run("run", "-p", "8080:80", "busybox", "true", status=125).stderr
+        third = docker("run", "-d", "--net", "mine", "busybox", "sleep", NEVER)
+        taken = [each["IPv4Address"] for each in host.api("GET", "/networks/mine")["Containers"].values()]
+        assert len(set(taken)) == 3, taken
+        docker("rm", "-f", "web", "user", third)
+        docker("network", "rm", "mine")
+        wait_for(lambda: networked.state() == before, "what the containers left")
+    finally:
+        networked.close()
+
+
+def test_cycles_leave_nothing(networked: Networked) -> None:
+    """Forty containers with a published port, eight at a time: no link, rule, socket or address is left."""
+    before = networked.state()
+    host = networked.host
+
+    def cycle(number: int) -> None:
+        name = host.api("POST", "/containers/create", {
+            "Image": "busybox", "Cmd": ["true"], "ExposedPorts": {"80/tcp": {}},
+            "HostConfig": {"PortBindings": {"80/tcp": [{}]}}})["Id"]
+        host.api("POST", f"/containers/{name}/start")
+        host.api("POST", f"/containers/{name}/wait")
+        host.api("DELETE", f"/containers/{name}")
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(cycle, range(40)))
+    wait_for(lambda: networked.state() == before, "what the containers left")
+    assert host.api("GET", "/networks/bridge")["Containers"] == {}
+    address = networked.docker("run", "--rm", "busybox", "hostname", "-i")
+    assert wait_for(lambda: networked.docker("run", "--rm", "busybox", "hostname",
+                                             "-i") == "172.17.0.2"), address
+
+
+def test_links_open_what_icc_closes(busybox: bytes) -> None:
+    """With --icc=false only a linked container reaches another, by the variables and names it is given; a
+    restart of the target is followed."""
+    networked = Networked("--icc=false")
+    docker = networked.docker
+    try:
+        networked.host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        docker("run", "-d", "--name", "web", "--expose", "80", *SERVE)
+        docker("run", "-d", "--name", "user", "--link", "web:db", "busybox", "sleep", NEVER)
+        docker("run", "-d", "--name", "stranger", "busybox", "sleep", NEVER)
+        fetch, own = "nc -w 1 {} 80 < /dev/null", docker("inspect", "-f", "{{.Config.Hostname}}", "web")
+        assert docker("exec", "user", "sh", "-c", fetch.format("db")) == own
+        assert docker("exec", "user", "sh", "-c", "echo $DB_NAME $DB_PORT_80_TCP_PORT $DB_PORT") == (
+            "/user/db 80 tcp://172.17.0.2:80")
+        assert docker("exec", "stranger", "sh", "-c", fetch.format("172.17.0.2"), status=None) == ""
+        docker("stop", "-t", "0", "web")
+        docker("run", "-d", "--name", "thief", "busybox", "sleep", NEVER)
+        docker("start", "web")
+        wait_for(lambda: docker("exec", "user", "sh", "-c", fetch.format("db"), status=None) == own,
+                 "the new address")
+        assert docker("inspect", "-f", "{{.HostConfig.Links}}", "user") == "[/web:/user/db]"
+    finally:
+        networked.close()
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (("network", "rm", "bridge"), "bridge is a pre-defined network and cannot be removed"),
+    (("network", "rm", "nix"), "network nix not found"),
+    (("network", "create", "bridge"), "operation is not permitted on predefined bridge network"),
+    (("network", "create", "-d", "foo", "x"), 'could not find plugin foo in v1 plugin registry: plugin "foo" '
+                                              'not found'),
+    (("network", "create", "--subnet", "172.17.0.0/24", "x"),
+     "invalid pool request: Pool overlaps with other one on this address space"),
+    (("network", "create", "--subnet", "10.55.9.1/24", "x"),
+     "invalid network config:\ninvalid subnet 10.55.9.1/24: it should be 10.55.9.0/24"),
+    (("run", "--net", "nix", "busybox", "true"), "network nix not found"),
+    (("run", "--net", "container:nix", "busybox", "true"), "No such container: nix"),
+    (("run", "--ip", "172.17.0.9", "busybox", "true"), "invalid config for network bridge: invalid endpoint "
+                                                       "settings:\n"
+     "user specified IP address is supported on user defined networks only"),
+    (("run", "--link", "nix", "busybox", "true"), "could not get container for nix: No such container: nix"),
+    (("run", "-p", "10.1.1.1:7000:80", "busybox", "true"), "cannot assign requested address"),
+    (("run", "--net", "host", "--link", "nix", "busybox", "true"),
+     "conflicting options: host type networking can't be used with links. This would result in undefined "
+     "behavior"),
+])
+def test_network_errors_are_docker_s(host: Host, arguments: tuple[str, ...], text: str) -> None:
+    docker = Docker(docker_clis()[max(docker_clis())], host)
+    done = docker.run(*arguments, status=125 if arguments[0] == "run" else 1)
+    assert text in done.stderr
+
+
+def test_addresses_of_a_pool() -> None:
+    """The lowest free one is given out, never the gateway's, an auxiliary or a taken one."""
+    pool = dockerd.AddressPool({"Subnet": "10.0.0.0/29", "Gateway": "10.0.0.1",
+                                "AuxiliaryAddresses": {"a": "10.0.0.3"}})
+    taken = [str(pool.take().ip) for _ in range(4)]
+    assert taken == ["10.0.0.2", "10.0.0.4", "10.0.0.5", "10.0.0.6"]
+    with pytest.raises(dockerd.Conflict, match="no available IPv4 addresses"):
+        pool.take()
+    pool.give_back(ipaddress.ip_address("10.0.0.4"))
+    with pytest.raises(dockerd.Forbidden, match="Address already in use"):
+        pool.take(ipaddress.ip_address("10.0.0.5"))
+    assert str(pool.take()) == "10.0.0.4/29"
+    pool.give_back(ipaddress.ip_address("10.0.0.2"), "lo")  # its link is still there
+    with pytest.raises(dockerd.Conflict):
+        pool.take()
+
+
+def test_free_subnets_avoid_what_is_used() -> None:
+    used = [ipaddress.ip_network(text) for text in ("172.17.3.0/24", "172.18.0.0/16", "fd00::/8")]
+    assert str(dockerd.free_subnet(dockerd.DEFAULT_POOLS, used)) == "172.19.0.0/16"
+    with pytest.raises(dockerd.Forbidden, match="all predefined address pools have been fully subnetted"):
+        dockerd.free_subnet([("172.17.0.0/16", 17)], [ipaddress.ip_network("172.16.0.0/12")])
+
+
+def dns_query(name: str, kind: int = 1) -> bytes:
+    """A DNS question as a stub resolver sends it."""
+    return struct.pack(">HHHHHH", 0x1234, 0x0100, 1, 0, 0, 0) + dockerd.dns_name(name) + struct.pack(">HH",
+                                                                                                     kind, 1)
+
+
+def test_dns_messages() -> None:
+    query = dockerd.parse_query(dns_query("Web.Net"))
+    assert (query.name, query.kind) == ("web.net", 1)
+    answer = dockerd.dns_answer(query, [bytes([10, 0, 0, 2])])
+    assert answer[:12] == struct.pack(">HHHHHH", 0x1234, 0x8180, 1, 1, 0,
+                                      0) and answer.endswith(bytes([10, 0, 0, 2]))
+    for broken in (b"", dns_query("a")[:16], answer, dns_query("a")[:12] + b"\xff" * 20):
+        with pytest.raises(ValueError):
+            dockerd.parse_query(broken)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Logs
 #
 # Log files are compared byte for byte with those of the real dockerd; what goes to a server is read from a
@@ -8382,8 +8710,7 @@ def test_host_config_that_is_taken(host):
 @pytest.mark.parametrize("host,feature", [
     ({"Binds": ["/a:/b"]}, "mounts"), ({"Mounts": [{"Type": "bind"}]}, "mounts"),
     ({"Tmpfs": {"/x": ""}}, "--tmpfs"),
-    ({"VolumesFrom": ["x"]}, "--volumes-from"), ({"Links": ["a:b"]}, "--link"),
-    ({"PortBindings": {"80/tcp": [{}]}}, "published ports"), ({"NetworkMode": "mine"}, 'the network "mine"'),
+    ({"VolumesFrom": ["x"]}, "--volumes-from"),
 ])
 def test_what_has_not_landed_is_refused_by_name(host, feature):
     with pytest.raises(dockerd.NotSupported, match="(?i)^" + re.escape(feature)):
