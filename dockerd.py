@@ -2524,9 +2524,8 @@ class Engine:
             running.cancel()
         with self._condition:
             self._condition.wait_for(lambda: not self._running, timeout=5)
-        threads = [
-            threading.Thread(target=handler, name="shutdown", daemon=True) for handler in self._on_shutdown
-        ]
+        threads = [threading.Thread(target=handler, name="shutdown", daemon=True)
+                   for handler in self._on_shutdown]
         for thread in threads:
             thread.start()
         deadline = time.monotonic() + self.shutdown_timeout
@@ -2609,9 +2608,8 @@ def go_quote(text: str) -> str:
 
 
 ZERO_TIME = "0001-01-01T00:00:00Z"
-_TIMESTAMP = re.compile(
-    r"(\d{4}-\d\d-\d\d)(?:T(\d\d:\d\d)(:\d\d)?(?:\.(\d{1,9})\d*)?(Z|[+-]\d\d:\d\d)?)?", re.ASCII
-)
+_TIMESTAMP = re.compile(r"(\d{4}-\d\d-\d\d)(?:T(\d\d:\d\d)(:\d\d)?(?:\.(\d{1,9})\d*)?(Z|[+-]\d\d:\d\d)?)?",
+                        re.ASCII)
 _UNIX_TIME = re.compile(r"(-?\d{1,15})(?:\.(\d{1,9})\d*)?", re.ASCII)
 
 
@@ -20137,12 +20135,8 @@ def register_builtins(engine: Engine) -> ApiServer:
 
 def set_up_logging(config: Config) -> None:
     """The daemon's own log: on stderr, in the format and level asked for."""
-    levels = {
-        "trace": logging.DEBUG,
-        "warn": logging.WARNING,
-        "fatal": logging.CRITICAL,
-        "panic": logging.CRITICAL,
-    }
+    levels = {"trace": logging.DEBUG, "warn": logging.WARNING, "fatal": logging.CRITICAL,
+              "panic": logging.CRITICAL}
     level = "debug" if config.debug else config.log_level
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter(config.log_format == "json"))
@@ -20177,12 +20171,8 @@ def hold_pidfile(path: str) -> None:
     try:
         with open(path, encoding="ascii", errors="replace") as file:
             pid = file.read().strip()
-        if (
-            pid.isdigit()
-            and int(pid) != os.getpid()
-            and os.path.exists(f"/proc/{pid}")
-            and _is_daemon(int(pid))
-        ):
+        if (pid.isdigit() and int(pid) != os.getpid() and os.path.exists(f"/proc/{pid}")
+                and _is_daemon(int(pid))):
             raise DockerError(
                 f"process with PID {pid} is still running: is another daemon using the pid file {path}?"
             )
@@ -20324,20 +20314,10 @@ def serve(config: Config, code: Optional[types.CodeType] = None) -> int:
     log.info("compiled helper: %s", "in use" if native is not None else "none, its Python twins are in use")
     log.info("docker daemon: %s %s; execdriver: %s; graphdriver: %s", VERSION, GIT_COMMIT, config.exec_driver,
              config.storage_driver)
-    job = engine.job(
-        "serveapi",
-        *config.hosts,
-        Logging=True,
-        EnableCors=config.api_enable_cors,
-        Version=VERSION,
-        SocketGroup=config.group,
-        Tls=config.tls,
-        TlsVerify=config.tlsverify,
-        TlsCa=config.tlscacert,
-        TlsCert=config.tlscert,
-        TlsKey=config.tlskey,
-        BufferRequests=True,
-    )
+    job = engine.job("serveapi", *config.hosts, Logging=True, EnableCors=config.api_enable_cors,
+                     Version=VERSION, SocketGroup=config.group, Tls=config.tls, TlsVerify=config.tlsverify,
+                     TlsCa=config.tlscacert, TlsCert=config.tlscert, TlsKey=config.tlskey,
+                     BufferRequests=True)
     try:
         job.run()
     except (DockerError, OSError) as error:
