@@ -237,11 +237,11 @@ VETH_INFO_PEER = 1
 # <linux/netfilter.h>, <linux/netfilter/nfnetlink.h>, nf_tables.h, nfnetlink_conntrack.h
 CTA_PROTO_DST_PORT = 3
 CTA_PROTO_NUM = 1
-CTA_TUPLE_IP = 1
 CTA_TUPLE_ORIG = 1
 CTA_TUPLE_PROTO = 2
 IPCTNL_MSG_CT_DELETE = 1 << 8 | 2
 IPCTNL_MSG_CT_GET = 1 << 8 | 1
+IPS_DST_NAT = 1 << 5
 NFNL_MSG_BATCH_BEGIN = 16
 NFNL_MSG_BATCH_END = 17
 NFT_MSG_DELRULE = 10 << 8 | 8
@@ -253,7 +253,6 @@ NFT_MSG_NEWSET = 10 << 8 | 9
 NFT_MSG_NEWSETELEM = 10 << 8 | 12
 NFT_MSG_NEWTABLE = 10 << 8 | 0
 NFT_RETURN = -5
-IPS_DST_NAT = 1 << 5
 NF_ACCEPT = 1
 NF_DROP = 0
 NF_INET_FORWARD = 2
@@ -4871,11 +4870,9 @@ class ShellWord:
 
     `environment` is a list of NAME=VALUE.  BadParameter names the word and what is wrong with it."""
 
-    _UNCLOSED = {
-        "'": "unexpected end of statement while looking for matching single-quote",
-        '"': "unexpected end of statement while looking for matching double-quote",
-        "}": "syntax error: missing '}'",
-    }
+    _UNCLOSED = {"'": "unexpected end of statement while looking for matching single-quote",
+                 '"': "unexpected end of statement while looking for matching double-quote",
+                 "}": "syntax error: missing '}'"}
 
     def __init__(self, text: str, environment: list[str], escape: str) -> None:
         self.text, self.escape, self.at = text, escape, 0
@@ -4919,8 +4916,7 @@ class ShellWord:
                 pieces.append((character, False))
             elif character == "$":
                 pieces.append((self._dollar(), True))
-            elif character == self.escape and (
-                    stop != '"' or self._peek() in ("", '"', "$", self.escape)):
+            elif character == self.escape and (stop != '"' or self._peek() in ("", '"', "$", self.escape)):
                 pieces.append((self._next(), False))
             elif character in ("'", '"') and stop != '"':
                 pieces.append((self._text(character), False))
@@ -19327,12 +19323,10 @@ CONTAINER_1_14: dict[str, Any] = {
                    "DnsSearch": None, "VolumesFrom": None, "Devices": None, "NetworkMode": "", "CapAdd": None,
                    "CapDrop": None, "RestartPolicy": {"Name": "", "MaximumRetryCount": 0}},
 }
-CONTAINERS_1_14: dict[str, Any] = {
-    "Id": "", "Names": [], "Image": "", "Command": "", "Created": 0, "Status": "", "Ports": [],
-}
-IMAGES_1_14: dict[str, Any] = {
-    "ParentId": "", "RepoTags": ["<none>:<none>"], "Id": "", "Created": 0, "Size": 0, "VirtualSize": 0,
-}
+CONTAINERS_1_14: dict[str, Any] = {"Id": "", "Names": [], "Image": "", "Command": "", "Created": 0,
+                                   "Status": "", "Ports": []}
+IMAGES_1_14: dict[str, Any] = {"ParentId": "", "RepoTags": ["<none>:<none>"], "Id": "", "Created": 0,
+                               "Size": 0, "VirtualSize": 0}
 IMAGE_1_14: dict[str, Any] = {
     "Id": "", "Parent": "", "Comment": "", "Created": "", "Container": "", "ContainerConfig": CONFIG_1_14,
     "DockerVersion": "", "Author": "", "Config": CONFIG_1_14, "Architecture": "", "Os": "", "Size": 0,
