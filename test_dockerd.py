@@ -10353,9 +10353,10 @@ def test_an_authorization_plugin_is_refused_as_a_flag(configure):
 
 
 def test_what_has_no_effect_is_said_once(configure):
-    config = configure("--icc=false", "--containerd=/run/x.sock", json={"mtu": 1400})
+    config = configure("--oom-score-adjust=5", "--containerd=/run/x.sock",
+                       json={"network-control-plane-mtu": 1400})
     assert [line.partition(" has no effect: ")[0].partition(" in ")[0] for line in config.warnings] == [
-        "--containerd", "--icc", "mtu"]
+        "--oom-score-adjust", "--containerd", "network-control-plane-mtu"]
     assert not configure("--bridge=none", "--iptables").warnings
 
 
@@ -10490,7 +10491,8 @@ def test_the_commented_daemon_json_is_the_defaults(configure):
     assert vars(configure(json=text))["given"] == {"config-file": "--config-file"}
     for entry in re.findall(r'// ("[a-z0-9-]+": .*)', text):
         (name, value), = json.loads("{" + entry + "}").items()
-        assert name in KEYS_OF_DOCKERD + ["api-enable-cors", "exec-driver"]
+        assert name in [*KEYS_OF_DOCKERD, "api-enable-cors", "exec-driver",  # of 1.2.0, and of 29
+                        "bridge-accept-fwmark", "firewall-backend"]
         if name != "default-shm-size":
             configure(json={name: value})
 
