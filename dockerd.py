@@ -12253,15 +12253,10 @@ class LogPump:
         self._callbacks[fd] = callback
         self._epoll.register(fd, select.EPOLLIN)
 
-    def pause(self, fd: int) -> None:
-        """Do not read `fd` until resume(fd)."""
+    def watch(self, fd: int, wanted: bool) -> None:
+        """Read `fd` from now on, or leave what it has where it is."""
         with contextlib.suppress(OSError):
-            self._epoll.modify(fd, 0)
-
-    def resume(self, fd: int) -> None:
-        """Read `fd` again."""
-        with contextlib.suppress(OSError):
-            self._epoll.modify(fd, select.EPOLLIN)
+            self._epoll.modify(fd, select.EPOLLIN if wanted else 0)
 
     def stop(self) -> None:
         """Read no more: what has been read stands in the logs on return, the rest waits in its pipe."""
@@ -12378,16 +12373,14 @@ class LogInfo(NamedTuple):
     def attributes(self, rename: Callable[[str], str] = str) -> dict[str, str]:
         """The labels and variables that labels, labels-regex, env and env-regex choose."""
         variables = dict(item.split("=", 1) for item in self.env if "=" in item)
-        found = {}
+        found: dict[str, str] = {}
         for option, values in (("labels", self.labels), ("env", variables)):
-            names = (self.options.get(option) or "").split(",")
-            pattern = self.options.get(option + "-regex")
+            names, pattern = (self.options.get(option) or "").split(","), self.options.get(option + "-regex")
             try:
-                matches = re.compile(pattern).search if pattern else lambda name: None
+                matches = re.compile(pattern or "(?!)").search
             except re.error as error:
                 raise DockerError(f"error parsing regexp: {error.msg}: `{pattern}`") from None
-            found.update({rename(name): value for name, value in values.items()
-                          if name in names or matches(name)})
+            found.update((rename(name), values[name]) for name in values if name in names or matches(name))
         return found
 
     def tag(self, default: str = "{{.ID}}") -> str:
@@ -12477,59 +12470,40 @@ class JsonLines:
         return data.index(b"\n", size - 1) + 1
 
     @staticmethod
-    def last(file: BinaryIO, count: int, end: int) -> tuple[int, int]:
-        """Where the last `count` entries before `end` begin, and how many these are."""
-        position, found = end, -1  # the newline that ends the last entry is not counted
-        while position > 0 and count:
-            step = min(1 << 16, position)
-            position -= step
-            block = os.pread(file.fileno(), step, position)
-            newlines = block.count(b"\n")
-            if found + newlines >= count:
-                cut = len(block)
-                for _ in range(count - found):
-                    cut = block.rindex(b"\n", 0, cut)
-                return position + cut + 1, count
-            found += newlines
-        return position, found + 1
+    def before(fd: int, end: int) -> int:
+        """Where the entry begins that ends at `end`."""
+        size = 1 << 12
+        while True:
+            start = max(0, end - size)
+            newline = os.pread(fd, end - 1 - start, start).rfind(b"\n")
+            if newline >= 0 or not start:
+                return start + newline + 1
+            size *= 4
 
 
 def _varint(number: int) -> bytes:
     """A protobuf varint."""
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    out.append(number)
-    return bytes(out)
+    return bytes((number & 127 | 128,)) + _varint(number >> 7) if number > 127 else bytes((number,))
 
 
 def _protobuf(data: bytes) -> dict[int, Any]:
     """The fields of a protobuf message of varints and bytes: {number: value}; ValueError or IndexError for
     another."""
     fields: dict[int, Any] = {}
-    position = 0
+    stream = io.BytesIO(data)
 
     def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = data[position]
-            position += 1
-            value |= (byte & 127) << shift
+        number = shift = 0
+        while (byte := stream.read(1)[0]) > 127:
+            number |= (byte & 127) << shift
             shift += 7
-            if byte < 128:
-                return value
+        return number | byte << shift
 
-    while position < len(data):
-        key = varint()
-        value: Any = varint()
-        if key & 7 == 2:
-            position += value
-            value = data[position - value:position]
-        elif key & 7:
+    while stream.tell() < len(data):
+        key, value = varint(), varint()
+        if key & 7 not in (0, 2):
             raise ValueError("neither varint nor bytes")
-        fields[key >> 3] = value
+        fields[key >> 3] = stream.read(value) if key & 7 else value
     return fields
 
 
@@ -12588,13 +12562,9 @@ class LocalEntries:
         return position
 
     @staticmethod
-    def last(file: BinaryIO, count: int, end: int) -> tuple[int, int]:
-        """Where the last `count` entries before `end` begin, and how many these are."""
-        position, found = end, 0
-        while position >= 8 and found < count:
-            position -= 8 + int.from_bytes(os.pread(file.fileno(), 4, position - 4), "big")
-            found += 1
-        return max(position, 0), found
+    def before(fd: int, end: int) -> int:
+        """Where the entry begins that ends at `end`."""
+        return max(0, end - 8 - int.from_bytes(os.pread(fd, 4, max(0, end - 4)), "big"))
 
 
 # Log files
@@ -12608,15 +12578,6 @@ class Rotation(NamedTuple):
     compress: bool
 
 
-def _log_option(options: dict[str, str], name: str, parse: Callable[[str], Any], default: Any,
-                fault: str = "{}") -> Any:
-    """An option's value; DockerError with `fault` around what is wrong with it."""
-    try:
-        return parse(options[name]) if name in options else default
-    except BadParameter as error:
-        raise DockerError(fault.format(error)) from None
-
-
 def parse_count(text: str) -> int:
     """A decimal integer (Go: strconv.Atoi); BadParameter for all else."""
     if not re.fullmatch(r"[+-]?[0-9]{1,18}", text, re.ASCII):
@@ -12626,26 +12587,34 @@ def parse_count(text: str) -> int:
 
 def json_file_rotation(options: dict[str, str]) -> Rotation:
     """json-file's options; without max-size a log is bounded all the same, as Docker's is not."""
-    size = -1 if options.get("max-size") == "-1" else _log_option(
-        options, "max-size", lambda text: parse_size(text, 1000), 100 * 1000 ** 2)
+    size = -1 if options.get("max-size") == "-1" else parse_size(options.get("max-size", "100m"), 1000)
     if not size:
         raise DockerError("max-size must be a positive number")
-    files = _log_option(options, "max-file", parse_count, 1 if "max-size" in options else 2)
+    files = parse_count(options.get("max-file", "1" if "max-size" in options else "2"))
     if files < 1:
         raise DockerError("max-file cannot be less than 1")
-    compress = _log_option(options, "compress", parse_bool, False)
+    compress = parse_bool(options.get("compress", "false"))
     if compress and (files < 2 or size < 0 or "max-size" not in options):
         raise DockerError("compress cannot be true when max-file is less than 2 or max-size is not set")
     return Rotation(size, files, compress)
 
 
+# local's options: (name, parser, default, what is wrong with a text)
+_LOCAL_OPTIONS: tuple[tuple[str, Callable[[str], Any], str, str], ...] = (
+    ("max-size", parse_size, "20m", "invalid value for max-size: {}: {}"),
+    ("max-file", parse_count, "5", "invalid value for max-file: {}: {}"),
+    ("compress", parse_bool, "true", "error reading compress log option: {1}"))
+
+
 def local_rotation(options: dict[str, str]) -> Rotation:
     """local's options."""
-    size = _log_option(options, "max-size", parse_size, 20 << 20,
-                       f"invalid value for max-size: {options.get('max-size')}: {{}}")
-    files = _log_option(options, "max-file", parse_count, 5,
-                        f"invalid value for max-file: {options.get('max-file')}: {{}}")
-    compress = _log_option(options, "compress", parse_bool, True, "error reading compress log option: {}")
+    values = []
+    for name, parse, default, fault in _LOCAL_OPTIONS:
+        try:
+            values.append(parse(options.get(name, default)))
+        except BadParameter as error:
+            raise DockerError(fault.format(options[name], error)) from None
+    size, files, compress = values
     if files < 0:
         raise DockerError("max file count cannot be less than 0")
     if compress and files <= 1:
@@ -12691,19 +12660,15 @@ class FileLog:
         """Go on in `path`; an entry that a power cut tore goes."""
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
         self._size = os.fstat(self._fd).st_size
-        if self._size and not self._is_whole():
+        start = self.form.before(self._fd, self._size) if self._size else 0
+        entries, rest = self.form.split(os.pread(self._fd, self._size - start, start))
+        if self._size and (len(entries) != 1 or rest):
             with open(self.path, "rb") as file:
                 rest = b""
                 for block in iter(lambda: file.read(1 << 16), b""):
                     rest = self.form.split(rest + block)[1]
             self._size -= len(rest)
             os.ftruncate(self._fd, self._size)
-
-    def _is_whole(self) -> bool:
-        with open(self.path, "rb") as file:
-            start, found = self.form.last(file, 1, self._size)
-            entries, rest = self.form.split(os.pread(file.fileno(), self._size - start, start))
-        return found == 1 and len(entries) == 1 and not rest
 
     def position(self) -> str:
         """Where the log ends."""
@@ -12741,14 +12706,11 @@ class FileLog:
         if self._compressor and self._compressor.is_alive():
             return False
         try:
-            for number in range(self._rotation.files - 1, -1, -1):
-                for suffix in ("", ".gz") if number else ("",):
-                    old = f"{self.path}.{number}{suffix}" if number else self.path
-                    with contextlib.suppress(FileNotFoundError):
-                        if number == self._rotation.files - 1:  # readers that are not through have it open
-                            os.unlink(old)
-                        else:
-                            os.rename(old, f"{self.path}.{number + 1}{suffix}")
+            for number, path in self.files():
+                if number + 1 >= self._rotation.files:  # readers that are not through have it open
+                    os.unlink(path)
+                else:
+                    os.rename(path, f"{self.path}.{number + 1}{'.gz' if path.endswith('.gz') else ''}")
             old_fd = self._fd
             self._open_file()
             os.close(old_fd)
@@ -12787,10 +12749,9 @@ class FileLog:
     def close(self) -> None:
         """No more is written; readers that follow come to their end."""
         with self.condition:
-            self.closed = True
-            if self._fd >= 0:
-                os.close(self._fd)
-                self._fd = -1
+            fd, self._fd, self.closed = self._fd, -1, True
+            if fd >= 0:
+                os.close(fd)
             self.condition.notify_all()
 
     def wake(self) -> None:
@@ -12798,22 +12759,21 @@ class FileLog:
         with self.condition:
             self.condition.notify_all()
 
-    def paths(self) -> list[str]:
-        """The files that there are, the oldest first."""
+    def files(self) -> list[tuple[int, str]]:
+        """(number, path) of the files that there are, the oldest first; the one that is written is 0."""
         directory, base = os.path.split(self.path)
         found: dict[int, str] = {}
         for name in sorted(os.listdir(directory), reverse=True) if os.path.isdir(directory) else ():
             match = re.fullmatch(re.escape(base) + r"(?:\.([0-9]+)(?:\.gz)?)?", name)
             if match:  # where a crash left both, the uncompressed one is whole
                 found[int(match[1] or 0)] = os.path.join(directory, name)
-        return [found[number] for number in sorted(found, reverse=True)]
+        return sorted(found.items(), reverse=True)
 
     def read(self, tail: int = -1, since: int = 0, until: int = 0, follow: bool = False,
              cancelled: Optional[threading.Event] = None) -> Iterator[LogEntry]:
         """What the log has at this call: the last `tail` entries or all (-1), between two times (ns, 0: any);
         with `follow` also what comes, until the log is closed or `cancelled` is set."""
-        reader = LogReader(self, follow, cancelled or threading.Event())
-        return reader.entries(tail, since, until)
+        return LogReader(self, follow, cancelled or threading.Event()).entries(tail, since, until)
 
 
 class LogReader:
@@ -12822,10 +12782,10 @@ class LogReader:
 
     def __init__(self, source: FileLog, follow: bool, cancelled: threading.Event) -> None:
         self.source, self.cancelled = source, cancelled
-        self.files: collections.deque[BinaryIO] = collections.deque()
+        self.files: collections.deque[Any] = collections.deque()
         with source.condition:
             self.follow = follow and not source.closed
-            for path in source.paths():
+            for _, path in source.files():
                 with contextlib.suppress(FileNotFoundError):
                     self.files.append(open(path, "rb"))
             self._end = os.fstat(self.files[-1].fileno()).st_size if self.files else 0
@@ -12864,31 +12824,30 @@ class LogReader:
         """Go to where the last `count` entries begin."""
         last = len(self.files) - 1
         for index in range(last, -1, -1):
-            file = self._unpack(index)
-            end = self._end if index == last else os.fstat(file.fileno()).st_size
-            start, found = self.source.form.last(file, count, end)
-            file.seek(start)
-            count -= found
-            if count <= 0:
+            fd = self._unpack(index)
+            end = self._end if index == last else os.fstat(fd).st_size
+            while end > 0 and count:
+                end = self.source.form.before(fd, end)
+                count -= 1
+            self.files[index].seek(end)
+            if not count:
                 with self.source.condition:
                     for _ in range(index):
                         self.files.popleft().close()
                 return
 
-    def _unpack(self, index: int) -> BinaryIO:
-        """The file of that index; a compressed one is replaced by its content first."""
+    def _unpack(self, index: int) -> int:
+        """The descriptor of the file of that index; a compressed one is replaced by its content first."""
         file = self.files[index]
-        if os.pread(file.fileno(), 2, 0) != b"\x1f\x8b":
-            return file
-        import gzip
-        import shutil
-        import tempfile
-        plain = tempfile.TemporaryFile(dir=os.path.dirname(self.source.path))
-        with file, contextlib.suppress(EOFError, zlib.error, OSError):  # one that is damaged ends early
-            shutil.copyfileobj(gzip.GzipFile(fileobj=file), plain, 1 << 18)
-        plain.seek(0)
-        self.files[index] = plain  # type: ignore[call-overload]
-        return plain  # type: ignore[return-value]
+        if os.pread(file.fileno(), 2, 0) == b"\x1f\x8b":
+            import gzip
+            import shutil
+            import tempfile
+            plain = self.files[index] = tempfile.TemporaryFile(dir=os.path.dirname(self.source.path))
+            with file, contextlib.suppress(EOFError, zlib.error, OSError):  # one that is damaged ends early
+                shutil.copyfileobj(gzip.GzipFile(fileobj=file), plain, 1 << 18)
+            plain.seek(0)
+        return self.files[index].fileno()
 
     def _raw(self, file: BinaryIO) -> Iterator[bytes]:
         rest = b""
@@ -12903,14 +12862,10 @@ class LogReader:
             elif not last or closed:
                 return
             else:
-                self._wait(file)
-
-    def _wait(self, file: BinaryIO) -> None:
-        """Return when there is more, the log is closed or the reader is cancelled."""
-        with self.source.condition:
-            self.source.condition.wait_for(
-                lambda: self.source.closed or self.cancelled.is_set() or len(self.files) > 1
-                or os.fstat(file.fileno()).st_size > file.tell())
+                with self.source.condition:
+                    self.source.condition.wait_for(
+                        lambda: self.source.closed or self.cancelled.is_set() or len(self.files) > 1
+                        or os.fstat(file.fileno()).st_size > file.tell())
 
 
 # Log servers
@@ -12931,56 +12886,52 @@ def dial(protocol: str, address: Any) -> socket.socket:
     """A socket connected to a path or to (host, port); DockerError, in Go's words, after at most 10 s."""
     unix, datagram = protocol.startswith("unix"), protocol in ("udp", "unixgram")
     kind = socket.SOCK_DGRAM if datagram else socket.SOCK_STREAM
-    shown = address if unix else f"{':'.join(map(str, address))}"
     if not address:
         raise DockerError(f"dial {protocol}: missing address")
-    family, target = socket.AF_UNIX, address
     try:
+        family, target = socket.AF_UNIX, address
         if not unix:
             family, _, _, _, target = socket.getaddrinfo(address[0] or "127.0.0.1", address[1], type=kind)[0]
-        connection = socket.socket(family, kind)
-        try:
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(socket.socket(family, kind))
             connection.settimeout(10)
             connection.connect(target)
-        except BaseException:
-            connection.close()
-            raise
+            undo.pop_all()
+            return connection
     except socket.gaierror:
         raise DockerError(f"dial {protocol}: lookup {address[0]}: no such host") from None
     except OSError as error:
-        timeout = isinstance(error, socket.timeout)
+        timeout, shown = isinstance(error, socket.timeout), address if unix else ":".join(map(str, address))
         reason = "i/o timeout" if timeout else f"connect: {(error.strerror or '').lower()}"
         raise DockerError(f"dial {protocol} {shown}: {reason}") from None
-    return connection
 
 
 class LogServer:
-    """The protocol of one kind of log server: connect, the messages of a record, send.  Each kind's `options`
-    are what --log-opt may name, beside those that choose the tag and the attributes."""
+    """The protocol of one kind of log server: made of its options, of which LOG_OPTIONS has the names;
+    BadParameter for a value that cannot be."""
 
-    options = ""
     unknown = "unknown log opt '{}' for {} log driver"
     retry_wait, retries, limit, asynchronous = 0.1, 1 << 31, SENDER_LIMIT, False
+    empty_lines = True               # whether it is told of lines that are empty
+    socket: Any = None
 
-    @classmethod
-    def check(cls, options: dict[str, str]) -> None:
-        """BadParameter for a value that cannot be."""
+    def __init__(self, options: dict[str, str]) -> None:
+        self.options = options
 
-    def __init__(self, info: LogInfo) -> None:
+    def begin(self, info: LogInfo) -> None:
+        """Serve the container of `info`; DockerError for a tag or pattern that is wrong."""
         self.info, self.tag, self.attributes = info, info.tag(), info.attributes(self.attribute)
-        self.socket: Any = None
 
-    @staticmethod
-    def attribute(name: str) -> str:
+    def attribute(self, name: str) -> str:
         """What a label's or variable's name becomes."""
         return name
 
     def dial(self) -> Any:
-        """A connected socket."""
+        """A connected socket; DockerError in Docker's words."""
         raise NotImplementedError
 
     def message(self, record: LogRecord, line: bytes) -> bytes:
-        """The bytes that tell of one line; b"" where nothing is sent."""
+        """The bytes that tell of one line."""
         raise NotImplementedError
 
     def connect(self) -> None:
@@ -13009,58 +12960,47 @@ class LogServer:
         self.close()
 
 
+_FACILITIES = ("kern user mail daemon auth syslog lpr news uucp cron authpriv ftp 12 13 14 15 local0 local1 "
+               "local2 local3 local4 local5 local6 local7").split()
+
+
 class Syslog(LogServer):
     """Syslog, local or remote: RFC 3164, RFC 5424, with TLS framed after RFC 5425."""
 
-    options = ("syslog-address syslog-facility syslog-format syslog-tls-ca-cert syslog-tls-cert "
-               "syslog-tls-key syslog-tls-skip-verify")
-    FACILITIES = ("kern user mail daemon auth syslog lpr news uucp cron authpriv ftp 12 13 14 15 local0 "
-                  "local1 local2 local3 local4 local5 local6 local7").split()
+    empty_lines = False
 
-    @classmethod
-    def check(cls, options: dict[str, str]) -> None:
-        """BadParameter for a value that cannot be."""
+    def __init__(self, options: dict[str, str]) -> None:
+        super().__init__(options)
         address, facility = options.get("syslog-address"), options.get("syslog-facility") or "daemon"
-        match = _TRANSPORT.fullmatch(address or "udp://x")
-        if not match:
+        match = _TRANSPORT.fullmatch(address or "")
+        if address and not match:
             raise BadParameter(f"syslog-address should be in form proto://address, got {address}")
-        if match[1].startswith("unix") and not os.path.exists(match[2]):
-            raise BadParameter(f"stat {match[2]}: no such file or directory")
-        if not match[1].startswith("unix"):
-            host_and_port(match[2], 514)
-        if facility not in cls.FACILITIES and not (facility.isdecimal() and int(facility) < 24):
+        self.protocol, place = match.groups() if match else ("", "")
+        if self.protocol.startswith("unix") and not os.path.exists(place):
+            raise BadParameter(f"stat {place}: no such file or directory")
+        self.target: Any = place if self.protocol.startswith("unix") else host_and_port(place, 514)
+        number = _FACILITIES.index(facility) if facility in _FACILITIES else facility
+        if not str(number).isdecimal() or int(number) > 23:
             raise BadParameter("invalid syslog facility")
-        if options.get("syslog-format", "") not in ("", "rfc3164", "rfc5424", "rfc5424micro"):
+        self.priorities = {STDOUT: int(number) * 8 + 6, STDERR: int(number) * 8 + 3}
+        self.format = options.get("syslog-format", "")
+        if self.format not in ("", "rfc3164", "rfc5424", "rfc5424micro"):
             raise BadParameter("Invalid syslog format")
-
-    def __init__(self, info: LogInfo) -> None:
-        super().__init__(info)
-        facility = info.options.get("syslog-facility") or "daemon"
-        number = self.FACILITIES.index(facility) if facility in self.FACILITIES else int(facility)
-        self.priorities = {STDOUT: number * 8 + 6, STDERR: number * 8 + 3}
-        self.format = info.options.get("syslog-format", "")
-        match = _TRANSPORT.fullmatch(info.options.get("syslog-address") or "")
-        self.protocol, self.address = match.groups() if match else ("", "")
         self.framed = self.protocol == "tcp+tls" and self.format.startswith("rfc5424")
-        self.names = socket.gethostname(), self.tag, os.getpid()
 
     def dial(self) -> Any:
-        """A connected socket."""
+        """A connected socket; DockerError in Docker's words."""
         if not self.protocol:
-            for protocol in ("unixgram", "unix"):
-                for path in ("/dev/log", "/var/run/syslog", "/var/run/log"):
-                    with contextlib.suppress(DockerError):
-                        return dial(protocol, path)
+            for place in itertools.product(("unixgram", "unix"),
+                                           ("/dev/log", "/var/run/syslog", "/var/run/log")):
+                with contextlib.suppress(DockerError):
+                    return dial(*place)
             raise DockerError("Unix syslog delivery error")
-        if self.protocol.startswith("unix"):
-            return dial(self.protocol, self.address)
-        address = host_and_port(self.address, 514)
         if self.protocol != "tcp+tls":
-            return dial(self.protocol, address)
-        context = self._tls()
-        connection = dial("tcp", address)
+            return dial(self.protocol, self.target)
+        context, connection = self._tls(), dial("tcp", self.target)
         try:
-            return context.wrap_socket(connection, server_hostname=address[0])
+            return context.wrap_socket(connection, server_hostname=self.target[0])
         except OSError as error:
             connection.close()
             raise DockerError(f"tls: {error}") from None
@@ -13068,13 +13008,13 @@ class Syslog(LogServer):
     def _tls(self) -> Any:
         import ssl
         authority, certificate, key = (
-            self.info.options.get(f"syslog-tls-{name}") or None for name in ("ca-cert", "cert", "key"))
+            self.options.get(f"syslog-tls-{name}") or None for name in ("ca-cert", "cert", "key"))
         try:
             context = ssl.create_default_context(cafile=authority)
         except OSError as error:
             raise DockerError(f'could not read CA certificate "{authority}": open {authority}: '
                               f"{(error.strerror or str(error)).lower()}") from None
-        if "syslog-tls-skip-verify" in self.info.options:
+        if "syslog-tls-skip-verify" in self.options:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
             if certificate:
@@ -13086,178 +13026,147 @@ class Syslog(LogServer):
 
     def message(self, record: LogRecord, line: bytes) -> bytes:
         """The bytes that tell of one line."""
-        if not line:
-            return b""
-        host, tag, pid = self.names
-        seconds, moment = record.when // 10 ** 9, time.localtime(record.when // 10 ** 9)
+        host, tag, pid = socket.gethostname(), self.tag, os.getpid()
+        moment = time.localtime(record.when // 10 ** 9)
         if self.format.startswith("rfc5424"):
             digits = f".{record.when // 1000 % 10 ** 6:06d}" if self.format.endswith("micro") else ""
-            zone = time.strftime("%z", moment)
-            zone = "Z" if zone == "+0000" else f"{zone[:3]}:{zone[3:]}"
-            head = f"1 {time.strftime('%Y-%m-%dT%H:%M:%S', moment)}{digits}{zone} {host} {tag} {pid} {tag} - "
+            stamp = time.strftime(f"%Y-%m-%dT%H:%M:%S{digits}%z", moment)
+            stamp = f"{stamp[:-2]}:{stamp[-2:]}".replace("+00:00", "Z")
+            head = f"1 {stamp} {host} {tag} {pid} {tag} - "
         else:
-            month = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()[moment.tm_mon - 1]
-            head = f"{month} {moment.tm_mday:2d} {time.strftime('%H:%M:%S', time.localtime(seconds))} " \
-                   f"{host + ' ' if self.format else ''}{tag}[{pid}]: "
+            head = f"{time.asctime(moment)[4:19]} {host + ' ' if self.format else ''}{tag}[{pid}]: "
         text = f"<{self.priorities[record.stream]}>{head}".encode() + line + b"\n"
         return b"%d %b" % (len(text), text) if self.framed else text
+
+
+_GELF_VALUES = {"gelf-compression-level": ("-1", *"0123456789"),
+                "gelf-compression-type": ("gzip", "zlib", "none")}
 
 
 class Gelf(LogServer):
     """GELF 1.1 in UDP datagrams, compressed and in chunks, or over TCP."""
 
-    options = ("gelf-address gelf-compression-level gelf-compression-type gelf-tcp-max-reconnect "
-               "gelf-tcp-reconnect-delay")
     unknown = 'unknown log opt "{}" for {} log driver'
+    empty_lines = False
     CHUNK = 1420                     # bytes of a datagram
 
-    @classmethod
-    def check(cls, options: dict[str, str]) -> None:
-        """BadParameter for a value that cannot be."""
+    def __init__(self, options: dict[str, str]) -> None:
+        super().__init__(options)
         address = options.get("gelf-address")
         match = _TRANSPORT.fullmatch(address or "")
         if not match:
             raise BadParameter(f"gelf-address should be in form proto://address, got {address}" if address
                                else "gelf-address is a required parameter")
-        if match[1] not in ("udp", "tcp"):
+        self.protocol, self.address = match.groups()
+        if self.protocol not in ("udp", "tcp"):
             raise BadParameter("gelf: endpoint needs to be TCP or UDP")
-        if not re.search(r":[^:]*$", match[2]):
+        if not re.search(r":[^:]*$", self.address):
             raise BadParameter("gelf: please provide gelf-address as proto://host:port")
-        host_and_port(match[2])
-        for name in sorted(options):
-            value = options[name]
-            if name.startswith("gelf-compression") and match[1] != "udp":
+        self.target = host_and_port(self.address)
+        for name, value in sorted(options.items()):
+            if name.startswith("gelf-compression") and self.protocol != "udp":
                 raise BadParameter("compression is only supported on UDP")
-            if name == "gelf-compression-level" and value not in ("-1", *"0123456789") or \
-                    name == "gelf-compression-type" and value not in ("gzip", "zlib", "none"):
+            if value not in _GELF_VALUES.get(name, (value,)):
                 raise BadParameter(f'unknown value "{value}" for log opt "{name}" for gelf log driver')
-            if name.startswith("gelf-tcp"):
-                if match[1] != "tcp":
-                    raise BadParameter(f'"{name}" is only valid for TCP')
-                if not value.isdecimal():
-                    raise BadParameter(f'"{name}" must be a positive integer')
+            if name.startswith("gelf-tcp") and self.protocol != "tcp":
+                raise BadParameter(f'"{name}" is only valid for TCP')
+            if name.startswith("gelf-tcp") and not value.isdecimal():
+                raise BadParameter(f'"{name}" must be a positive integer')
 
-    def __init__(self, info: LogInfo) -> None:
-        super().__init__(info)
-        self.protocol, self.address = info.options["gelf-address"].split("://")
-        self.compression = info.options.get("gelf-compression-type", "gzip")
-        self.level = int(info.options.get("gelf-compression-level", 1))
+    def begin(self, info: LogInfo) -> None:
+        """Serve the container of `info`; DockerError for a tag or pattern that is wrong."""
+        super().begin(info)
         extra = {"_command": info.command, "_container_id": info.id, "_container_name": info.name[1:],
                  "_created": info.created, "_image_id": info.image_id, "_image_name": info.image,
                  "_tag": self.tag}
         self.extra = dict(sorted({**extra, **self.attributes}.items()))
-        self.host = socket.gethostname()
 
-    @staticmethod
-    def attribute(name: str) -> str:
+    def attribute(self, name: str) -> str:
         """What a label's or variable's name becomes."""
         return name if name.startswith("_") else "_" + name
 
     def dial(self) -> Any:
-        """A connected socket."""
+        """A connected socket; DockerError in Docker's words."""
         try:
-            return dial(self.protocol, host_and_port(self.address))
+            return dial(self.protocol, self.target)
         except DockerError as error:
             raise DockerError(f"gelf: cannot connect to GELF endpoint: {self.address} {error}") from None
 
     def message(self, record: LogRecord, line: bytes) -> bytes:
         """The bytes that tell of one line."""
-        if not line:
-            return b""
-        fields = {"version": "1.1", "host": self.host,
-                  "short_message": line.decode("utf-8", "surrogateescape"),
-                  "timestamp": record.when // 10 ** 6 / 1000, "level": 3 if record.stream == STDERR else 6}
-        data = docker_json({**fields, **self.extra})
-        if self.protocol == "tcp":
-            return data + b"\0"
-        if self.compression == "none":
-            return data
-        deflate = zlib.compressobj(self.level, wbits=31 if self.compression == "gzip" else 15)
+        data = docker_json({"version": "1.1", "host": socket.gethostname(),
+                            "short_message": line.decode("utf-8", "surrogateescape"),
+                            "timestamp": record.when // 10 ** 6 / 1000,
+                            "level": 3 if record.stream == STDERR else 6, **self.extra})
+        compression = self.options.get("gelf-compression-type", "gzip")
+        if self.protocol == "tcp" or compression == "none":
+            return data + b"\0" if self.protocol == "tcp" else data
+        level = int(self.options.get("gelf-compression-level", 1))
+        deflate = zlib.compressobj(level, wbits=31 if compression == "gzip" else 15)
         return deflate.compress(data) + deflate.flush()
 
     def send(self, message: bytes) -> None:
         """Send what message() made; OSError."""
         size = self.CHUNK - 12
-        count = -(-len(message) // size)
+        parts = [message[begin:begin + size] for begin in range(0, len(message), size)]
         if self.protocol == "tcp" or len(message) <= self.CHUNK:
             self.socket.sendall(message)
-        elif count <= 128:
-            identity = b"\x1e\x0f" + secrets.token_bytes(8)
-            for number in range(count):
-                part = message[number * size:(number + 1) * size]
-                self.socket.send(identity + bytes((number, count)) + part)
-        else:
+        elif len(parts) > 128:
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        else:
+            identity = b"\x1e\x0f" + secrets.token_bytes(8)
+            for number, part in enumerate(parts):
+                self.socket.send(identity + bytes((number, len(parts))) + part)
 
 
 def _msgpack(value: Any) -> bytes:
-    """A str, bytes (as a string), an int below 2^63, or a dict or list of these, in MessagePack."""
+    """A str, bytes (as a string), an int below 2^63, or a dict of these, in MessagePack."""
     if isinstance(value, int):
         return b"\xd2" + struct.pack(">i", value) if value < 1 << 31 else b"\xd3" + struct.pack(">q", value)
-    if isinstance(value, (str, bytes)):
-        data, kinds = value if isinstance(value, bytes) else value.encode("utf-8", "replace"), (0xA0, 32)
+    if isinstance(value, dict):
+        data = b"".join(_msgpack(part) for pair in value.items() for part in pair)
+        count, short, limit, long = len(value), 0x80, 16, 0xDF
     else:
-        items = value if isinstance(value, list) else [part for pair in value.items() for part in pair]
-        data, kinds = b"".join(map(_msgpack, items)), (0x90 if isinstance(value, list) else 0x80, 16)
-    count, (short, limit) = len(data if isinstance(value, (str, bytes)) else value), kinds
-    if count < limit:
-        return bytes((short | count,)) + data
-    wide, long = {0xA0: (0xDA, 0xDB), 0x90: (0xDC, 0xDD), 0x80: (0xDE, 0xDF)}[short]
-    if short == 0xA0 and count < 256:
-        return bytes((0xD9, count)) + data
-    return (struct.pack(">BH", wide, count) if count < 1 << 16 else struct.pack(">BI", long, count)) + data
+        data = value if isinstance(value, bytes) else value.encode("utf-8", "replace")
+        count, short, limit, long = len(data), 0xA0, 32, 0xDB
+    return (bytes((short | count,)) if count < limit else struct.pack(">BI", long, count)) + data
+
+
+_FLUENTD_OPTIONS: tuple[tuple[str, Callable[[str], Any], Any], ...] = (  # (name, parser, default)
+    ("buffer-limit", parse_size, SENDER_LIMIT), ("retry-wait", parse_duration, 1.0),
+    ("async", parse_bool, False), ("async-connect", parse_bool, False), ("request-ack", parse_bool, False),
+    ("sub-second-precision", parse_bool, False))
 
 
 class Fluentd(LogServer):
     """Fluentd's forward protocol, message mode."""
 
-    options = ("fluentd-address fluentd-async fluentd-async-connect fluentd-buffer-limit fluentd-max-retries "
-               "fluentd-request-ack fluentd-retry-wait fluentd-sub-second-precision")
-    PARSERS: dict[str, Callable[[str], Any]] = {
-        "fluentd-buffer-limit": parse_size, "fluentd-retry-wait": parse_duration, "fluentd-async": parse_bool,
-        "fluentd-async-connect": parse_bool, "fluentd-request-ack": parse_bool,
-        "fluentd-sub-second-precision": parse_bool}
-
-    @classmethod
-    def check(cls, options: dict[str, str]) -> None:
-        """BadParameter for a value that cannot be."""
-        cls._target(options.get("fluentd-address") or "")
-        for name, parse in cls.PARSERS.items():
-            if options.get(name):
-                parse(options[name])
-        retries = options.get("fluentd-max-retries") or "0"
+    def __init__(self, options: dict[str, str]) -> None:
+        super().__init__(options)
+        given = {name[8:]: value for name, value in options.items() if name[:8] == "fluentd-" and value}
+        address = given.get("address", "")
+        match = _TRANSPORT.fullmatch(address)
+        protocol, place = match.groups() if match else ("tcp", address)
+        try:
+            self.target: Any = protocol, place
+            if not protocol.startswith("unix"):
+                host, port = host_and_port(place, 24224)
+                self.target = protocol, (host or "127.0.0.1", port)
+        except BadParameter as error:
+            raise BadParameter(f"invalid fluentd-address {address}: {error}") from None
+        self.limit, self.retry_wait, asynchronous, later, self.acknowledged, self.precise = (
+            parse(given[name]) if name in given else default for name, parse, default in _FLUENTD_OPTIONS)
+        self.asynchronous = asynchronous or later
+        retries = given.get("max-retries", str(self.retries))
         if not retries.isdecimal():
             raise BadParameter(f'strconv.ParseUint: parsing "{retries}": invalid syntax')
-        if options.get("fluentd-async") and options.get("fluentd-async-connect"):
+        self.retries = int(retries)
+        if "async" in given and "async-connect" in given:
             raise BadParameter("conflicting options: cannot specify both 'fluentd-async' and "
                                "'fluentd-async-connect")
 
-    @staticmethod
-    def _target(address: str) -> tuple[str, Any]:
-        """(protocol, what to dial)."""
-        match = _TRANSPORT.fullmatch(address)
-        if match and match[1].startswith("unix"):
-            return match[1], match[2]
-        try:
-            host, port = host_and_port(match[2] if match else address, 24224)
-        except BadParameter as error:
-            raise BadParameter(f"invalid fluentd-address {address}: {error}") from None
-        return match[1] if match else "tcp", (host or "127.0.0.1", port)
-
-    def __init__(self, info: LogInfo) -> None:
-        super().__init__(info)
-        options = info.options
-        values = {name: parse(options[name]) for name, parse in self.PARSERS.items() if options.get(name)}
-        self.target = self._target(options.get("fluentd-address") or "")
-        self.asynchronous = bool(values.get("fluentd-async") or values.get("fluentd-async-connect"))
-        self.acknowledged = bool(values.get("fluentd-request-ack"))
-        self.precise = bool(values.get("fluentd-sub-second-precision"))
-        self.limit = values.get("fluentd-buffer-limit", SENDER_LIMIT)
-        self.retry_wait = values.get("fluentd-retry-wait", 1.0)
-        self.retries = int(options.get("fluentd-max-retries") or 1 << 31)
-
     def dial(self) -> Any:
-        """A connected socket."""
+        """A connected socket; DockerError in Docker's words."""
         return dial(*self.target)
 
     def message(self, record: LogRecord, line: bytes) -> bytes:
@@ -13287,16 +13196,14 @@ class Fluentd(LogServer):
 class Journald(LogServer):
     """systemd's journal by its native protocol; what is too long for a datagram goes as a sealed memfd."""
 
-    SOCKET = "/run/systemd/journal/socket"
-
-    def __init__(self, info: LogInfo) -> None:
-        super().__init__(info)
+    def begin(self, info: LogInfo) -> None:
+        """Serve the container of `info`; DockerError for a tag or pattern that is wrong."""
+        super().begin(info)
         fields = {"CONTAINER_ID": info.id[:12], "CONTAINER_ID_FULL": info.id, "CONTAINER_NAME": info.name[1:],
                   "CONTAINER_TAG": self.tag, "IMAGE_NAME": info.image, "SYSLOG_IDENTIFIER": self.tag}
         self.fields = self._encode({**fields, **self.attributes})
 
-    @staticmethod
-    def attribute(name: str) -> str:
+    def attribute(self, name: str) -> str:
         """What a label's or variable's name becomes: upper case, digits and '_', which is not the first."""
         return re.sub(r"[^A-Z0-9]", "_", re.sub(r"[a-z]", lambda match: match[0].upper(), name)).lstrip("_")
 
@@ -13310,9 +13217,9 @@ class Journald(LogServer):
         return data
 
     def dial(self) -> Any:
-        """A connected socket."""
+        """A connected socket; DockerError in Docker's words."""
         try:
-            return dial("unixgram", self.SOCKET)
+            return dial("unixgram", "/run/systemd/journal/socket")
         except DockerError:
             raise DockerError("journald is not enabled on this host") from None
 
@@ -13323,8 +13230,7 @@ class Journald(LogServer):
             identity, ordinal, last = record.partial
             fields.update(CONTAINER_PARTIAL_ID=identity, CONTAINER_PARTIAL_ORDINAL=ordinal,
                           CONTAINER_PARTIAL_LAST=str(last).lower())
-            if not last:
-                fields["CONTAINER_PARTIAL_MESSAGE"] = "true"
+            fields.update({} if last else {"CONTAINER_PARTIAL_MESSAGE": "true"})
         return self._encode(fields) + self.fields
 
     def send(self, message: bytes) -> None:
@@ -13334,14 +13240,12 @@ class Journald(LogServer):
         except OSError as error:
             if error.errno not in (errno.EMSGSIZE, errno.ENOBUFS):
                 raise
-            fd = os.memfd_create("journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            try:
-                write_all(fd, message)
-                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK
+            with open(os.memfd_create("journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "wb", 0) as file:
+                write_all(file.fileno(), message)
+                fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK
                             | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
-                self.socket.sendmsg([b""], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))])
-            finally:
-                os.close(fd)
+                fds = struct.pack("i", file.fileno())
+                self.socket.sendmsg([b""], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
 
 
 class Sender:
@@ -13394,8 +13298,9 @@ class Sender:
                 if not self._queue:
                     break
                 record = self._queue[0]
-            messages = (self.server.message(record, line) for line in record.lines())
-            if not all(self._deliver(message) for message in messages if message) and self._closing:
+            messages = (self.server.message(record, line) for line in record.lines()
+                        if line or self.server.empty_lines)
+            if not all(map(self._deliver, messages)) and self._closing:
                 break  # the rest would wait for the same lost server
             with self._condition:
                 self._queue.popleft()
@@ -13441,18 +13346,19 @@ class RemoteLog:
 
     def open(self, info: LogInfo, connect: bool = True) -> None:
         """Begin to send; DockerError when the server is not there, unless it may come later."""
-        server = self._server(info)
+        server, options = self._server(info.options), info.options
+        server.begin(info)
         if connect and not server.asynchronous:
             server.connect()
         try:
             if self.file is not None:
-                cached = {name[6:]: info.options[name] for name in info.options if name.startswith("cache-")}
+                cached = {name[6:]: options[name] for name in options if name.startswith("cache-")}
                 self.file.open(info._replace(options=cached))
         except BaseException:
             server.close()
             raise
-        limit = parse_size(info.options.get("max-buffer-size") or str(server.limit))
-        blocking = info.options.get("mode") != "non-blocking" and not server.asynchronous
+        limit = parse_size(options.get("max-buffer-size") or str(server.limit))
+        blocking = options.get("mode") != "non-blocking" and not server.asynchronous
         self._sender = Sender(server, blocking, limit, lambda: self.drained())
 
     def position(self) -> str:
@@ -13473,17 +13379,33 @@ class RemoteLog:
 
     def close(self) -> None:
         """No more is written."""
-        if self._sender is not None:
-            self._sender.close()
-            self._sender = None
-        if self.file is not None:
-            self.file.close()
+        sender, self._sender = self._sender, None
+        for part in (sender, self.file):
+            if part is not None:
+                part.close()
+
+
+# What --log-opt may name: with each driver but none, and beside these the driver's own
+_COMMON_LOG_OPTIONS = ("mode", "max-buffer-size", "cache-compress", "cache-disabled", "cache-max-file",
+                       "cache-max-size")
+_LOG_OPTIONS = {
+    "fluentd": ("env env-regex labels labels-regex tag fluentd-address fluentd-async fluentd-async-connect "
+                "fluentd-buffer-limit fluentd-max-retries fluentd-request-ack fluentd-retry-wait "
+                "fluentd-sub-second-precision"),
+    "gelf": ("env env-regex labels labels-regex tag gelf-address gelf-compression-level "
+             "gelf-compression-type gelf-tcp-max-reconnect gelf-tcp-reconnect-delay"),
+    "journald": "env env-regex labels labels-regex tag",
+    "json-file": "env env-regex labels labels-regex tag compress max-file max-size",
+    "local": "compress max-file max-size",
+    "none": "",
+    "syslog": ("env env-regex labels labels-regex tag syslog-address syslog-facility syslog-format "
+               "syslog-tls-ca-cert syslog-tls-cert syslog-tls-key syslog-tls-skip-verify"),
+}
+LOG_DRIVERS = tuple(_LOG_OPTIONS)
 
 
 LOG_SERVERS: dict[str, type[LogServer]] = {
     "fluentd": Fluentd, "gelf": Gelf, "journald": Journald, "syslog": Syslog}
-LOG_DRIVERS = ("fluentd", "gelf", "journald", "json-file", "local", "none", "syslog")
-_CACHE_OPTIONS = ("cache-compress", "cache-disabled", "cache-max-file", "cache-max-size")
 
 
 def check_log_options(kind: str, options: dict[str, str]) -> None:
@@ -13504,18 +13426,12 @@ def check_log_options(kind: str, options: dict[str, str]) -> None:
     _cache_disabled(options)
     if kind not in LOG_DRIVERS:
         raise BadParameter(f"logger: no log driver named '{kind}' is registered")
-    own = {name: value for name, value in options.items()
-           if name not in ("mode", "max-buffer-size", *_CACHE_OPTIONS)}
-    server = LOG_SERVERS.get(kind)
-    known = ("" if kind == "local" else "env env-regex labels labels-regex tag ") + (
-        server.options if server else "compress max-file max-size")
-    for name in own:
-        if name not in known.split():
-            text = "unknown log opt '{}' for log driver {}" if kind == "local" else LogServer.unknown
-            text = server.unknown if server else text
-            raise BadParameter(text.format(name, kind))
-    if server:
-        server.check(own)
+    server = LOG_SERVERS.get(kind, LogServer)
+    unknown = "unknown log opt '{}' for log driver {}" if kind == "local" else server.unknown
+    for name in options:
+        if name not in (*_COMMON_LOG_OPTIONS, *_LOG_OPTIONS[kind].split()):
+            raise BadParameter(unknown.format(name, kind))
+    server(options)
 
 
 def _cache_disabled(options: dict[str, str]) -> bool:
@@ -13576,7 +13492,7 @@ class Subscriber:
 
     def wake(self) -> None:
         """Make fileno() readable."""
-        with contextlib.suppress(BlockingIOError, OSError):
+        with contextlib.suppress(OSError):
             os.write(self._writer, b"x")
 
     def offer(self, stream: int, data: bytes) -> bool:
@@ -13711,7 +13627,7 @@ class Streams:
         self.stdin, self._notes = ours.get("stdin", -1), ours.get("notes", -1)
         self._open = dict(outputs)
         if self.driver is not None:
-            self._read_notes()
+            self._read_notes(self.driver.position())
         for stream, fd in outputs.items():
             self.pump.add(fd, functools.partial(self._feed, stream))
         with self.lock:
@@ -13729,27 +13645,23 @@ class Streams:
                 fds = {"console": fds.get("stdout", -1), "notes": self._notes}
             return {name: os.dup(fd) for name, fd in fds.items() if fd >= 0}
 
-    def _note_partial(self) -> None:
+    def _note_partial(self, position: str) -> None:
         """Write down what the cutters keep, and where the log then ended: a later daemon goes on with it,
         unless more was written between this note and the kill."""
-        assert self.driver is not None
         kept = [(cutter.stream, cutter.rest.decode("latin-1"), cutter.when, cutter.partial)
                 for cutter in self.cutters.values() if cutter.rest or cutter.partial]
         if self._notes >= 0 and (kept or self._noted):
-            data = json.dumps([self.driver.position(), kept]).encode()
+            data = json.dumps([position, kept]).encode()
             os.pwrite(self._notes, struct.pack("=II", zlib.crc32(data), len(data)) + data, 0)
             self._noted = bool(kept)
 
-    def _read_notes(self) -> None:
-        assert self.driver is not None
+    def _read_notes(self, end: str) -> None:
         self.cutters = {stream: LineCutter(stream) for stream in STREAM_NAMES}
         data = os.pread(self._notes, 1 << 20, 0) if self._notes >= 0 else b""
-        if len(data) < 8:
-            return
-        checksum, size = struct.unpack_from("=II", data)
+        checksum, size = struct.unpack_from("=II", data.ljust(8, b"\0"))
         data = data[8:8 + size]
-        position, kept = json.loads(data) if zlib.crc32(data) == checksum else ("", [])
-        if position == self.driver.position():
+        position, kept = json.loads(data) if data and zlib.crc32(data) == checksum else ("", [])
+        if position == end:
             self._noted = bool(kept)
             for stream, rest, when, partial in kept:
                 cutter = self.cutters[stream]
@@ -13769,26 +13681,27 @@ class Streams:
             if self.driver is not None:
                 for record in self.cutters[stream].feed(data):
                     self.driver.write(record)
-                self._note_partial()
+                self._note_partial(self.driver.position())
             if not data:
                 self._open.pop(stream, None)
-            elif sum(subscriber.offer(stream, data) for subscriber in self.subscribers) or self._log_full():
+            elif sum(subscriber.offer(stream, data) for subscriber in self.subscribers) or self._log_full:
                 self._paused.add(self._open[stream])
-                self.pump.pause(self._open[stream])
+                self.pump.watch(self._open[stream], False)
             last = not self._open
         if last:
             self._finish()
 
+    @property
     def _log_full(self) -> bool:
         return self.driver is not None and self.driver.full
 
     def drained(self) -> None:
         """A client or the log has room again, or has gone: go on reading, unless another is full."""
         with self.lock:
-            if self._paused and not self._log_full() and (self.spool or not any(
+            if self._paused and not self._log_full and (self.spool or not any(
                     subscriber.full for subscriber in self.subscribers)):
                 for fd in self._paused:
-                    self.pump.resume(fd)
+                    self.pump.watch(fd, True)
                 self._paused.clear()
 
     def _finish(self) -> None:
