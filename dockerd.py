@@ -202,6 +202,7 @@ IFLA_LINKINFO = 18
 IFLA_MASTER = 10
 IFLA_MTU = 4
 IFLA_NET_NS_FD = 28
+IFLA_VLAN_ID = 1
 NETLINK_CAP_ACK = 10
 NETLINK_EXT_ACK = 11
 NETLINK_NETFILTER = 12
@@ -10133,10 +10134,12 @@ RESOLVER_ADDRESS = "127.0.0.11"
 
 def hosts_text(host_config: dict[str, Any], lines: Iterable[str] = (), gateways: Iterable[str] = ()) -> str:
     """The container's /etc/hosts: the host's own in its network, else the standard names; then --add-host
-    (`gateways` is what host-gateway stands for), and `lines`."""
+    (`gateways` is what host-gateway stands for), and `lines`.  BadParameter where it stands for nothing."""
     text = read_text("/etc/hosts") if host_config["NetworkMode"] == "host" else HOSTS_HEAD
     for entry in host_config.get("ExtraHosts") or []:
         name, _, address = entry.partition(":")
+        if address == "host-gateway" and not gateways:
+            raise BadParameter("unable to derive the IP value for host-gateway")
         for value in gateways if address == "host-gateway" else (address.strip("[]"),):
             text += f"{value}\t{name}\n"
     return text + "".join(line + "\n" for line in lines)
@@ -10773,30 +10776,62 @@ def choose_firewall(config: Any, forwarding: bool) -> Firewall:
 
 
 class ProxyClient(HelperClient):
-    """The connection to the proxy, which is started when the first port needs it."""
+    """The connection to the proxy, which is started when the first port needs it, and again when it was
+    killed."""
 
     role = "proxy"
 
     def __init__(self, exec_root: str) -> None:
         super().__init__(os.path.join(exec_root, "proxy.sock"))
         self.exec_root = exec_root
+        self.ports: dict[str, PortRule] = {}   # what it is to serve
+        self.served: set[str] = set()          # what it has sockets of
         self._opening = threading.Lock()
+        self._closing = False
 
-    def publish(self, key: str, rule: PortRule, listener: Optional[socket.socket]) -> None:
-        """Serve the bound socket as the rule says; without one, the port `key` that it has gets a new
-        target."""
+    def publish(self, key: str, rule: PortRule, listener: Optional[socket.socket] = None) -> None:
+        """Serve the bound socket as the rule says; without one, that which the proxy has by `key`, or a new
+        one."""
         with self._opening:
-            if not self.connected and not self.connect():
-                self.spawn(shim_bytecode(self.exec_root))
-        place = {"target": str(rule.target), "target_port": rule.target_port}
-        self.call("publish", {} if listener is None else {"listener": listener.fileno()}, key=key,
-                  place=place)
-        if listener is not None:
-            listener.close()
+            if not self.connected:
+                if not self.connect():
+                    self.spawn(shim_bytecode(self.exec_root))
+                self.served = set(self.keys())
+        self.ports[key] = rule
+        bound = [listener] if listener else [] if key in self.served else _bind_all(
+            rule.protocol, [rule.host], rule.port)
+        if bound or key in self.served:  # the kernel may not have the protocol
+            place = {"target": str(rule.target), "target_port": rule.target_port}
+            self.call("publish", {"listener": bound[0].fileno()} if bound else {}, key=key, place=place)
+            self.served.add(key)
+        for each in bound:
+            each.close()
 
     def unpublish(self, key: str) -> None:
         """Stop to serve the port."""
+        self.ports.pop(key, None)
+        self.served.discard(key)
         self.post("unpublish", key=key)
+
+    def forget_strangers(self) -> None:
+        """Take back what an earlier daemon's containers have left; all that run have published theirs."""
+        with contextlib.suppress(DockerError):
+            if self.connected or self.connect():
+                for key in set(self.keys()) - self.ports.keys():
+                    self.unpublish(key)
+
+    def _gone(self) -> None:
+        """It was killed: another one serves its ports."""
+        for key, rule in [] if self._closing else list(self.ports.items()):
+            try:
+                self.publish(key, rule)
+            except (OSError, DockerError) as error:
+                log.error("the port %d/%s is not published any more: %s", rule.port, rule.protocol, error)
+
+    def close(self) -> None:
+        """Let it go; with ports it serves on."""
+        self._closing = True
+        super().close()
 
 
 # The resolver of user networks
@@ -11155,6 +11190,7 @@ class Network:
         self.options: dict[str, str] = record["Options"]
         self.internal: bool = record["Internal"]
         self.lock = threading.Lock()
+        self.removed = False
         self.pools = [AddressPool(settings) for settings in record["IPAM"]["Config"] or []]
         self.endpoints: dict[str,
                              tuple[str, str, Endpoint]] = {}  # by id: container's id, its name, the endpoint
@@ -11178,6 +11214,11 @@ class Network:
     def parent(self) -> str:
         """The host's link below a macvlan or ipvlan network; without one, a dummy of its own."""
         return self.options.get("parent") or "dm-" + self.id[:12]
+
+    @property
+    def own_link(self) -> str:
+        """The link that comes and goes with it: a bridge, a dummy or a VLAN; "" where it was there before."""
+        return str(self.record.get("OwnLink", ""))
 
     @property
     def mtu(self) -> int:
@@ -11207,7 +11248,7 @@ class Network:
                                      "MacAddress": endpoint.settings["MacAddress"],
                                      "IPv4Address": by_version.get(4, ""), "IPv6Address": by_version.get(6,
                                                                                                          "")}
-        shown = {key: value for key, value in self.record.items() if key != "Automatic"}
+        shown = {key: value for key, value in self.record.items() if key not in ("Automatic", "OwnLink")}
         return {**shown, "Containers": listed}
 
     def all_endpoints(self) -> list[Endpoint]:
@@ -11225,6 +11266,8 @@ class Network:
         taken: list[IPInterface] = []
         with self.lock, contextlib.ExitStack() as undo:
             undo.callback(lambda: self._give_back(taken, ""))
+            if self.removed:
+                raise NotFound(f"network {self.name} not found")
             for version in (4, 6):
                 pools = [pool for pool in self.pools if pool.subnet.version == version]
                 address = next((one for one in asked if one.version == version), None)
@@ -11420,6 +11463,13 @@ class Sandbox:
                 {"HostIp": str(host), "HostPort": str(published.port)} for host in published.hosts)
         return listed
 
+    def rename(self, name: str) -> None:
+        """Its container has got another name."""
+        self.name = name
+        for endpoint in self.endpoints.values():
+            with endpoint.network.lock:
+                endpoint.network.endpoints[endpoint.id] = self.key, name, endpoint
+
     # The namespace
 
     def enter(self, pid: int, servers: list[str], from_host: bool) -> None:
@@ -11608,10 +11658,14 @@ class Networks:
             self.table[record["Id"]] = Network(record)
         self.firewall = choose_firewall(self.config, self._enable_forwarding(4))
         self._load_predefined()
-        bridges = [network for network in self.table.values() if network.driver == "bridge"]
-        for network in bridges:
-            self._make_bridge(network)
-        self.firewall.change([rule for network in bridges for rule in network.rules()])
+        for network in self.table.values():
+            try:
+                self._make_links(network)
+            except OSError as error:
+                if not network.is_user_defined:
+                    raise
+                log.error("the network %s cannot be used: %s", network.name, error)
+        self.firewall.change([rule for network in self.table.values() for rule in network.rules()])
         self.save()
 
     def save(self) -> None:
@@ -11663,19 +11717,17 @@ class Networks:
             for each, pool in zip(settings, network.pools):
                 each.setdefault("Gateway", str(pool.gateway))
             self._check_links(network)
-            with contextlib.ExitStack() as undo:
-                if driver == "bridge":
-                    undo.callback(self._remove_link, network.bridge)
-                    self._make_bridge(network)
-                    undo.callback(self.firewall.change, (), network.rules())
-                    self.firewall.change(network.rules())
-                elif not network.options.get("parent"):
-                    undo.callback(self._remove_link, network.parent)
-                    netlink_batch([link_message(network.parent, "dummy")])
+            try:  # the record first: what a crash leaves is a whole network, found at the next start
                 self.table[network.id] = network
-                undo.callback(self.table.pop, network.id)
                 self.save()
-                undo.pop_all()
+                self._make_links(network)
+                self.firewall.change(network.rules())
+            except BaseException as error:
+                self._take_down(network)
+                if isinstance(error, OSError):
+                    raise DockerError(f"cannot make the links of the {driver} network {name}: "
+                                      f"{error.strerror or error}") from None
+                raise
         return network
 
     def remove(self, network: Network) -> None:
@@ -11690,16 +11742,18 @@ class Networks:
                     raise Forbidden(f"error while removing network: network {network.name} has active "
                                     "endpoints "
                                     f"({listed})")
-                self.table.pop(network.id, None)
-            self.save()
-            self.firewall.change((), network.rules())
-            if network.driver == "bridge" or not network.options.get("parent"):
-                self._remove_link(network.bridge if network.driver == "bridge" else network.parent)
+                network.removed = True
+            self._take_down(network)
 
-    @staticmethod
-    def _remove_link(name: str) -> None:
-        with contextlib.suppress(OSError):
-            netlink_batch([link_change(socket.if_nametoindex(name), kind=RTM_DELLINK)])
+    def _take_down(self, network: Network) -> None:
+        """Its rules and links, however far they had come, and last its record."""
+        with contextlib.suppress(DockerError):
+            self.firewall.change((), network.rules())
+        if network.own_link:
+            with contextlib.suppress(OSError):
+                netlink_batch([link_change(socket.if_nametoindex(network.own_link), kind=RTM_DELLINK)])
+        self.table.pop(network.id, None)
+        self.save()
 
     def _free_subnet(self, version: int) -> IPNetwork:
         used = used_networks() + [pool.subnet for network in self.table.values() for pool in network.pools]
@@ -11722,22 +11776,26 @@ class Networks:
             known.append(subnet)
 
     def _check_links(self, network: Network) -> None:
-        """A bridge's name is nobody else's, and a macvlan's parent is there."""
-        if network.driver == "bridge":
-            if len(network.bridge) > 15 or "/" in network.bridge:
-                raise BadParameter(f"invalid bridge name {network.bridge}")
-            if any(other.driver == "bridge" and other.bridge == network.bridge
-                   for other in self.table.values()):
-                raise Forbidden(f"networks have same bridge name: {network.bridge}")
+        """A bridge's name is nobody else's, and a macvlan's parent is there or can be made."""
+        driver, name = network.driver, network.bridge if network.driver == "bridge" else network.parent
+        there = list_links().get(name)
+        if there is None:
+            network.record["OwnLink"] = name
+        if driver == "bridge":
+            if len(name) > 15 or "/" in name:
+                raise BadParameter(f"invalid bridge name {name}")
+            if any(other.driver == driver and other.bridge == name for other in self.table.values()):
+                raise Forbidden(f"networks have same bridge name: {name}")
+            if there and there.kind != "bridge":
+                raise Forbidden(f"existing interface {name} is not a bridge")
         else:
-            mode = network.options.get(f"{network.driver}_mode", "")
-            if mode not in LINK_MODES[network.driver]:
-                raise BadParameter(f"requested {network.driver} mode '{mode}' is not valid, "
-                                   f"'{'bridge' if network.driver == 'macvlan' else 'l2'}' mode is the "
-                                   "default")
-            if network.options.get("parent") and not link_exists(network.parent):
-                raise BadParameter(f"invalid subinterface vlan name {network.parent}, the host has no such "
-                                   "link")
+            mode, (base, _, number) = network.options.get(f"{driver}_mode", ""), name.rpartition(".")
+            if mode not in LINK_MODES[driver]:
+                raise BadParameter(f"requested {driver} mode '{mode}' is not valid, "
+                                   f"'{'bridge' if driver == 'macvlan' else 'l2'}' mode is the default")
+            if not there and network.options.get("parent") and not (
+                    link_exists(base) and number.isdecimal() and 0 < int(number) < 4095):
+                raise BadParameter(f"invalid subinterface vlan name {name}, example formatting is eth0.10")
 
     # The host's side
 
@@ -11755,8 +11813,20 @@ class Networks:
                     path)
         return False
 
+    def _make_links(self, network: Network) -> None:
+        """The network's bridge with its addresses, or the link below macvlan and ipvlan, where missing."""
+        if network.driver == "bridge":
+            self._make_bridge(network)
+        elif network.own_link and not link_exists(network.own_link):
+            base, _, number = network.own_link.rpartition(".")
+            if base:
+                vlan = attribute(IFLA_VLAN_ID, struct.pack("=H", int(number)))
+                below = attribute(IFLA_LINK, socket.if_nametoindex(base))
+                netlink_batch([link_message(network.own_link, "vlan", below, data=vlan)])
+            else:
+                netlink_batch([link_message(network.own_link, "dummy")])
+
     def _make_bridge(self, network: Network) -> None:
-        """The bridge with its addresses, made where it is missing."""
         name = network.bridge
         if not link_exists(name):
             mac = attribute(IFLA_ADDRESS, b"\x02\x42" + secrets.token_bytes(4))
@@ -12187,7 +12257,7 @@ class Proxy(HelperProcess):
     def op_publish(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
         """Serve the bound socket `listener` as the port `key`; one that is known gets a new target."""
         key, place = request["key"], request["place"]
-        if key in self.ports:
+        if key in self.ports and not fds:
             self.ports[key].place = place
             self.ports[key].target = (place["target"], place["target_port"])
         else:
@@ -14230,9 +14300,8 @@ def _check_host_config(host: dict[str, Any]) -> None:
         name, colon, address = entry.partition(":")
         if not (name and colon):
             raise BadParameter(f"bad format for add-host: {go_quote(entry)}")
-        if address == "host-gateway":
-            raise BadParameter("unable to derive the IP value for host-gateway")
-        parse_ip(address or "?")
+        if address != "host-gateway":
+            parse_ip(address or "?")
     for address in host["Dns"] or []:
         parse_ip(address or "?")
     check_log_options(host["LogConfig"]["Type"], host["LogConfig"]["Config"])
@@ -14798,13 +14867,25 @@ class Container:
     def _join(self, network: Network, settings: dict[str, Any]) -> Endpoint:
         """Take a place on the network under the container's names."""
         assert self.sandbox is not None
-        names = [self.name, *(settings["Aliases"] or []), self.id[:12], self.config["Hostname"]]
-        settings["DNSNames"] = list(dict.fromkeys(filter(None, names))) if network.is_user_defined else None
+        settings["DNSNames"] = self._dns_names(settings) if network.is_user_defined else None
         for link in settings["Links"] or []:
             target, _, alias = link.partition(":")
             self.sandbox.aliases[(alias or target).lower()] = target.lower()
         check_endpoint(network, settings)
         return self.sandbox.join(network, settings)
+
+    def _dns_names(self, settings: dict[str, Any]) -> list[str]:
+        names = [self.name, *(settings["Aliases"] or []), self.id[:12], self.config["Hostname"]]
+        return list(dict.fromkeys(filter(None, names)))
+
+    def take_name(self, name: str) -> None:
+        """Be called `name` (with its slash) from now on, by the resolver too."""
+        self.record["Name"] = name
+        for settings in self.record["NetworkSettings"]["Networks"].values():
+            if settings["DNSNames"]:
+                settings["DNSNames"] = self._dns_names(settings)
+        if self.sandbox is not None:
+            self.sandbox.rename(self.name)
 
     def _port_bindings(self) -> dict[str, list[dict[str, str]]]:
         """The ports to publish: those asked for, with -P also those exposed."""
@@ -14856,8 +14937,9 @@ class Container:
         another's network has the other's."""
         if self.host_config["NetworkMode"].startswith("container:"):
             other = self.parts.find(self.host_config["NetworkMode"].partition(":")[2])
-            self.record.update({key: other.record[key] for key in ("HostnamePath", "HostsPath",
-                                                                   "ResolvConfPath")})
+            self.record.update({key: other.record[key]
+                                for key in ("HostnamePath", "HostsPath", "ResolvConfPath")})
+            self.config.update({key: other.config[key] for key in ("Hostname", "Domainname")})
             return
         lines = self._own_lines() + self._link_lines
         gateways = self.parts.networks.gateway_addresses()
@@ -16842,11 +16924,11 @@ class ContainerTable:
                 self.reserve("/" + name, container.id)
             except (BadParameter, Conflict) as error:
                 raise type(error)(f"Error when allocating new name: {error}") from None
-            container.record["Name"] = "/" + name
+            container.take_name("/" + name)
             try:
                 container.save(needed=True)
             except OSError:
-                container.record["Name"] = "/" + old
+                container.take_name("/" + old)
                 self.release(name)
                 raise
             self.release(old)
@@ -17364,7 +17446,7 @@ class SystemJobs:
                 "DriverStatus": daemon.layers.driver.status(),
                 "Plugins": {
                     "Volume": ["local"],
-                    "Network": ["host", "null"],
+                    "Network": list(NETWORK_DRIVERS),
                     "Authorization": None,
                     "Log": [name for name in LOG_DRIVERS if name != "none"],
                 },
@@ -17412,6 +17494,7 @@ class SystemJobs:
                 "InitCommit": {"ID": ""},
                 "SecurityOptions": daemon.security_options,
                 "CDISpecDirs": list(cdi_directories),
+                "FirewallBackend": {"Driver": daemon.networks.firewall.name},
                 "DiscoveredDevices": [{"Source": "cdi", "ID": name} for name in cdi_devices(cdi_directories)],
                 "Warnings": daemon.cgroups.warnings() + (
                     [] if forwards else ["WARNING: IPv4 forwarding is disabled"]),
@@ -17672,6 +17755,7 @@ class Daemon:
             self.containers.all,
         )
         self._load_containers()
+        self.networks.proxy.forget_strangers()
         self.driver.open()
         self._start_wanted()
         engine.on_shutdown(self.shutdown)
@@ -20159,8 +20243,14 @@ def main(argv: Optional[list[str]] = None, code: Optional[types.CodeType] = None
     return serve(config, code)
 
 
-def reload_configuration(config: Config) -> None:
-    """SIGHUP: take over what daemon.json says by now of the options that can change; a bad one is refused."""
+def reload_configuration(config: Config, engine: Engine) -> None:
+    """SIGHUP: take over what daemon.json says by now of the options that can change, a bad one is refused;
+    and write the firewall's rules anew, which somebody may have flushed."""
+    if "networks" in engine.variables:
+        try:
+            engine.variables["networks"].firewall.rebuild()
+        except (OSError, DockerError) as error:
+            log.error("the firewall's rules are not written anew: %s", error)
     try:
         changes = changed_options(config)
     except DockerError as error:
@@ -20214,7 +20304,7 @@ def serve(config: Config, code: Optional[types.CodeType] = None) -> int:
             with contextlib.suppress(OSError):
                 os.unlink(pidfile)
 
-    SignalTrap(clean_up, functools.partial(reload_configuration, config)).install()
+    SignalTrap(clean_up, functools.partial(reload_configuration, config, engine)).install()
     start_watchdog()
     register_builtins(engine)
     threading.Thread(target=load_daemon, args=(config, engine), name="load", daemon=True).start()

@@ -7785,6 +7785,53 @@ def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
         networked.close()
 
 
+def test_networks_heal(busybox: bytes) -> None:
+    """A proxy that is killed is followed by another; flushed rules come back at a reload; names follow a
+    rename; and what a container's end leaves while there is no daemon goes at its start."""
+    networked = Networked("--live-restore")
+    docker, host = networked.docker, networked.host
+
+    def proxy() -> int:
+        found = re.search(r"proxy.,pid=(\d+)", networked.shell("ss -Hlntp"))
+        return int(found[1]) if found else 0
+
+    try:
+        host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        before = networked.state()
+        docker("network", "create", "mine")
+        docker("run", "-d", "--name", "web", "--hostname", "server", "--net", "mine", "-p", "8080:80", *SERVE)
+        docker("run", "-d", "--name", "user", "--net", "mine", "--add-host", "gw:host-gateway", "busybox",
+               "sleep", NEVER)
+        assert "172.17.0.1\tgw" in docker("exec", "user", "cat", "/etc/hosts")
+        assert docker("run", "--rm", "--net", "container:web", "busybox", "hostname") == "server"
+        docker("rename", "web", "site")
+        docker("exec", "user", "nslookup", "-type=a", "site")
+        docker("exec", "user", "nslookup", "-type=a", "web", status=1)
+        assert host.api("GET", "/containers/site/json")["NetworkSettings"]["Networks"]["mine"][
+            "DNSNames"][0] == "site"
+        first, reach = proxy(), FETCH.format("127.0.0.1", 8080)
+        os.kill(first, signal.SIGKILL)
+        wait_for(lambda: networked.shell(reach, False) == "server\n", "another proxy")
+        assert proxy() != first
+        networked.shell("iptables -F; iptables -t nat -F")
+        assert host.process
+        host.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: networked.from_outside(FETCH.format(HOST_ADDRESS, 8080)) == "server\n", "its rules")
+        host.kill()
+        os.kill(proxy(), signal.SIGKILL)
+        host.start()
+        assert networked.shell(reach) == "server\n"
+        process = int(docker("inspect", "-f", "{{.State.Pid}}", "site"))
+        host.kill()
+        os.kill(process, signal.SIGKILL)
+        host.start()
+        docker("rm", "-f", "site", "user")
+        docker("network", "rm", "mine")
+        wait_for(lambda: networked.state() == before, "what the containers left")
+    finally:
+        networked.close()
+
+
 def test_cycles_leave_nothing(networked: Networked) -> None:
     """Forty containers with a published port, eight at a time: no link, rule, socket or address is left."""
     before = networked.state()
@@ -7842,6 +7889,10 @@ def test_links_open_what_icc_closes(busybox: bytes) -> None:
      "invalid pool request: Pool overlaps with other one on this address space"),
     (("network", "create", "--subnet", "10.55.9.1/24", "x"),
      "invalid network config:\ninvalid subnet 10.55.9.1/24: it should be 10.55.9.0/24"),
+    (("network", "create", "-o", "com.docker.network.bridge.name=lo", "x"),
+     "existing interface lo is not a bridge"),
+    (("network", "create", "-d", "macvlan", "-o", "parent=lo.5000", "x"),
+     "invalid subinterface vlan name lo.5000, example formatting is eth0.10"),
     (("run", "--net", "nix", "busybox", "true"), "network nix not found"),
     (("run", "--net", "container:nix", "busybox", "true"), "No such container: nix"),
     (("run", "--ip", "172.17.0.9", "busybox", "true"), "invalid config for network bridge: invalid endpoint "
