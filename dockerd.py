@@ -5308,8 +5308,10 @@ class LayerStore:
             if re.fullmatch("[0-9a-f]{64}(-init)?", mount.mount_id):
                 found[container] = mount
             else:  # the mount id is written last, and only then the driver is asked for anything
-                self.damages.append(Damage(f"{directory} was never finished",
-                                           functools.partial(remove_tree, directory), True))
+                unmade = not os.path.lexists(os.path.join(directory, "mount-id"))  # else it cannot be read
+                what = "was never finished" if unmade else "is not readable"
+                self.damages.append(Damage(f"{directory} {what}", functools.partial(remove_tree, directory),
+                                           unmade))
         return found
 
     def _path(self, chain: str) -> str:

@@ -2811,6 +2811,20 @@ def _plant(host: Host, images: dict[str, Any], broken: str, left: str, lost: str
     return orphan
 
 
+def test_a_start_deletes_no_layer_that_it_cannot_read(new_host: Callable[..., Host], busybox: bytes) -> None:
+    """A container's mount-id that is not one is told of, and stays for a person to look at."""
+    host = new_host()
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    name = host.create("true")
+    host.stop()
+    record = Path(host.data_root, "image/overlay2/layerdb/mounts", name)
+    (record / "mount-id").write_text("unreadable")
+    code, lines = check(host, "--check")
+    assert code == 1 and any(line.endswith(f"{record} is not readable") for line in lines), lines
+    host.start()
+    assert (record / "mount-id").read_text() == "unreadable"
+
+
 COUNTS = "i=0; while :; do echo $i; i=$((i+1)); sleep .1; done"
 
 
