@@ -8306,9 +8306,7 @@ def _mount_point(root: int, path: str, directory: bool, links: bool = True) -> i
         if directory:
             os.mkdir(name, 0o755, dir_fd=parent)
         else:
-            os.close(
-                os.open(name, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o755, dir_fd=parent)
-            )
+            os.mknod(name, stat.S_IFREG | 0o755, dir_fd=parent)
         return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     finally:
         os.close(parent)
@@ -8333,12 +8331,8 @@ class Init:
 
     def __init__(self, plan: dict[str, Any], fds: dict[str, int]) -> None:
         self.plan, self.fds = plan, fds
-        self.root = -1
-        self.host_root = -1
-        self.slave = -1
-        self.devpts = -1
+        self.root = self.host_root = self.proc = self.slave = self.devpts = -1
         self.cgroups: list[int] = []
-        self.proc = -1
 
     def prepare(self) -> None:
         """What needs the host's own /proc and /sys: the out-of-memory score, descriptors of the cgroups."""
@@ -8467,9 +8461,8 @@ class Init:
 
     def _mount(self, entry: dict[str, Any]) -> None:
         to = entry["to"]
-        with _init_step(
-            f"error mounting \"{entry.get('from', entry.get('type', ''))}\" to rootfs at \"{to}\""
-        ):
+        source = entry.get("from", entry.get("type", ""))
+        with _init_step(f'error mounting "{source}" to rootfs at "{to}"'):
             if "node" in entry or "link" in entry:
                 with contextlib.suppress(FileExistsError):  # --device comes before the default ones
                     self._make_node(to, entry)
@@ -8478,10 +8471,7 @@ class Init:
             elif "from" in entry:
                 self._bind(entry)
             else:
-                options = [(key, value) for key, value in entry["options"]]
-                made = new_mount(
-                    entry["type"], entry["attributes"], entry.get("source", entry["type"]), options
-                )
+                made = new_mount(source, entry["attributes"], entry.get("source", source), entry["options"])
                 if to == "/dev/pts":
                     self.devpts = os.dup(made)
                 _attach(made, self.root, to, links=entry["type"] not in ("proc", "sysfs"))
@@ -8554,41 +8544,30 @@ class Init:
         """Make the read-only paths read-only and hide the masked ones, each where it exists (CVE-2025-31133:
         the mask is the null device itself, checked by its number, whatever /dev/null may have become)."""
         for path in self.plan["readonly_paths"]:
-            with contextlib.suppress(FileNotFoundError), _init_step(f"cannot make {path} read-only"):
-                self._remount_readonly(path)
-        null = os.open(
-            "/dev/null", os.O_PATH | os.O_CLOEXEC | (os.O_NOFOLLOW if defended("mask-check") else 0)
-        )
-        information = os.fstat(null)
-        if defended("mask-check") and (not stat.S_ISCHR(information.st_mode)
-                                       or information.st_rdev != os.makedev(1, 3)):
+            with _init_step(f"cannot make {path} read-only"):
+                self._cover(path)
+        flags = os.O_PATH | os.O_CLOEXEC | (os.O_NOFOLLOW if defended("mask-check") else 0)
+        null = os.open("/dev/null", flags)
+        facts = os.fstat(null)
+        if defended("mask-check") and (stat.S_IFMT(facts.st_mode), facts.st_rdev) != (
+                stat.S_IFCHR, os.makedev(1, 3)):
             raise InitError("cannot mask paths: /dev/null in the container is not the null device")
         for path in self.plan["masked_paths"]:
-            with contextlib.suppress(FileNotFoundError), _init_step(f"cannot mask {path}"):
-                self._mask(path, null)
+            with _init_step(f"cannot mask {path}"):
+                self._cover(path, null)
         os.close(null)
 
-    def _remount_readonly(self, path: str) -> None:
+    def _cover(self, path: str, null: int = -1) -> None:
+        """Lay a read-only mount of the same over `path`, or with the null device that one, or over a
+        directory an empty one; nothing where there is no such path."""
         try:
             target = openat2(AT_FDCWD, path, os.O_PATH, 0, RESOLVE_NO_SYMLINKS)
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return
-            raise
-        copy = open_tree(target, "", AT_EMPTY_PATH | AT_RECURSIVE | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)
-        mount_setattr(copy, "", AT_EMPTY_PATH | AT_RECURSIVE, set=MOUNT_ATTR_RDONLY)
-        move_mount(copy, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH)
-        os.close(copy)
-        os.close(target)
-
-    def _mask(self, path: str, null: int) -> None:
-        try:
-            target = openat2(AT_FDCWD, path, os.O_PATH, 0, RESOLVE_NO_SYMLINKS)
-        except OSError as error:
-            if error.errno == errno.ENOENT:
-                return
-            raise
-        if stat.S_ISDIR(os.fstat(target).st_mode):
+        except FileNotFoundError:
+            return
+        if null < 0:
+            cover = open_tree(target, "", AT_EMPTY_PATH | AT_RECURSIVE | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)
+            mount_setattr(cover, "", AT_EMPTY_PATH | AT_RECURSIVE, set=MOUNT_ATTR_RDONLY)
+        elif stat.S_ISDIR(os.fstat(target).st_mode):
             cover = new_mount("tmpfs", MOUNT_ATTR_RDONLY, "tmpfs", [("ro", "")])
         else:
             cover = open_tree(null, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)
@@ -8598,10 +8577,9 @@ class Init:
 
     def _set_sysctls(self) -> None:
         for key, value in self.plan["sysctls"]:
-            with _init_step(f"cannot set the sysctl {key}"):
-                fd = os.open("/proc/sys/" + key.replace(".", "/"), os.O_WRONLY | os.O_CLOEXEC)
-                os.write(fd, value.encode())
-                os.close(fd)
+            place = "/proc/sys/" + key.replace(".", "/")
+            with _init_step(f"cannot set the sysctl {key}"), open(place, "r+b", 0) as file:
+                file.write(value.encode())
 
     def _become(self) -> None:
         """Take on the limits, identity and confinement of the container's process, and execute it."""
@@ -8693,18 +8671,13 @@ class Init:
             os.chdir(cwd)
             inside = os.getcwd() if defended("fd-close") else "/"
         if not inside.startswith("/"):
-            raise InitError(
-                "current working directory is outside of container mount namespace root -- possible "
-                "container breakout attempt"
-            )
+            raise InitError("current working directory is outside of container mount namespace root -- "
+                            "possible container breakout attempt")
 
     def _execute(self, seccomp: bytes) -> None:
         plan = self.plan
         arguments = [os.fsencode(argument) for argument in plan["args"]]
-        environment = {}
-        for item in plan["env"]:
-            key, _, value = item.partition("=")
-            environment[os.fsencode(key)] = os.fsencode(value)
+        environment = dict(os.fsencode(item).partition(b"=")[::2] for item in plan["env"])
         program = _find_program(plan["args"][0], environment.get(b"PATH", b""))
         os.umask(0o022)
         if seccomp:
@@ -8717,7 +8690,6 @@ class Init:
         except OSError as error:
             code = 126 if error.errno in (errno.EACCES, errno.ENOEXEC) else 127
             raise InitError(f"exec {os.fsdecode(program)}: {str(error.strerror).lower()}", code) from None
-
 
     def _stay(self) -> None:
         """Go on in a child, a process group of its own; this process stays as pid 1: it passes signals on,
@@ -8783,20 +8755,17 @@ def _child(sync: int) -> Iterator[None]:
 
 def _read_plan(fds: dict[str, int]) -> dict[str, Any]:
     """The plan behind the descriptor `plan`: read before the fork, where it costs no page faults."""
-    fd = fds.pop("plan")
-    try:
-        plan: dict[str, Any] = json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
-    finally:
-        os.close(fd)
+    with open(fds.pop("plan"), "rb") as file:
+        file.seek(0)
+        plan: dict[str, Any] = json.load(file)
     return plan
 
 
 def _let_go(fds: dict[str, int]) -> None:
     """A fresh child lets go of all that is the shim's but `fds` (pitfalls 3 and 4)."""
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP,
-                   signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
+    for name in ("PIPE", "XFSZ", "INT", "TERM", "HUP", "CHLD"):
+        signal.signal(getattr(signal, "SIG" + name), signal.SIG_DFL)
     _close_others(set(fds.values()))
     prctl(PR_SET_DUMPABLE, 0 if defended("undumpable") else 1)
     sys.path.clear()
@@ -8857,10 +8826,8 @@ def strange_exit_code(pid: int, pidfd: int) -> Optional[int]:
             status = int(fields[49]) if fields[0] == b"Z" else None
     if status is None:
         status = pidfd_exit_code(pidfd)  # somebody has reaped it meanwhile
-    if status is None:
-        return None
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code
+    code = None if status is None else os.waitstatus_to_exitcode(status)
+    return code if code is None or code >= 0 else 128 - code
 
 
 class ShimProcess:
@@ -9014,30 +8981,22 @@ class Shim(HelperProcess):
         with contextlib.suppress(BlockingIOError):
             os.read(self.orphans, 4096)
         own = {process.pid for process in self.processes.values() if process.end is None}
-        for pid in self._children():
-            if pid not in own:
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(pid, os.WNOHANG)
-
-    @staticmethod
-    def _children() -> list[int]:
         with open("/proc/thread-self/children") as file:
-            return list(map(int, file.read().split()))
+            children = set(map(int, file.read().split()))
+        for pid in children - own:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
 
     def op_start(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> list[int]:
         """Fork a process into new namespaces; `keep:NAME` descriptors are held for later daemons."""
         if request["key"] in self.processes:
             raise KeyError(f"{request['key']} is running")
-        keep = {name[5:]: fds.pop(name) for name in list(fds) if name.startswith("keep:")}
         plan = _read_plan(fds)
         pid, pidfd = self._clone(request["flags"], fds.get("cgroup"), fds.get("pid"))
         if pid == 0:
-            for name in ("cgroup", "pid"):
-                fds.pop(name, None)
-            _init_main(plan, fds)
-        self._follow(request["key"], pid, pidfd, keep)
-        answer.update(pid=pid, key=request["key"])
-        return [pidfd]
+            _init_main(plan, {name: fd for name, fd in fds.items()
+                              if name not in ("cgroup", "pid") and not name.startswith("keep:")})
+        return self._follow(request, fds, answer, pid, pidfd)
 
     def op_exec(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> list[int]:
         """Fork a process into the namespaces `flags` of the process behind the descriptor `target`; where
@@ -9055,23 +9014,22 @@ class Shim(HelperProcess):
         os.waitpid(helper, 0)
         if not told:
             return []
-        pid, pidfd = int(told), os.pidfd_open(int(told))
-        keep = {name[5:]: fds.pop(name) for name in list(fds) if name.startswith("keep:")}
-        self._follow(request["key"], pid, pidfd, keep)
-        answer.update(pid=pid, key=request["key"])
-        return [pidfd]
+        return self._follow(request, fds, answer, int(told), os.pidfd_open(int(told)))
 
     def op_take(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
         """Watch and keep a process whose own shim is gone; it is no child of this one."""
         if request["key"] in self.processes:
             raise KeyError(f"{request['key']} is running")
-        pidfd = fds.pop("pidfd")
-        keep = {name[5:]: fds.pop(name) for name in list(fds) if name.startswith("keep:")}
-        self._follow(request["key"], request["pid"], pidfd, keep)
+        self._follow(request, fds, answer, request["pid"], fds.pop("pidfd"))
 
-    def _follow(self, key: str, pid: int, pidfd: int, keep: dict[str, int]) -> None:
+    def _follow(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any], pid: int,
+                pidfd: int) -> list[int]:
+        """Watch a process and keep its descriptors `keep:NAME`; completes the answer."""
+        key, keep = request["key"], {name[5:]: fds.pop(name) for name in list(fds) if name[:5] == "keep:"}
         process = self.processes[key] = ShimProcess(key, pid, pidfd, keep)
         self.watch(pidfd, select.EPOLLIN, lambda events: self._reap(process))
+        answer.update(pid=pid, key=key)
+        return [pidfd]
 
     @staticmethod
     def _clone(flags: int, cgroup: Optional[int], processes: Optional[int]) -> tuple[int, int]:
@@ -9108,8 +9066,7 @@ class Shim(HelperProcess):
 
     def op_list(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
         """The keys of all processes that are not forgotten, in pages: those greater than `after`."""
-        keys = sorted(key for key in self.processes if key > request.get("after", ""))
-        answer["keys"] = keys[:256]
+        answer["keys"] = sorted(key for key in self.processes if key > request.get("after", ""))[:256]
 
     def op_forget(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
         """The end of a process has been recorded: drop all that is kept of it."""
@@ -9121,11 +9078,8 @@ class Shim(HelperProcess):
     def _reap(self, process: ShimProcess) -> None:
         """Take the exit status and tell every daemon that listens; forgotten only when a daemon says so."""
         try:
-            information = os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED)
-            assert information is not None
-            code: Optional[int] = information.si_status
-            if information.si_code != os.CLD_EXITED:
-                code = 128 + information.si_status
+            ended: Any = os.waitid(os.P_PIDFD, process.pidfd, os.WEXITED)
+            code: Optional[int] = ended.si_status + (0 if ended.si_code == os.CLD_EXITED else 128)
         except ChildProcessError:  # it was taken over from another shim
             code = strange_exit_code(process.pid, process.pidfd)
         process.end = {"exit": process.key, "pid": process.pid, "status": 255 if code is None else code,
@@ -9319,37 +9273,20 @@ def default_mounts(spec: Spec) -> list[dict[str, Any]]:
     readonly: list[tuple[str, str]] = [] if spec.privileged else [("ro", "")]
     sys_attributes = _QUIET | (0 if spec.privileged else MOUNT_ATTR_RDONLY)
 
-    def filesystem(
-        kind: str, to: str, attributes: int, *options: tuple[str, str], source: str = ""
-    ) -> dict[str, Any]:
-        return {
-            "type": kind,
-            "source": source or kind,
-            "to": to,
-            "attributes": attributes,
-            "options": options,
-        }
+    def filesystem(kind: str, to: str, attributes: int, *options: tuple[str, str],
+                   source: str = "") -> dict[str, Any]:
+        return {"type": kind, "source": source or kind, "to": to, "attributes": attributes,
+                "options": options}
 
     mounts = [
         filesystem("proc", "/proc", _QUIET),
-        filesystem(
-            "tmpfs", "/dev", MOUNT_ATTR_NOSUID | MOUNT_ATTR_STRICTATIME, ("mode", "755"), ("size", "65536k"),
-            *context
-        ),
-        filesystem(
-            "devpts",
-            "/dev/pts",
-            MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC,
-            ("newinstance", ""),
-            ("ptmxmode", "0666"),
-            ("mode", "0620"),
-            ("gid", "5"),
-            *context,
-        ),
+        filesystem("tmpfs", "/dev", MOUNT_ATTR_NOSUID | MOUNT_ATTR_STRICTATIME, ("mode", "755"),
+                   ("size", "65536k"), *context),
+        filesystem("devpts", "/dev/pts", MOUNT_ATTR_NOSUID | MOUNT_ATTR_NOEXEC, ("newinstance", ""),
+                   ("ptmxmode", "0666"), ("mode", "0620"), ("gid", "5"), *context),
         filesystem("sysfs", "/sys", sys_attributes, *readonly),
         *spec.cgroup_mounts,
-        filesystem("mqueue", "/dev/mqueue", _QUIET),
-    ]
+        filesystem("mqueue", "/dev/mqueue", _QUIET)]
     if spec.shm_size:
         mounts.append(filesystem("tmpfs", "/dev/shm", _QUIET, ("mode", "1777"), ("size", f"{spec.shm_size}"),
                                  *context, source="shm"))
@@ -9365,45 +9302,26 @@ def device_mounts() -> list[dict[str, Any]]:
     return nodes + [{"to": to, "link": target} for to, target in (*DEVICE_LINKS, *core)]
 
 
+# What the init is told of a Spec as it is
+_PLAN_FIELDS = """args env uid gid groups tty console_size hostname domainname cgroup_join labels bare
+    cgroup_namespace readonly_root seccomp_flags no_new_privileges rlimits resident sysctls
+    oom_score_adj""".split()
+
+
 def build_plan(spec: Spec, root_place: str, joins: bool = False) -> dict[str, Any]:
     """The init's plan for `spec`, ready for JSON; `root_place` is an empty directory of the host to mount
     on.  A process that `joins` a container finds everything mounted."""
     mask = sum(1 << number for number in spec.capabilities)
     masks = {"bounding": mask, "permitted": mask, "effective": mask, "last": last_capability()}
     return {
-        "args": spec.args,
-        "env": spec.env,
-        "cwd": spec.cwd or "/",
-        "uid": spec.uid,
-        "gid": spec.gid,
-        "groups": spec.groups,
-        "capabilities": masks,
-        "tty": spec.tty,
-        "console_size": spec.console_size,
-        "hostname": spec.hostname,
-        "domainname": spec.domainname,
+        **{name: getattr(spec, name) for name in _PLAN_FIELDS},
+        "cwd": spec.cwd or "/", "capabilities": masks, "seccomp": spec.seccomp.hex(),
         "join": [name for name in spec.join if name != "pid"],
         "loopback": bool(spec.namespaces & CLONE_NEWNET),
-        "cgroup_join": spec.cgroup_join,
-        "labels": spec.labels,
-        "wait": spec.cgroup_enter is not None,
-        "remapped": bool(spec.idmap),
-        "bare": spec.bare,
-        "await_network": spec.network_enter is not None,
-        "cgroup_namespace": spec.cgroup_namespace,
-        "root_place": root_place,
+        "wait": spec.cgroup_enter is not None, "remapped": bool(spec.idmap), "root_place": root_place,
         "mounts": [] if joins else default_mounts(spec) + spec.devices + device_mounts() + spec.mounts,
         "masked_paths": () if spec.privileged else spec.masked_paths,
-        "readonly_paths": () if spec.privileged else spec.readonly_paths,
-        "readonly_root": spec.readonly_root,
-        "seccomp": spec.seccomp.hex(),
-        "seccomp_flags": spec.seccomp_flags,
-        "no_new_privileges": spec.no_new_privileges,
-        "rlimits": spec.rlimits,
-        "resident": spec.resident,
-        "sysctls": spec.sysctls,
-        "oom_score_adj": spec.oom_score_adj,
-    }
+        "readonly_paths": () if spec.privileged else spec.readonly_paths}
 
 
 # Namespaces and mount attributes as runtime-spec names them
@@ -9498,14 +9416,8 @@ def last_capability() -> int:
 def shim_source(text: str) -> str:
     """The shim's program: its sections of `text`, each on the lines where the whole file has it."""
     lines = text.splitlines()
-    banners = [
-        number
-        for number, line in enumerate(lines)
-        if line.startswith("# -----")
-        and number + 1 < len(lines)
-        and lines[number + 1].startswith("# ")
-        and (number == 0 or not lines[number - 1].startswith("#"))
-    ]
+    banners = [number for number in range(1, len(lines)) if lines[number].startswith("# -----")
+               and lines[number + 1][:2] == "# " and lines[number - 1][:1] != "#"]
     program = [""] * len(lines)
     program[:2] = SHIM_HEAD.splitlines()
     for start, end in zip(banners, banners[1:] + [len(lines)]):
@@ -9710,9 +9622,8 @@ class HelperClient:
                 "within "
                 f"{SHIM_TIMEOUT} s")
 
-    def call(
-        self, operation: str, fds: Optional[dict[str, int]] = None, **fields: Any
-    ) -> tuple[dict[str, Any], list[int]]:
+    def call(self, operation: str, fds: Optional[dict[str, int]] = None,
+             **fields: Any) -> tuple[dict[str, Any], list[int]]:
         """Send one request and wait for its answer: (fields, descriptors).  DockerError when the process
         refuses, is gone, or does not answer in time."""
         sequence = next(self._sequence)
