@@ -2564,16 +2564,15 @@ class SignalTrap:
                 self._handle(number)
 
     def _handle(self, number: int) -> None:
-        if number == signal.SIGUSR1:
-            self._dump_stacks()
-        elif number == signal.SIGHUP:
+        debugging = number == signal.SIGQUIT and os.environ.get("DEBUG")
+        if number == signal.SIGUSR1 or debugging:
+            import faulthandler
+            faulthandler.dump_traceback(all_threads=True)
+        if number == signal.SIGHUP:
             threading.Thread(target=self.reload, name="reload", daemon=True).start()
         elif number == signal.SIGQUIT:
-            if os.environ.get("DEBUG"):
-                self._dump_stacks()
-                os._exit(2)
-            os._exit(128 + number)
-        else:
+            os._exit(2 if debugging else 128 + number)
+        elif number != signal.SIGUSR1:
             self._interrupted(number)
 
     def _interrupted(self, number: int) -> None:
@@ -2592,11 +2591,6 @@ class SignalTrap:
             log.exception("the shutdown failed")
         logging.shutdown()
         os._exit(0)
-
-    @staticmethod
-    def _dump_stacks() -> None:
-        import faulthandler
-        faulthandler.dump_traceback(all_threads=True)
 
 
 # Values as the API writes them: quoted text, times, signals
@@ -7391,33 +7385,31 @@ def _pids_limit(resources: dict[str, Any]) -> str:
     return "" if limit is None else str(limit) if limit > 0 else "max"
 
 
+# (HostConfig's key, v1's file)
+_V1_FILES = (
+    ("Memory", "memory.limit_in_bytes"), ("MemorySwap", "memory.memsw.limit_in_bytes"),
+    ("MemoryReservation", "memory.soft_limit_in_bytes"),
+    ("KernelMemoryTCP", "memory.kmem.tcp.limit_in_bytes"), ("MemorySwappiness", "memory.swappiness"),
+    ("OomKillDisable", "memory.oom_control"),
+    ("CpuShares", "cpu.shares"), ("CpuPeriod", "cpu.cfs_period_us"), ("CpuQuota", "cpu.cfs_quota_us"),
+    ("CpuRealtimePeriod", "cpu.rt_period_us"), ("CpuRealtimeRuntime", "cpu.rt_runtime_us"),
+    ("CpusetCpus", "cpuset.cpus"), ("CpusetMems", "cpuset.mems"), ("PidsLimit", "pids.max"),
+    ("BlkioWeight", "blkio.weight"))
+
+
 def v1_settings(resources: dict[str, Any]) -> list[Setting]:
     """What to write for HostConfig's resources on version 1; what is not set (0, None, "") is left as it
     is, but PidsLimit 0 is no limit: an update takes the limit away by it."""
-    get = resources.get
     period, quota = _cpu_time(resources)
-    swappiness = get("MemorySwappiness")
-    values = (
-        ("memory", "memory.limit_in_bytes", get("Memory")),
-        ("memory", "memory.memsw.limit_in_bytes", get("MemorySwap")),
-        ("memory", "memory.soft_limit_in_bytes", get("MemoryReservation")),
-        ("memory", "memory.kmem.tcp.limit_in_bytes", get("KernelMemoryTCP")),
-        ("memory", "memory.swappiness", "" if swappiness in (None, -1) else str(swappiness)),
-        ("memory", "memory.oom_control", int(bool(get("OomKillDisable")))),
-        ("cpu", "cpu.shares", get("CpuShares")),
-        ("cpu", "cpu.cfs_period_us", period),
-        ("cpu", "cpu.cfs_quota_us", quota),
-        ("cpu", "cpu.rt_period_us", get("CpuRealtimePeriod")),
-        ("cpu", "cpu.rt_runtime_us", get("CpuRealtimeRuntime")),
-        ("cpuset", "cpuset.cpus", get("CpusetCpus")),
-        ("cpuset", "cpuset.mems", get("CpusetMems")),
-        ("pids", "pids.max", _pids_limit(resources)),
-        ("blkio", "blkio.weight", get("BlkioWeight")),
-        *(("blkio", "blkio.weight_device", f"{device} {weight}")
-          for device, weight in _device_lines(get("BlkioWeightDevice"), "Weight")),
-        *(("blkio", file, f"{device} {rate}") for key, file, _ in _BLKIO_RATES
-          for device, rate in _device_lines(get(key), "Rate")))
-    return [Setting(controller, file, str(value)) for controller, file, value in values if value]
+    swappiness = resources.get("MemorySwappiness")
+    given = {**resources, "CpuPeriod": period, "CpuQuota": quota, "PidsLimit": _pids_limit(resources),
+             "MemorySwappiness": "" if swappiness in (None, -1) else str(swappiness),
+             "OomKillDisable": int(bool(resources.get("OomKillDisable")))}
+    values = [(file, given.get(key)) for key, file in _V1_FILES]
+    for entries, key, file in (("BlkioWeightDevice", "Weight", "blkio.weight_device"),
+                               *((entries, "Rate", file) for entries, file, _ in _BLKIO_RATES)):
+        values += [(file, f"{device} {value}") for device, value in _device_lines(given.get(entries), key)]
+    return [Setting(file.partition(".")[0], file, str(value)) for file, value in values if value]
 
 
 def v2_settings(resources: dict[str, Any]) -> list[Setting]:
@@ -7585,10 +7577,8 @@ class Cgroup:
             {name: operations.pop(0) if operations else [] for name in _BLKIO_STATS},
             (sum(each), times.get("system", 0) * 10**7, times.get("user", 0) * 10**7),  # of USER_HZ, 100
             tuple(throttled.get(name, 0) for name in ("nr_periods", "nr_throttled", "throttled_time")),
-            {"usage": _read_number(memory + "/memory.usage_in_bytes"),
-             "max_usage": _read_number(memory + "/memory.max_usage_in_bytes"),
-             "failcnt": _read_number(memory + "/memory.failcnt"),
-             "limit": _read_number(memory + "/memory.limit_in_bytes")},
+            {name: _read_number(f"{memory}/memory.{name}{'' if name == 'failcnt' else '_in_bytes'}")
+             for name in ("usage", "max_usage", "failcnt", "limit")},
             _V1_MEMORY, _read_numbers(memory + "/memory.stat"), each)
 
     @staticmethod
@@ -7648,9 +7638,9 @@ class Cgroup:
 
 def _blkio_entries(path: str) -> list[dict[str, Any]]:
     """The lines "MAJOR:MINOR OPERATION NUMBER" of a v1 file."""
-    lines = (line.split() for line in _read_file(path).splitlines())
-    return [{"major": int(words[0].split(":")[0]), "minor": int(words[0].split(":")[1]), "op": words[1],
-             "value": int(words[2])} for words in lines if len(words) == 3]
+    lines = re.findall(r"^(\d+):(\d+) (\w+) (\d+)$", _read_file(path), re.MULTILINE)
+    return [{"major": int(major), "minor": int(minor), "op": operation, "value": int(value)}
+            for major, minor, operation, value in lines]
 
 
 def _stats(pids: tuple[int, int], blkio: dict[str, Any], cpu: tuple[int, ...], throttling: tuple[int, ...],
@@ -7744,13 +7734,10 @@ class CgroupManager:
         """What this host's cgroups can do; what they cannot is logged."""
         paths = {name: tree.path for tree in self.hierarchies for name in tree.controllers or ("",)}
         unified = _read_file(paths.get("", "") + "/cgroup.controllers").split()
-        support = {}
-        for flag, controller, file, unified_controller, *_ in _SUPPORT:
-            if self.version == 2:
-                support[flag] = unified_controller in unified
-            else:
-                support[flag] = controller in paths and any(
-                    os.path.exists(f"{paths[controller]}/{name}") for name in (file or ".").split(" "))
+        support = {
+            flag: over in unified if self.version == 2 else controller in paths and any(
+                os.path.exists(f"{paths[controller]}/{name}") for name in (file or ".").split(" "))
+            for flag, controller, file, over, *_ in _SUPPORT}
         if self.version == 2 and support["SwapLimit"]:
             groups = [entry.path + "/memory.swap.max" for entry in os.scandir(paths[""]) if entry.is_dir()]
             support["SwapLimit"] = not groups or any(map(os.path.exists, groups))
@@ -7776,7 +7763,8 @@ class CgroupManager:
         one, and then nothing stays."""
         parent = host_config.get("CgroupParent") or self.parent
         cgroup = self.cgroup(container_id, parent)
-        self._wait_removed(cgroup.path)
+        if removing := self._removing.get(cgroup.path):
+            removing.wait(_REMOVE_SECONDS)
         rules, settings = device_rules(host_config), self.settings(host_config)
         try:
             if parent not in self._prepared:
@@ -7850,11 +7838,6 @@ class CgroupManager:
 
         threading.Thread(target=work, name="cgroup", daemon=True).start()
 
-    def _wait_removed(self, path: str) -> None:
-        removing = self._removing.get(path)
-        if removing is not None:
-            removing.wait(_REMOVE_SECONDS)
-
     def kill_leftover(self, container_id: str, parent: str = "") -> None:
         """End and remove what an earlier daemon left of a container's cgroups, if anything."""
         cgroup = self.cgroup(container_id, parent)
@@ -7925,41 +7908,44 @@ class CgroupManager:
         return warnings
 
 
+# (what no host can give, of HostConfig's numbers and the keys update and processors; what Docker says of it,
+# {0} being the processors and {1} the swappiness)
+_RESOURCE_FAULTS: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
+    (lambda of: of["Memory"] and of["Memory"] < _MINIMUM_MEMORY, "Minimum memory limit allowed is 6MB"),
+    (lambda of: of["Memory"] > 0 and 0 < of["MemorySwap"] < of["Memory"],
+     "Minimum memoryswap limit should be larger than memory limit, see usage"),
+    (lambda of: of["Memory"] == 0 and of["MemorySwap"] > 0 and not of["update"],
+     "You should always set the Memory limit when using Memoryswap limit, see usage"),
+    (lambda of: not -1 <= of["MemorySwappiness"] <= 100,
+     "Invalid value: {1}, valid memory swappiness range is 0-100"),
+    (lambda of: 0 < of["MemoryReservation"] < _MINIMUM_MEMORY, "Minimum memory reservation allowed is 6MB"),
+    (lambda of: 0 < of["Memory"] < of["MemoryReservation"],
+     "Minimum memory limit can not be less than memory reservation limit, see usage"),
+    (lambda of: 0 < of["KernelMemory"] < _MINIMUM_MEMORY, "Minimum kernel memory limit allowed is 6MB"),
+    (lambda of: of["NanoCpus"] > 0 and of["CpuPeriod"] > 0,
+     "Conflicting options: Nano CPUs and CPU Period cannot both be set."),
+    (lambda of: of["NanoCpus"] > 0 and of["CpuQuota"] > 0,
+     "Conflicting options: Nano CPUs and CPU Quota cannot both be set."),
+    (lambda of: of["NanoCpus"] and not 10**7 <= of["NanoCpus"] <= of["processors"] * 10**9,
+     "Range of CPUs is from 0.01 to {0}.00, as there are only {0} CPUs available"),
+    (lambda of: of["CpuPeriod"] and not 1000 <= of["CpuPeriod"] <= 1000000,
+     "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"),
+    (lambda of: 0 < of["CpuQuota"] < 1000, "CPU cfs quota can not be less than 1ms (i.e. 1000)"),
+    (lambda of: of["CpuRealtimeRuntime"] > of["CpuRealtimePeriod"] > 0,
+     "cpu real-time runtime cannot be higher than cpu real-time period"),
+    (lambda of: of["BlkioWeight"] and not 10 <= of["BlkioWeight"] <= 1000,
+     "Range of blkio weight is from 10 to 1000"),
+)
+
+
 def check_resources(host_config: dict[str, Any], update: bool = False) -> None:
     """BadParameter with Docker's text for resources that no host can give."""
-    def number(key: str) -> int:
-        return host_config.get(key) or 0
-
-    memory, swap, reservation = number("Memory"), number("MemorySwap"), number("MemoryReservation")
-    nano, period, quota = number("NanoCpus"), number("CpuPeriod"), number("CpuQuota")
-    weight = number("BlkioWeight")
-    swappiness = host_config.get("MemorySwappiness")
+    given = collections.defaultdict(int, {key: value for key, value in host_config.items() if value})
     processors = os.cpu_count() or 1
-    for wrong, text in (
-        (memory and memory < _MINIMUM_MEMORY, "Minimum memory limit allowed is 6MB"),
-        (memory > 0 and 0 < swap < memory,
-         "Minimum memoryswap limit should be larger than memory limit, see usage"),
-        (memory == 0 and swap > 0 and not update,
-         "You should always set the Memory limit when using Memoryswap limit, see usage"),
-        (swappiness is not None and not -1 <= swappiness <= 100,
-         f"Invalid value: {swappiness}, valid memory swappiness range is 0-100"),
-        (0 < reservation < _MINIMUM_MEMORY, "Minimum memory reservation allowed is 6MB"),
-        (0 < memory < reservation,
-         "Minimum memory limit can not be less than memory reservation limit, see usage"),
-        (0 < number("KernelMemory") < _MINIMUM_MEMORY, "Minimum kernel memory limit allowed is 6MB"),
-        (nano > 0 and period > 0, "Conflicting options: Nano CPUs and CPU Period cannot both be set."),
-        (nano > 0 and quota > 0, "Conflicting options: Nano CPUs and CPU Quota cannot both be set."),
-        (nano and not 10**7 <= nano <= processors * 10**9,
-         f"Range of CPUs is from 0.01 to {processors}.00, as there are only {processors} CPUs available"),
-        (period and not 1000 <= period <= 1000000,
-         "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"),
-        (0 < quota < 1000, "CPU cfs quota can not be less than 1ms (i.e. 1000)"),
-        (number("CpuRealtimeRuntime") > number("CpuRealtimePeriod") > 0,
-         "cpu real-time runtime cannot be higher than cpu real-time period"),
-        (weight and not 10 <= weight <= 1000, "Range of blkio weight is from 10 to 1000"),
-    ):
-        if wrong:
-            raise BadParameter(text)
+    given.update(update=update, processors=processors)
+    for wrong, text in _RESOURCE_FAULTS:
+        if wrong(given):
+            raise BadParameter(text.format(processors, given["MemorySwappiness"]))
     for key, what, available in (("CpusetCpus", "CPUs", "/sys/devices/system/cpu/online"),
                                  ("CpusetMems", "memory nodes", "/sys/devices/system/node/online")):
         _check_list(host_config.get(key) or "", key, what, _read_file(available).strip() or "0")
@@ -8109,13 +8095,11 @@ class Systemd:
 
     def call(self, member: str, signature: str, *values: Any) -> list[Any]:
         """Call a method of the manager; what it returns."""
-        serial = next(self._serial)
+        serial, fields = next(self._serial), {}  # type: int, dict[str, Any]
         try:
             self._connection.sendall(dbus_call(serial, member, signature, values))
-            while True:
+            while fields.get("reply") != serial:
                 fields, body = self._receive()
-                if fields.get("reply") == serial:
-                    break
         except OSError as error:
             raise DockerError(f"systemd does not answer {member}: {error}") from None
         if "error" in fields:
@@ -8124,15 +8108,14 @@ class Systemd:
 
     def finish(self, job: str) -> None:
         """Wait until systemd has done the job of this path; DockerError when it has failed."""
-        while True:
-            try:
+        fields, body = {}, []  # type: dict[str, Any], list[Any]
+        try:
+            while fields.get("member") != "JobRemoved" or body[1] != job:
                 fields, body = self._receive()
-            except OSError as error:
-                raise DockerError(f"systemd does not finish its job: {error}") from None
-            if fields.get("member") == "JobRemoved" and body[1] == job:
-                if body[3] != "done":
-                    raise DockerError(f"systemd could not start {body[2]}: {body[3]}")
-                return
+        except OSError as error:
+            raise DockerError(f"systemd does not finish its job: {error}") from None
+        if body[3] != "done":
+            raise DockerError(f"systemd could not start {body[2]}: {body[3]}")
 
     def _receive(self) -> tuple[dict[str, Any], list[Any]]:
         head = self._read(16)
