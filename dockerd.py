@@ -606,6 +606,12 @@ def prctl(operation: int, *arguments: int) -> int:
     return _check(_libc.prctl(operation, *values))
 
 
+def close_fds(fds: Iterable[int]) -> None:
+    """Close all these descriptors."""
+    for fd in fds:
+        os.close(fd)
+
+
 def receive_fds(connection: socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
     """Up to `size` bytes and `most` descriptors, close-on-exec from the start; unix(7), SCM_RIGHTS.
 
@@ -6806,6 +6812,10 @@ class Choice(NamedTuple):
     wide: bool  # whether the calling convention has 64-bit arguments
 
 
+_Decision = Union[int, Choice]
+_Ranges = list[tuple[int, _Decision]]   # (first number of a range, decision), in order
+
+
 class _Assembler:
     """A classic BPF program, written from its end to its start: then every jump goes to what is there
     already.
@@ -6814,7 +6824,7 @@ class _Assembler:
 
     def __init__(self) -> None:
         self.code: list[bytes] = []
-        self._returns: dict[Union[int, Choice], int] = {}
+        self._returns: dict[_Decision, int] = {}
 
     def emit(self, operation: int, k: int, true: int = 0, false: int = 0) -> int:
         """Put an instruction in front; its label."""
@@ -6828,8 +6838,7 @@ class _Assembler:
 
     def jump(self, operation: int, k: int, true: int, false: int) -> int:
         """Compare the accumulator with `k` and go to one of two labels."""
-        true = self._near(true)
-        false = self._near(false)
+        true, false = self._near(true), self._near(false)
         return self.emit(operation, k, len(self.code) - true, len(self.code) - false)
 
     def before(self, label: int, operation: int, k: int) -> int:
@@ -6838,7 +6847,7 @@ class _Assembler:
             self.emit(BPF_JUMP, len(self.code) - label)
         return self.emit(operation, k)
 
-    def decide(self, decision: Union[int, Choice]) -> int:
+    def decide(self, decision: _Decision) -> int:
         """The code of an action or a choice; what is near is used again."""
         label = self._returns.get(decision)
         if label is None or len(self.code) - label > 200:
@@ -6878,7 +6887,7 @@ class _Assembler:
             label = self.jump(BPF_JGT, goal >> 32, true, label)
         return self.emit(BPF_LOAD, word + 4)
 
-    def tree(self, ranges: list[tuple[int, Union[int, Choice]]]) -> int:
+    def tree(self, ranges: _Ranges) -> int:
         """A balanced search for the range (first number, decision) that the accumulator lies in."""
         if len(ranges) == 1:
             return self.decide(ranges[0][1])
@@ -6918,18 +6927,19 @@ def _kernel_version(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _rule_applies(call: dict[str, Any], capabilities: frozenset[str], go_name: str, kernel: str) -> bool:
-    """Whether the includes and excludes of a row let it stand for this container, machine and kernel."""
-    for key, wanted in (("excludes", False), ("includes", True)):
-        only = call.get(key) or {}
-        tests = [name in capabilities for name in only.get("caps") or ()]
+def _applicable(profile: dict[str, Any], capabilities: frozenset[str], machine: _Machine,
+                kernel: str) -> list[dict[str, Any]]:
+    """The rows of a profile whose includes and excludes let them stand for this container, machine and
+    kernel."""
+    def tests(only: dict[str, Any]) -> Iterator[bool]:
+        yield from (name in capabilities for name in only.get("caps") or ())
         if only.get("arches"):
-            tests.append(go_name in only["arches"])
+            yield machine.go_name in only["arches"]
         if only.get("minKernel"):
-            tests.append(_kernel_version(only["minKernel"]) <= _kernel_version(kernel))
-        if any(test != wanted for test in tests):
-            return False
-    return True
+            yield _kernel_version(only["minKernel"]) <= _kernel_version(kernel)
+
+    return [call for call in profile.get("syscalls") or ()
+            if not any(tests(call.get("excludes") or {})) and all(tests(call.get("includes") or {}))]
 
 
 def _call_rules(call: dict[str, Any]) -> list[Rule]:
@@ -6946,11 +6956,9 @@ def _conventions(profile: dict[str, Any], machine: _Machine) -> list[str]:
     if profile.get("architectures") and profile.get("archMap"):
         raise BadParameter("both 'architectures' and 'archMap' are specified in the seccomp profile, use "
                            "either 'architectures' or 'archMap'")
-    named = list(profile.get("architectures") or ())
-    for entry in profile.get("archMap") or ():
-        if entry["architecture"] == machine.conventions[0]:
-            named += entry.get("subArchitectures") or ()
-            break
+    named = list(profile.get("architectures") or ()) + next(
+        (entry.get("subArchitectures") or [] for entry in profile.get("archMap") or ()
+         if entry["architecture"] == machine.conventions[0]), [])
     for name in named:
         if name not in _AUDIT_ARCHITECTURES and name not in _OTHER_ARCHITECTURES:
             raise BadParameter(f"string {name} is not a valid arch for seccomp")
@@ -6973,8 +6981,7 @@ def _multiplexed(name: str) -> Optional[tuple[str, Rule]]:
     return None
 
 
-def _syscall_ranges(convention: str, rows: list[tuple[list[str], list[Rule]]],
-                    default: int) -> list[tuple[int, Union[int, Choice]]]:
+def _syscall_ranges(convention: str, rows: list[tuple[list[str], list[Rule]]], default: int) -> _Ranges:
     """The ranges (first number, decision) of one calling convention, in order, from its number 0 on.
 
     Of several rules for a call one without conditions counts, else the first that holds; those that say what
@@ -6992,7 +6999,7 @@ def _syscall_ranges(convention: str, rows: list[tuple[list[str], list[Rule]]],
                     other[1]._replace(action=rule.action) for rule in rules if rule.action != default)
     wide = convention in ("SCMP_ARCH_X86_64", "SCMP_ARCH_AARCH64")
     number = X32_SYSCALL_BIT if convention == "SCMP_ARCH_X32" else 0
-    ranges: list[tuple[int, Union[int, Choice]]] = [(number, default)]
+    ranges: _Ranges = [(number, default)]
     for number in sorted(calls):
         always = next((rule.action for rule in calls[number] if not rule.conditions), None)
         choice = Choice(tuple(calls[number]), default, wide) if calls[number] else default
@@ -7003,12 +7010,11 @@ def _syscall_ranges(convention: str, rows: list[tuple[list[str], list[Rule]]],
     return ranges
 
 
-def _merged(ranges: list[tuple[int, Union[int, Choice]]]) -> list[tuple[int, Union[int, Choice]]]:
+def _merged(ranges: _Ranges) -> _Ranges:
     """The ranges without empty ones and without those that go on as the one before."""
-    merged: list[tuple[int, Union[int, Choice]]] = []
-    for index, (first, decision) in enumerate(ranges):
-        empty = index + 1 < len(ranges) and ranges[index + 1][0] == first
-        if not empty and not (merged and merged[-1][1] == decision):
+    merged: _Ranges = []
+    for (first, decision), (following, _) in zip(ranges, [*ranges[1:], (-1, 0)]):
+        if first != following and not (merged and merged[-1][1] == decision):
             merged.append((first, decision))
     return merged
 
@@ -7020,10 +7026,10 @@ def _compiled(text: Optional[str], capabilities: frozenset[str], machine_name: s
         return b""
     machine = _MACHINES[machine_name]
     default = _seccomp_action(profile.get("defaultAction", ""), profile.get("defaultErrnoRet"))
-    rows = [(_named_calls(call), _call_rules(call)) for call in profile.get("syscalls") or ()
-            if _rule_applies(call, capabilities, machine.go_name, kernel)]
+    rows = [(_named_calls(call), _call_rules(call))
+            for call in _applicable(profile, capabilities, machine, kernel)]
     conventions = _conventions(profile, machine)
-    spaces: dict[int, list[tuple[int, Union[int, Choice]]]] = {}
+    spaces: dict[int, _Ranges] = {}
     for name in conventions:
         spaces.setdefault(_AUDIT_ARCHITECTURES[name], []).extend(_syscall_ranges(name, rows, default))
     if machine_name == "x86_64" and "SCMP_ARCH_X32" not in conventions:
@@ -7031,12 +7037,11 @@ def _compiled(text: Optional[str], capabilities: frozenset[str], machine_name: s
     return _assemble(spaces)
 
 
-def _assemble(spaces: dict[int, list[tuple[int, Union[int, Choice]]]]) -> bytes:
+def _assemble(spaces: dict[int, _Ranges]) -> bytes:
     """The program for the ranges of each AUDIT_ARCH_*; any other is killed."""
     program = _Assembler()
-    entries = []
-    for audit, ranges in reversed(spaces.items()):
-        entries.append((audit, program.before(program.tree(_merged(ranges)), BPF_LOAD, 0)))
+    entries = [(audit, program.before(program.tree(_merged(ranges)), BPF_LOAD, 0))
+               for audit, ranges in reversed(spaces.items())]
     label = program.decide(_BAD_ARCHITECTURE)
     for audit, entry in entries:
         label = program.jump(BPF_JEQ, audit, entry, label)
@@ -7073,8 +7078,7 @@ def oci_seccomp(profile: Optional[dict[str, Any]], capabilities: Iterable[str]) 
     profile = default_seccomp_profile() if profile is None else profile
     kept = {key: profile[key] for key in ("defaultAction", "defaultErrnoRet", "flags") if key in profile}
     machine = _MACHINES[uname.machine]
-    calls = [call for call in profile.get("syscalls") or ()
-             if _rule_applies(call, given, machine.go_name, uname.release)]
+    calls = _applicable(profile, given, machine, uname.release)
     return {**kept, "architectures": list(_conventions(profile, machine)),
             "syscalls": [{"names": list(_named_calls(call)), **{
                 key: call[key] for key in ("action", "errnoRet", "args") if call.get(key) is not None}}
@@ -8823,8 +8827,7 @@ class ShimProcess:
 
     def close(self) -> None:
         """Let all its descriptors go."""
-        for fd in (self.pidfd, *self.keep.values()):
-            os.close(fd)
+        close_fds([self.pidfd, *self.keep.values()])
         self.keep.clear()
 
 
@@ -8891,8 +8894,7 @@ class HelperProcess:
         try:
             while waiting:
                 socket.send_fds(connection, [waiting[0][0]], waiting[0][1], socket.MSG_DONTWAIT)
-                for fd in waiting.pop(0)[1]:
-                    os.close(fd)
+                close_fds(waiting.pop(0)[1])
         except BlockingIOError:
             pass
         except OSError:  # the daemon is gone: its end of file follows
@@ -8901,9 +8903,7 @@ class HelperProcess:
 
     @staticmethod
     def _drop_unsent(waiting: list[tuple[bytes, list[int]]]) -> None:
-        for _, fds in waiting:
-            for fd in fds:
-                os.close(fd)
+        close_fds(fd for _, fds in waiting for fd in fds)
         waiting.clear()
 
     def _serve(self, connection: socket.socket) -> None:
@@ -8927,8 +8927,7 @@ class HelperProcess:
             sent = getattr(self, "op_" + request["op"])(request, named, answer) or []
         except (OSError, KeyError, ValueError, AttributeError) as error:
             answer["error"] = f"{type(error).__name__}: {error}"
-        for fd in named.values():
-            os.close(fd)
+        close_fds(named.values())
         self._send(connection, json.dumps(answer).encode(), sent)
 
     def op_hello(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
@@ -8992,8 +8991,7 @@ class Shim(HelperProcess):
             _join_main(plan, {**own, "told": writer}, request["flags"])
         os.close(writer)
         told = os.read(reader, 16)  # not to its end: the process may be born frozen
-        for fd in (reader, helper_fd):
-            os.close(fd)
+        close_fds([reader, helper_fd])
         os.waitpid(helper, 0)
         if not told:
             return []
@@ -9487,8 +9485,7 @@ class Process:
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1
-        for fd in self.kept.values():
-            os.close(fd)
+        close_fds(self.kept.values())
         self.kept = {}
         self.shim.forgotten(self.key)
 
@@ -9553,8 +9550,7 @@ class HelperClient:
             connected = self.connect()
         finally:
             listener.close()
-            for fd in (null, errors, program):
-                os.close(fd)
+            close_fds([null, errors, program])
         if not connected:
             raise DockerError(f"cannot start the {self.role}: see {log_path}")
 
@@ -9581,8 +9577,7 @@ class HelperClient:
 
     def _told(self, packet: dict[str, Any], fds: list[int]) -> None:
         """A packet that answers nobody who still waits."""
-        for fd in fds:
-            os.close(fd)
+        close_fds(fds)
 
     def _gone(self) -> None:
         """The process is gone."""
@@ -9602,8 +9597,7 @@ class HelperClient:
 
     def _stuck(self, operation: str) -> str:
         return (f"the {self.role} (pid {self.pid or 'not known'}, {self.path}) has not answered {operation} "
-                "within "
-                f"{SHIM_TIMEOUT} s")
+                f"within {SHIM_TIMEOUT} s")
 
     def call(self, operation: str, fds: Optional[dict[str, int]] = None,
              **fields: Any) -> tuple[dict[str, Any], list[int]]:
@@ -9793,8 +9787,7 @@ class ExecutionDriver:
         try:
             self.open().take(process, streams)
         finally:
-            for fd in streams.values():
-                os.close(fd)
+            close_fds(streams.values())
 
     def close(self) -> None:
         """Let all shims go; those without a process end."""
@@ -9848,8 +9841,7 @@ class ExecutionDriver:
             raise
         finally:
             ours.close()
-            for fd in opened:
-                os.close(fd)
+            close_fds(opened)
 
     # OCI runtimes: each container has a bundle, which also tells what command its runtime is
 
@@ -13520,11 +13512,11 @@ class Subscriber:
                 self._timer.cancel()
             if self._spool is not None:
                 chunks += self._kept()
-            if self._spool is None and self._message:
-                chunks.append((STDERR, self._message))
-                self._message = b""
             if self._spool is not None:
                 self.wake()
+            elif self._message:
+                chunks.append((STDERR, self._message))
+                self._message = b""
         self.streams.drained()
         return chunks
 
