@@ -8,8 +8,11 @@ space := $(subst ,, )
 PIP_PACKAGES := cffi docker mypy pytest pytest-timeout PyYAML ruff setuptools
 # The real daemon to compare with, unpacked beside the project: never installed, never started on the machine itself.
 PEER_PACKAGES := busybox-static containerd crun docker.io libdevmapper1.02.1 libseccomp2 libyajl2 runc tini
+# It is fetched anew when this list has changed.
+PEER_STAMP := .cache/peer/.complete-$(shell echo "$(PEER_PACKAGES)" | md5sum | cut -c 1-8)
 # What the tests call, and the package that has it.
-TOOLS := cc:gcc debootstrap:debootstrap ip:iproute2 ldd:libc-bin openssl:openssl ps:procps unshare:util-linux
+TOOLS := cc:gcc debootstrap:debootstrap ip:iproute2 iptables-restore:iptables ldd:libc-bin nft:nftables nsenter:util-linux \
+	openssl:openssl ps:procps ss:iproute2 unshare:util-linux
 VM_TOOLS := mkfs.ext4:e2fsprogs qemu-system-x86_64:qemu-system-x86
 
 # "MINOR INTERPRETER" of every usable Python 3.9 or newer in PATH and under pyenv, oldest first.  Each names itself,
@@ -68,9 +71,9 @@ tools:
 	[ -n "$$($(LIST_PYTHONS))" ] || missing="$$missing python3-venv python3-dev"; \
 	[ -z "$$missing" ] || { apt-get -q update && apt-get -q install -y --no-install-recommends $$missing; }
 
-peer: $(CACHE)/peer/.complete
+peer: $(PEER_STAMP)
 
-$(CACHE)/peer/.complete: | tools
+$(PEER_STAMP): | tools
 	@rm -rf $(CACHE)/debs $(CACHE)/peer && mkdir -p $(CACHE)/debs $(CACHE)/peer
 	@packages="$(PEER_PACKAGES) $$(apt-cache pkgnames docker-cli | grep -x docker-cli)"; cd $(CACHE)/debs; \
 	apt-get -qq download $$packages || { apt-get -q update && apt-get -qq download $$packages; }
