@@ -752,6 +752,41 @@ def read_text(path: str, limit: int = 1 << 20) -> str:
         return ""
 
 
+class _ZstdBuffer(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("size", ctypes.c_size_t), ("at", ctypes.c_size_t))
+
+
+class ZstdDecoder:
+    """Decodes a frame of zstd by the system's libzstd (zstd.h), with the methods of bz2.BZ2Decompressor."""
+
+    def __init__(self) -> None:
+        """NotSupported where there is no libzstd."""
+        try:
+            self._library = ctypes.CDLL("libzstd.so.1")
+        except OSError:
+            raise NotSupported("zstd needs Python 3.14 or libzstd.so.1: install libzstd1") from None
+        self._library.ZSTD_createDStream.restype = ctypes.c_void_p
+        self._library.ZSTD_decompressStream.restype = ctypes.c_size_t
+        self._library.ZSTD_getErrorName.restype = ctypes.c_char_p
+        self._stream = ctypes.c_void_p(self._library.ZSTD_createDStream())
+        weakref.finalize(self, self._library.ZSTD_freeDStream, self._stream)
+        self.eof, self.needs_input, self.unused_data, self._left = False, True, b"", b""
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """At most `max_length` bytes of what `data` and what came before hold; OSError on damage."""
+        data = self._left + data
+        room = ctypes.create_string_buffer(max_length)
+        source = _ZstdBuffer(ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p), len(data), 0)
+        target = _ZstdBuffer(ctypes.cast(room, ctypes.c_void_p), max_length, 0)
+        code = self._library.ZSTD_decompressStream(self._stream, ctypes.byref(target), ctypes.byref(source))
+        if self._library.ZSTD_isError(ctypes.c_size_t(code)):
+            raise OSError(self._library.ZSTD_getErrorName(ctypes.c_size_t(code)).decode())
+        self.eof, rest = code == 0, data[source.at:]
+        self.unused_data, self._left = (rest, b"") if self.eof else (b"", rest)
+        self.needs_input = not rest and target.at < max_length
+        return room.raw[:target.at]
+
+
 def load_native() -> Any:
     """The compiled helper `_native` beside this file, or None: every function in it has a twin in Python
     here."""
@@ -2956,9 +2991,10 @@ class _Prefixed:
 
 def decompress(stream: Any, ratio: int = 1000) -> Any:
     """A readable stream of what `stream` holds, uncompressed: gzip, bzip2 and xz are recognised by their
-    first bytes (RFC 1952, the formats' own documents), all else passes as it is.
+    first bytes (RFC 1952, the formats' own documents), and zstd (RFC 8878); all else passes as it is.
 
-    NotSupported for zstd, which Python has from 3.14 on; BadParameter as Decompressor says."""
+    NotSupported for zstd where neither Python (3.14) nor the system has it; BadParameter as Decompressor
+    says."""
     head = read_chunk(stream, 10, 10)
     whole = _Prefixed(head, stream)
     if head.startswith(b"\x1f\x8b\x08"):
@@ -2970,7 +3006,11 @@ def decompress(stream: Any, ratio: int = 1000) -> Any:
         import lzma
         return Decompressor(whole, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 29), ratio)
     if head.startswith(b"\x28\xb5\x2f\xfd"):
-        raise NotSupported("zstd archives are not supported yet: compress the archive with gzip or xz")
+        try:
+            from compression.zstd import ZstdDecompressor
+        except ImportError:
+            ZstdDecompressor = ZstdDecoder
+        return Decompressor(whole, ZstdDecompressor, ratio)
     return whole
 
 
@@ -5619,6 +5659,13 @@ class LayerTransaction:
         self._chains.append(layer.chain_id)
         return layer
 
+    def hold(self, chain: str) -> bool:
+        """Keep the layer `chain` for as long as the transaction lasts; False when there is none."""
+        with contextlib.suppress(DockerError):
+            self._keep(self.store.hold(chain))
+            return True
+        return False
+
     def sync(self) -> None:
         """Bring everything to the disk that the layers need; call it once, before an image names them."""
         failpoint("layers-sync")
@@ -5892,6 +5939,7 @@ class Images:
         tables = threading.RLock()
         os.makedirs(root, 0o700, exist_ok=True)
         self.event, self.users = event, users
+        self._distribution = os.path.join(root, "distribution")
         self.layers = LayerStore(root, driver, idmap, tables)
         self.store = ImageStore(root, self.layers, tables)
         self.tags = TagStore(os.path.join(root, "repositories.json"), tables)
@@ -5909,6 +5957,26 @@ class Images:
                 names = ", ".join(reference.familiar for reference in references)
                 yield Damage(f"{names} means the image {image_id}, which is missing",
                              functools.partial(self.tags.remove, references))
+
+    def note_blob(self, diff_id: str, digest: str, repository: str) -> None:
+        """Remember, as moby does, that a layer is the blob `digest` of a repository."""
+        digests = os.path.join(self._distribution, "diffid-by-digest", *digest.split(":"))
+        sources = os.path.join(self._distribution, "v2metadata-by-diffid", *diff_id.split(":"))
+        known = [{"Digest": digest, "SourceRepository": repository, "HMAC": ""}]
+        known = [fact for fact in self.blobs_of(diff_id) if fact not in known][-49:] + known
+        for path, data in ((digests, diff_id.encode()), (sources, docker_json(known))):
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            write_state(path, data, durable=False)
+
+    def blobs_of(self, diff_id: str) -> list[dict[str, str]]:
+        """What note_blob() remembers of a layer, the latest last."""
+        try:
+            found = json.loads(read_state(os.path.join(self._distribution, "v2metadata-by-diffid",
+                                                       *diff_id.split(":"))))
+            names = ("Digest", "SourceRepository", "HMAC")
+            return [{name: str(fact[name]) for name in names} for fact in found]
+        except (OSError, ValueError, LookupError, TypeError):
+            return []
 
     def count(self) -> int:
         """How many images there are."""
@@ -6234,66 +6302,898 @@ class ProgressReader:
         return data
 
 
-@contextlib.contextmanager
-def open_url(address: str, timeout: float = 30) -> Iterator[Any]:
-    """The response to a GET of an http or https URL, proxies of the environment respected; `timeout` in s per
-    read.
+# HTTP
 
-    BadParameter for another scheme, also after a redirect; DockerError when there is no successful answer."""
+
+class Unreachable(DockerError):
+    """Nobody answers at an address."""
+
+
+def _dial_error(error: BaseException, address: str) -> str:
+    """What Go says of a connection that could not be made."""
+    import ssl
+    host = address.partition("://")[2].partition("/")[0]
+    reason = getattr(error, "reason", error)
+    if isinstance(reason, socket.gaierror):
+        return f"dial tcp: lookup {host.partition(':')[0]}: no such host"
+    if isinstance(reason, ConnectionRefusedError):
+        return f"dial tcp {host}: connect: connection refused"
+    if isinstance(reason, socket.timeout):
+        return ("net/http: request canceled while waiting for connection (Client.Timeout exceeded while "
+                "awaiting headers)")
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return f"x509: {reason.verify_message}"
+    if isinstance(reason, ssl.SSLError) and reason.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
+        return "http: server gave HTTP response to HTTPS client"
+    return str(reason)
+
+
+def http_request(address: str, timeout: float = 30, method: str = "GET",
+                 headers: Optional[dict[str, str]] = None, data: Any = None, authorization: str = "",
+                 context: Any = None) -> Any:
+    """The response to a request, whatever its status, proxies of the environment respected; `timeout` in s
+    per read, `context` is TLS'.
+
+    `authorization` is not shown to where the server redirects.  BadParameter for a scheme other than http and
+    https, Unreachable when there is no answer."""
     import http.client
     import urllib.error
     import urllib.request as request
-    scheme = address.partition("://")[0].lower()
+    scheme, _, rest = address.partition("://")
+    scheme = scheme.lower()
     if scheme not in ("http", "https"):
-        raise BadParameter(f'Get "{address}": unsupported protocol scheme "{scheme}"')
+        raise BadParameter(f'{method.capitalize()} "{address}": unsupported protocol scheme "{scheme}"')
+    direct = re.match(r"(localhost|127\.[0-9.]+|\[::1\])([:/]|\Z)", rest)  # as Go does
     opener = request.OpenerDirector()
-    for handler in (request.ProxyHandler, request.UnknownHandler, request.HTTPHandler, request.HTTPSHandler,
-                    request.HTTPDefaultErrorHandler, request.HTTPRedirectHandler, request.HTTPErrorProcessor):
-        opener.add_handler(handler())
+    for handler in (request.ProxyHandler({} if direct else None), request.UnknownHandler(),
+                    request.HTTPHandler(), request.HTTPSHandler(context=context),
+                    request.HTTPDefaultErrorHandler(), request.HTTPRedirectHandler(),
+                    request.HTTPErrorProcessor()):
+        opener.add_handler(handler)
+    query = request.Request(address, data, headers or {}, method=method)
+    if authorization:
+        query.add_unredirected_header("Authorization", authorization)
     try:
-        response = opener.open(address, timeout=timeout)
+        return opener.open(query, timeout=timeout)
     except urllib.error.HTTPError as error:
-        raise DockerError(f"failed to GET {address} with status {error.code} {error.reason}") from None
+        return error
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise DockerError(f'Get "{address}": {getattr(error, "reason", error)}') from None
-    with response:
+        raise Unreachable(f'{method.capitalize()} "{address}": {_dial_error(error, address)}') from None
+
+
+@contextlib.contextmanager
+def open_url(address: str) -> Iterator[Any]:
+    """The response to a GET of an http or https URL; the errors of http_request(), DockerError when it is no
+    success."""
+    with http_request(address) as response:
+        if response.code >= 300:
+            raise DockerError(f"failed to GET {address} with status {response.code} {response.reason}")
         yield response
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Registry
 #
-# What reaches out to a registry (OCI distribution specification).  The client is not there yet: its jobs
-# refuse with a line that says so, and what is here already can be used without it.
+# The client of registries: endpoints and their credentials, blobs, and pulls (OCI distribution specification,
+# Docker's registry API v2 and its token authentication; hosts.toml as containerd documents it).  A blob flows
+# into an unnamed file, which the pulls that want it read while it grows: nothing of it outlives the daemon.
+# What a manifest names is taken for what its digest says, and a foreign layer's URL is never followed.
 # ------------------------------------------------------------------------------------------------------------
 
+CERTIFICATES = "/etc/docker/certs.d"
+HUB = "docker.io"
+MANIFEST_LIMIT, CONFIG_LIMIT = 4 << 20, 16 << 20  # bytes; the first is moby's
+IMAGE_MANIFESTS = ("application/vnd.docker.distribution.manifest.v2+json",
+                   "application/vnd.oci.image.manifest.v1+json")
+MANIFEST_LISTS = ("application/vnd.docker.distribution.manifest.list.v2+json",
+                  "application/vnd.oci.image.index.v1+json")
+IMAGE_CONFIGS = ("application/vnd.docker.container.image.v1+json", "application/vnd.oci.image.config.v1+json",
+                 "application/octet-stream")
+_LOGIN_HINT = "repository does not exist or may require 'docker login'"
+_NOT_FOUND = {"DENIED": "pull access denied for {0.familiar_name}, " + _LOGIN_HINT,
+              "MANIFEST_UNKNOWN": "manifest for {0.familiar} not found",
+              "NAME_UNKNOWN": "repository {0.familiar_name} not found"}
+
+
+class RegistryError(DockerError):
+    """A registry's refusal: its `code` (MANIFEST_UNKNOWN, ...) and the HTTP `status`."""
+
+    def __init__(self, code: str, message: str, status: int) -> None:
+        super().__init__(f"{code.lower().replace('_', ' ')}: {message}" if code else message)
+        self.code, self.status = code, status
+
+
+class Cancelled(DockerError):
+    """Nobody waits for a pull any more."""
+
+    def __init__(self) -> None:
+        super().__init__("context canceled")
+
+
+class RegistryHost(NamedTuple):
+    """A place that answers for a registry: its URL up to /v2, whether it is a mirror, whether its certificate
+    is checked, the files of certificate authorities and the (certificate, key) files to show."""
+
+    base: str
+    mirror: bool = False
+    verify: bool = True
+    authorities: tuple[str, ...] = ()
+    certificates: tuple[tuple[str, str], ...] = ()
+
+    def context(self) -> Any:
+        """What TLS is spoken with; None over plain HTTP."""
+        if not self.base.startswith("https:"):
+            return None
+        import ssl
+        context = ssl.create_default_context()
+        if not self.verify:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        for path in self.authorities:
+            context.load_verify_locations(path)
+        for certificate, key in self.certificates:
+            context.load_cert_chain(certificate, key)
+        return context
+
+
+def _certificates(host: str) -> dict[str, Any]:
+    """The authorities and certificates in certs.d/HOST; DockerError when a certificate has no key."""
+    names = sorted(glob.glob(os.path.join(glob.escape(os.path.join(CERTIFICATES, host)), "*.c*rt")))
+    pairs = tuple((name, name[:-4] + "key") for name in names if name.endswith(".cert"))
+    for certificate, key in pairs:
+        if not os.path.exists(key):
+            raise DockerError(f"missing key {os.path.basename(key)} for client certificate "
+                              f"{os.path.basename(certificate)}. CA certificates must end in .crt.")
+    return {"authorities": tuple(name for name in names if name.endswith(".crt")), "certificates": pairs}
+
+
+def _hosts_file(path: str) -> dict[str, dict[str, Any]]:
+    """The tables of a hosts.toml by host, "" for what stands before them; {} where there is no file.
+
+    DockerError for a line that is more than a table's head, or a key with a text, a bool or a list."""
+    tables: dict[str, dict[str, Any]] = {"": {}}
+    table = tables[""]
+    for line in read_text(path).splitlines():
+        head = re.fullmatch(r"""\s*\[host\.(["'])(.+?)\1(\..*)?\]\s*(#.*)?""", line)
+        pair = re.fullmatch(r"""\s*(\w+)\s*=\s*(true|false|\[.*\]|"[^"]*"|'[^']*')\s*(#.*)?""", line)
+        if head:
+            table = {} if head[3] else tables.setdefault(head[2], {})
+        elif pair:
+            table[pair[1]] = json.loads(pair[2].replace("'", '"'))
+        elif line.strip() and not line.lstrip().startswith("#"):
+            raise DockerError(f"cannot read {path}: {line.strip()}")
+    return tables
+
+
+def _hosts_endpoints(directory: str, writing: bool) -> Iterator[RegistryHost]:
+    """The endpoints that DIRECTORY/hosts.toml names, its server last."""
+    tables = _hosts_file(os.path.join(directory, "hosts.toml"))
+    server = tables.pop("")
+    if "server" in server:
+        tables[server["server"]] = {**server, **tables.pop(server["server"], {}), "last": True}
+    for url, table in tables.items():
+        if ("push" if writing else "pull") in table.get("capabilities", ("pull", "resolve", "push")):
+            authorities, client = table.get("ca", ()), table.get("client", ())
+            files = [authorities] if isinstance(authorities, str) else authorities
+            pairs = [(client, client)] if isinstance(client, str) else [
+                (pair, pair) if isinstance(pair, str) else (pair[0], pair[-1]) for pair in client]
+            base = url.rstrip("/") if "://" in url else "https://" + url.rstrip("/")
+            yield RegistryHost(
+                base if table.get("override_path") or base.endswith("/v2") else base + "/v2",
+                "last" not in table, not table.get("skip_verify"),
+                tuple(os.path.join(directory, file) for file in files),
+                tuple((os.path.join(directory, first), os.path.join(directory, second))
+                      for first, second in pairs))
+
+
+def is_insecure(host: str, config: Any) -> bool:
+    """Whether HOST[:PORT] is a registry that --insecure-registry names, or on the loopback."""
+    if host in config.insecure_registries:
+        return True
+    networks = [ipaddress.ip_network(text, strict=False)
+                for text in ("127.0.0.0/8", "::1/128", *config.insecure_registries) if "/" in text]
+    name = host.rpartition(":")[0] if re.search(r":\d+\Z", host) else host
+    with contextlib.suppress(OSError, ValueError):
+        found = {ipaddress.ip_address(str(info[4][0])) for info in socket.getaddrinfo(name.strip("[]"), None)}
+        return any(address in network for address in found for network in networks)
+    return False
+
+
+def endpoints(domain: str, config: Any, writing: bool = False) -> list[RegistryHost]:
+    """Where to ask for the repositories of `domain`, in order: mirrors (not for `writing`), then itself."""
+    host, mirrors = ("registry-1.docker.io", config.registry_mirrors) if domain == HUB else (domain, ())
+    found: list[RegistryHost] = []
+    for mirror in () if writing else mirrors:
+        name = mirror.partition("://")[2].partition("/")[0]
+        found.append(RegistryHost(mirror + "v2", True, not is_insecure(name, config), **_certificates(name)))
+    found += _hosts_endpoints(os.path.join(CERTIFICATES, domain), writing)
+    if not found or found[-1].mirror:
+        insecure = is_insecure(host, config)
+        found.append(RegistryHost(f"https://{host}/v2", False, not insecure, **_certificates(host)))
+        found += [RegistryHost(f"http://{host}/v2")] if insecure else []
+    return found
+
+
+class RegistryClient:
+    """Speaks to one endpoint about one repository, or about none.
+
+    `credentials` are those of the API's X-Registry-Auth, `actions` what a token must allow ("pull,push").
+    Credentials go to the endpoint and to its token server, never to where either redirects."""
+
+    def __init__(self, endpoint: RegistryHost, path: str = "", credentials: Any = None, actions: str = "pull",
+                 timeout: float = 30) -> None:
+        self.endpoint, self.timeout, self._context = endpoint, timeout, endpoint.context()
+        self.repository = f"{endpoint.base}/{path}"
+        self._scope = f"repository:{path}:{actions}" if path else ""
+        known: dict[str, str] = credentials if isinstance(credentials, dict) and not endpoint.mirror else {}
+        user, password = known.get("username", ""), known.get("password", "")
+        with contextlib.suppress(ValueError):
+            if known.get("auth") and not user:
+                user, _, password = base64.b64decode(known["auth"]).decode().partition(":")
+        self._user, self._refresh = user, known.get("identitytoken", "")
+        self._basic = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode() if user else ""
+        self._authorization = "Bearer " + known["registrytoken"] if known.get("registrytoken") else ""
+
+    def request(self, method: str, address: str, headers: Optional[dict[str, str]] = None,
+                data: Any = None) -> Any:
+        """The successful response to a request; `data` is bytes.
+
+        RegistryError when it is refused, Unreachable when there is no answer."""
+        response = self._send(method, address, headers, data)
+        if response.code == 401:  # no token yet, or one that has expired
+            with response:
+                self._authorize(method, address, response)
+            response = self._send(method, address, headers, data)
+        return self._checked(response)
+
+    def _send(self, method: str, address: str, headers: Optional[dict[str, str]], data: Any) -> Any:
+        return http_request(address, self.timeout, method, headers, data, self._authorization, self._context)
+
+    def fetch(self, address: str, headers: Optional[dict[str, str]] = None, limit: int = MANIFEST_LIMIT) \
+            -> tuple[bytes, Any]:
+        """The body, of at most `limit` bytes, and the headers of what a GET answers."""
+        return self._read(self.request("GET", address, headers), address, limit)
+
+    def _read(self, response: Any, address: str, limit: int) -> tuple[bytes, Any]:
+        import http.client
+        try:
+            with response:
+                data = response.read(limit + 1)
+        except (OSError, http.client.HTTPException) as error:
+            raise Unreachable(f'Get "{address}": {error}') from None
+        if len(data) > limit:
+            raise DockerError(f"the answer to {address} is larger than {limit} bytes")
+        return data, response.headers
+
+    def _checked(self, response: Any) -> Any:
+        """The response; RegistryError when it is a refusal, in the words of the distribution project."""
+        if response.code < 300:
+            return response
+        with response:
+            body, challenge = response.read(65536), response.headers.get("WWW-Authenticate") or ""
+        code, message = "", f"received unexpected HTTP status: {response.code} {response.reason}"
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            document = json.loads(body)
+            if "errors" in document:
+                code, message = (str(document["errors"][0].get(key) or "") for key in ("code", "message"))
+            elif "details" in document:
+                code, message = "UNAUTHORIZED", str(document["details"])
+        if 'error="insufficient_scope"' in challenge:
+            code, message = "DENIED", "requested access to the resource is denied"
+        elif response.code == 401 and not code:
+            code, message = "UNAUTHORIZED", "authentication required"
+        raise RegistryError(code, message, response.code)
+
+    def _authorize(self, method: str, address: str, response: Any) -> None:
+        """Get what the challenges of a 401 ask for."""
+        for challenge in response.headers.get_all("WWW-Authenticate") or ():
+            scheme, _, rest = challenge.partition(" ")
+            asked = dict(re.findall(r'(\w+)="([^"]*)"', rest))
+            if scheme.lower() == "bearer":
+                self._authorization = "Bearer " + self._token(asked)
+            elif scheme.lower() == "basic":
+                if not self._basic:
+                    raise Unauthorized(f'{method.capitalize()} "{address}": no basic auth credentials')
+                self._authorization = self._basic
+
+    def _token(self, asked: dict[str, str]) -> str:
+        """A token from the server that a challenge names (distribution: Token Authentication)."""
+        from urllib.parse import urlencode
+        realm, scope = asked.get("realm", ""), asked.get("scope") or self._scope
+        query = {"service": asked.get("service", ""), **({"scope": scope} if scope else {})}
+        secret = bool(self._basic or self._refresh)
+        if secret and self.endpoint.verify and self._context and not realm.startswith("https://"):
+            raise DockerError(f"refusing to send credentials unencrypted to the token server {realm}")
+        if self._refresh:
+            form = {**query, "grant_type": "refresh_token", "client_id": "docker",
+                    "refresh_token": self._refresh}
+            response = http_request(realm, self.timeout, "POST", None, urlencode(form).encode(), "",
+                                    self._context)
+        else:
+            query.update({"account": self._user} if self._user else {})
+            response = http_request(realm + ("&" if "?" in realm else "?") + urlencode(query), self.timeout,
+                                    authorization=self._basic, context=self._context)
+        answer = _json_object(self._read(self._checked(response), realm, MANIFEST_LIMIT)[0], "token")
+        token = answer.get("token") or answer.get("access_token")
+        if not isinstance(token, str) or not token.isprintable():
+            raise DockerError("authorization server did not include a token in the response")
+        return token
+
+    def manifest(self, reference: str) -> tuple[str, dict[str, Any], bytes, str]:
+        """(media type, document, its bytes, its digest) of the manifest of a tag or a digest.
+
+        DockerError when it is not what its digest or its type says (CVE-2021-41190)."""
+        accept = {"Accept": ", ".join((*IMAGE_MANIFESTS, *MANIFEST_LISTS))}
+        raw, headers = self.fetch(f"{self.repository}/manifests/{reference}", accept)
+        kind = (headers.get("Content-Type") or "").partition(";")[0].strip()
+        digest = _digest(raw, reference)
+        if ":" in reference and digest != reference:
+            raise DockerError(f"manifest verification failed for digest {reference}")
+        document = _json_object(raw, "manifest")
+        told = document.get("mediaType") or kind
+        if kind not in (*IMAGE_MANIFESTS, *MANIFEST_LISTS):
+            kind = told
+        if told != kind:
+            raise DockerError(f"mediaType in manifest should be '{kind}' not '{told}'")
+        if kind not in (*IMAGE_MANIFESTS, *MANIFEST_LISTS):
+            raise DockerError(f"unsupported manifest media type and no default available: {kind}")
+        wrong = ("layers", "config") if kind in MANIFEST_LISTS else ("manifests",)
+        if any(key in document for key in (*wrong, "fsLayers")):
+            raise DockerError(f"the manifest {digest} is of two types at once")
+        return kind, document, raw, digest
+
+    def tags(self) -> list[str]:
+        """The repository's tags."""
+        from urllib.parse import urljoin
+        address, found = f"{self.repository}/tags/list", list[Any]()
+        while address:
+            data, headers = self.fetch(address)
+            found += _json_object(data, "list of tags").get("tags") or []
+            following = re.search(r'<([^>]+)>;\s*rel="?next', headers.get("Link") or "")
+            there = urljoin(address, following[1]) if following else ""
+            address = there if there.startswith(self.repository) else ""
+        return [tag for tag in found if isinstance(tag, str) and re.fullmatch(_TAG, tag)]
+
+
+def _digest(data: bytes, like: str = "") -> str:
+    """The digest of `data`, by the algorithm of the digest `like`."""
+    algorithm = like.partition(":")[0] if ":" in like else "sha256"
+    return f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
+
+
+def _json_object(data: bytes, what: str) -> dict[str, Any]:
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DockerError(f"the registry's {what} is no JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise DockerError(f"the registry's {what} is no object")
+    return document
+
+
+class Descriptor(NamedTuple):
+    """What a manifest says of a blob."""
+
+    kind: str
+    digest: str
+    size: int
+
+
+def descriptor(value: Any) -> Descriptor:
+    """The descriptor `value` of a manifest; DockerError when it is none."""
+    try:
+        found = Descriptor(str(value.get("mediaType") or ""), parse_digest(value["digest"]), value["size"])
+        if type(found.size) is not int or not 0 <= found.size < 1 << 50:
+            raise ValueError("its size is no number of bytes")
+    except (AttributeError, LookupError, TypeError, ValueError, DockerError) as error:
+        raise DockerError(f"the manifest has an invalid descriptor: {error}") from None
+    return found
+
+
+def choose_platform(entries: Any, wanted: Platform) -> Descriptor:
+    """The manifest of a list that suits `wanted` best, as Docker chooses; NotFound when none does."""
+    best: Optional[tuple[int, Any]] = None
+    for entry in entries if isinstance(entries, list) else ():
+        values = entry.get("platform") or {} if isinstance(entry, dict) else {}
+        with contextlib.suppress(DockerError):
+            has = parse_platform("/".join(str(values[key]) for key in _PLATFORM_KEYS if values.get(key)))
+            rank = _suits(has, wanted)
+            if rank is not None and (best is None or rank < best[0]):
+                best = rank, entry
+    if best is None:
+        raise NotFound(f"no matching manifest for {wanted} in the manifest list entries")
+    return descriptor(best[1])
+
+
+def _suits(has: Platform, wanted: Platform) -> Optional[int]:
+    """How many steps below what is `wanted` a platform is; None when it does not run there."""
+    if has.os != wanted.os:
+        return None
+    if has.architecture == wanted.architecture == "arm":
+        steps = int(wanted.variant[1:] or 7) - int(has.variant[1:] or 7)
+        return steps if steps >= 0 else None
+    if (has.architecture, wanted.architecture) == ("arm", "arm64"):
+        return 9 - int(has.variant[1:] or 7)
+    same = has.architecture == wanted.architecture and has.variant in (wanted.variant, "", "v1")
+    return 0 if same else None
+
+
+# Blobs
+
+_WAITING, _DOWNLOADING, _VERIFYING, _DOWNLOADED, _EXTRACTING, _PULLED = range(1, 7)
+_STAGES = ("Pulling fs layer", "Waiting", "Downloading", "Verifying Checksum", "Download complete",
+           "Extracting", "Pull complete")
+
+
+class Download:
+    """A blob on its way into an unnamed file, for all the pulls that want it; `users` counts them and its
+    thread."""
+
+    def __init__(self, blobs: Blobs, client: RegistryClient, blob: Descriptor) -> None:
+        import tempfile
+        self.blobs, self.client, self.blob = blobs, client, blob
+        self.file = tempfile.TemporaryFile(dir=blobs.directory)
+        self.stage, self.received, self.delay, self.users = _WAITING, 0, 0, 1
+        self.error: Optional[BaseException] = None
+        self.changed = threading.Condition()
+        self.unpacking = threading.Lock()  # whoever wants the layer unpacks it, one at a time
+        self._hash = hashlib.new(blob.digest.partition(":")[0])
+
+    def run(self) -> None:
+        """Fetch the blob: again from where it broke off, and after a pause where nothing came, for as many
+        times as --max-download-attempts says."""
+        try:
+            with self.blobs.room():
+                failures = 0
+                while not self._complete():
+                    before = self.received
+                    try:
+                        self._fetch()
+                    except (OSError, Unreachable, RegistryError) as error:
+                        if isinstance(error, RegistryError) and error.status < 500 and error.status != 429:
+                            raise
+                        failures = 1 if self.received > before else failures + 1
+                        log.info("download of %s failed: %s", self.blob.digest, error)
+                        if failures >= max(self.blobs.config.max_download_attempts, 1):
+                            raise DockerError(str(error)) from error
+                        self._pause(5 * (failures - 1))
+                self._set(_DOWNLOADED)
+        except BaseException as error:
+            self.error = error
+            self._set(_DOWNLOADED)
+        finally:
+            self.blobs.release(self)
+
+    def _set(self, stage: int) -> None:
+        with self.changed:
+            self.stage = stage
+            self.changed.notify_all()
+
+    def _pause(self, seconds: int) -> None:
+        for self.delay in range(seconds, 0, -1):
+            self._check_wanted()
+            time.sleep(1)
+        self.delay = 0
+
+    def _check_wanted(self) -> None:
+        if self.users < 2:
+            raise Cancelled
+
+    def _complete(self) -> bool:
+        """Whether all of the blob is there; DockerError when it is not what its digest says."""
+        if self.received < self.blob.size or self.stage == _WAITING:
+            return False
+        self._set(_VERIFYING)
+        if self._hash.hexdigest() != self.blob.digest.partition(":")[2]:
+            raise DockerError(f"filesystem layer verification failed for digest {self.blob.digest}")
+        return True
+
+    def _fetch(self) -> None:
+        import http.client
+        self._check_wanted()
+        self._set(_DOWNLOADING)
+        headers = {"Accept-Encoding": "identity"}
+        if self.received:
+            headers["Range"] = f"bytes={self.received}-"
+        try:
+            with self.client.request("GET", f"{self.client.repository}/blobs/{self.blob.digest}",
+                                     headers) as response:
+                skipped = 0 if response.code == 206 else self.received  # a server that sends it all again
+                while data := response.read1(1 << 17):
+                    self._check_wanted()
+                    fresh = data[skipped:]
+                    skipped = max(skipped - len(data), 0)
+                    self._append(fresh)
+        except http.client.HTTPException as error:
+            raise ConnectionError(str(error) or "unexpected EOF") from None
+        if self.received < self.blob.size:
+            raise ConnectionError("unexpected EOF")
+
+    def _append(self, data: bytes) -> None:
+        if self.received + len(data) > self.blob.size:
+            raise DockerError(f"the blob {self.blob.digest} is longer than the {self.blob.size} bytes of its "
+                              "manifest")
+        write_all(self.file.fileno(), data)
+        self._hash.update(data)
+        with self.changed:
+            self.received += len(data)
+            self.changed.notify_all()
+
+
+class BlobReader:
+    """Reads a download from its beginning, as it grows; its end comes when the whole is verified.
+
+    read() raises what the download failed with, DockerError once `aborted` is set."""
+
+    def __init__(self, download: Download, aborted: threading.Event) -> None:
+        self.download, self._aborted, self.at = download, aborted, 0
+
+    def read(self, size: int = CHUNK) -> bytes:
+        """At most `size` bytes; b"" at the end."""
+        download = self.download
+        with download.changed:
+            while download.received <= self.at and download.stage < _DOWNLOADED:
+                self._check()
+                download.changed.wait(0.2)
+        self._check()
+        if download.error is not None:
+            raise DockerError(str(download.error)) from download.error
+        data = os.pread(download.file.fileno(), min(size, download.received - self.at), self.at)
+        self.at += len(data)
+        return data
+
+    def _check(self) -> None:
+        if self._aborted.is_set():
+            raise Cancelled
+
+    @contextlib.contextmanager
+    def unpacking(self) -> Iterator[None]:
+        """A block in which no other pull unpacks the same blob."""
+        while not self.download.unpacking.acquire(timeout=0.2):
+            self._check()
+        try:
+            yield
+        finally:
+            self.download.unpacking.release()
+
+
+class Blobs:
+    """The downloads under way, each blob once; --max-concurrent-downloads of them at a time (0: all)."""
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.directory = config, os.path.join(config.data_root, "tmp")
+        self._table: dict[str, Download] = {}
+        self._changed, self._running = threading.Condition(), 0
+
+    @contextlib.contextmanager
+    def wanted(self, client: RegistryClient, blob: Descriptor) -> Iterator[Download]:
+        """The download of a blob, begun if need be; it goes on while a block needs it."""
+        with self._changed:
+            download = self._table.get(blob.digest)
+            if download is None or download.error is not None:
+                download = self._table[blob.digest] = Download(self, client, blob)
+                threading.Thread(target=download.run, name="download", daemon=True).start()
+            download.users += 1
+        try:
+            yield download
+        finally:
+            self.release(download)
+
+    def release(self, download: Download) -> None:
+        """One user less; the last one's leave frees the blob's space."""
+        with self._changed:
+            download.users -= 1
+            alone = download.users <= (download.stage != _DOWNLOADED)  # but for a thread that stops now
+            if alone and self._table.get(download.blob.digest) is download:
+                del self._table[download.blob.digest]
+            if download.users == 0:
+                download.file.close()
+
+    @contextlib.contextmanager
+    def room(self) -> Iterator[None]:
+        """A block that --max-concurrent-downloads may run at a time."""
+        with self._changed:
+            while 0 < self.config.max_concurrent_downloads <= self._running:
+                self._changed.wait()
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+
+# Progress
+
+def human_size(size: float) -> str:
+    """1.235MB, as go-units' HumanSize writes it."""
+    units = ["B", "kB", "MB", "GB", "TB", "PB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        del units[0]
+    return f"{size:.4g}{units[0]}"
+
+
+def progress_bar(current: int, total: int) -> dict[str, Any]:
+    """The members of a progress line that tell how far something is."""
+    done = min(50, current * 50 // total) if total else 0
+    bar = f"[{'=' * done}>{' ' * (50 - done)}] " if total else ""
+    numbers = f"{human_size(current):>8}" + (f"/{human_size(total)}" if current <= total else "")
+    return {"progressDetail": {"current": current, "total": total}, "progress": bar + numbers}
+
+
+class PulledLayer:
+    """A layer that a pull fetches, and what its client has been told of it."""
+
+    def __init__(self, blob: Descriptor, diff_id: str, chain: str) -> None:
+        self.blob, self.diff_id, self.chain = blob, diff_id, chain
+        self.id = blob.digest.partition(":")[2][:12]
+        self.reader: Optional[BlobReader] = None
+        self.stage = 0  # _EXTRACTING and _PULLED; before, the download knows
+        self._told: tuple[int, int] = (0, 0)
+
+    def tell(self, job: Job) -> None:
+        """Write the lines of what has happened since the last time."""
+        assert self.reader is not None
+        download = self.reader.download
+        stage = self.stage if download.stage == _DOWNLOADED and self.stage else download.stage
+        if download.delay and self._told != (stage, -download.delay):
+            self._told = stage, -download.delay
+            plural = "s" if download.delay > 1 else ""
+            job.progress(status=f"Retrying in {download.delay} second{plural}", progressDetail={}, id=self.id)
+        if download.delay or download.error is not None:
+            return
+        current = {_DOWNLOADING: download.received, _EXTRACTING: self.reader.at}.get(stage, 0)
+        again = self._told[0] == stage and self._told[1] != current
+        for passed in range(self._told[0] + (not again), stage + 1):
+            bar = self.blob.size if passed in (_DOWNLOADING, _EXTRACTING) else 0
+            if passed != _WAITING or stage == _WAITING:
+                detail = progress_bar(current if passed == stage else bar, bar) if bar else {
+                    "progressDetail": {}}
+                job.progress(status=_STAGES[passed], **detail, id=self.id)
+        self._told = stage, current
+
+
+# Jobs
 
 class Registry:
-    """The registry jobs."""
+    """The registry jobs that need no images: auth, search, distribution_inspect."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        for name in ("http_proxy", "https_proxy", "no_proxy"):
+            if getattr(config, name):
+                os.environ[name] = os.environ[name.upper()] = getattr(config, name)
+
+    def attempt(self, reference: Reference, credentials: Any, action: Callable[[RegistryClient], Any],
+                actions: str = "pull") -> Any:
+        """What `action(client)` returns at the first endpoint that serves the reference's registry.
+
+        A mirror that fails in any way is passed over, the registry itself where it cannot be reached."""
+        places = endpoints(reference.domain, self.config, "push" in actions)
+        for number, place in enumerate(places):
+            try:
+                return action(RegistryClient(place, reference.path, credentials, actions))
+            except DockerError as error:
+                hopeless = isinstance(error, Cancelled) or number + 1 == len(places)
+                if hopeless or not (place.mirror or isinstance(error, Unreachable)):
+                    raise
+                log.info("trying the next endpoint for %s after: %s", reference.familiar, error)
+        raise DockerError(f"no endpoint serves {reference.familiar}")
 
     @job("auth")
     def auth(self, job: Job) -> None:
-        """Log in to a registry."""
-        self._refuse("login", "a login")
+        """Log in to a registry.  env: body, with username, password, serveraddress, identitytoken."""
+        known = job.env.get_json("body") or {}
+        server = str(known.get("serveraddress") or "")
+        host = re.sub("^https?://", "", server).partition("/")[0]
+        domain = HUB if host in ("", HUB, "index.docker.io", "registry-1.docker.io") else host
+
+        def log_in(client: RegistryClient) -> None:
+            address = client.endpoint.base + "/"
+            try:
+                client.fetch(address)
+            except RegistryError as error:
+                if error.status in (401, 403):
+                    raise Unauthorized(f'Get "{address}": {error}' if error.code else
+                                       f"login attempt to {address} failed with status: 401 Unauthorized")
+                raise
+
+        self.attempt(Reference(domain, ""), known, log_in, "pull,push")
+        job.reply({"Status": "Login Succeeded", "IdentityToken": str(known.get("identitytoken") or "")})
 
     @job("search")
     def search(self, job: Job) -> None:
-        """Search a registry."""
-        self._refuse("search", "searching a registry")
+        """Search a registry for the argument or env's term.  env: limit, filters, authConfig."""
+        from urllib.parse import quote
+        term = str(job.env.get("term") or "".join(job.args[:1]))
+        filters = parse_filters(job.env.get("filters"), ("is-automated", "is-official", "stars"))
+        limit = job.env.get_int("limit") or 25
+        if not 1 <= limit <= 100:
+            raise BadParameter(f"Limit {limit} is outside the range of [1, 100]")
+        host, slash, rest = term.partition("/")
+        if not slash or not re.search("[.:]|^localhost$", host):
+            host, rest = "index.docker.io", term
+        query = f"/search?q={quote(rest)}&n={limit}"
+
+        def ask(client: RegistryClient) -> Any:
+            data, _ = client.fetch(client.endpoint.base[:-2] + "v1" + query)
+            return _json_object(data, "answer to a search").get("results") or []
+
+        wanted = {key: filters[key][-1] in ("true", "1") for key in filters if key != "stars"}
+        stars = max(map(int, filters.get("stars", ["0"])))
+        found = self.attempt(Reference(host, ""), job.env.get_json("authConfig"), ask)
+        job.reply([entry for entry in found if entry.get("star_count", 0) >= stars and all(
+            entry.get(key.replace("-", "_"), False) == value for key, value in wanted.items())])
+
+    @job("distribution_inspect")
+    def inspect(self, job: Job) -> None:
+        """What the registry has of the image named by the argument.  env: authConfig."""
+        reference = parse_reference(job.args[0]).with_default_tag()
+
+        def ask(client: RegistryClient) -> dict[str, Any]:
+            kind, document, raw, digest = client.manifest(reference.digest or reference.tag)
+            if kind in MANIFEST_LISTS:
+                platforms = [entry.get("platform") or {} for entry in document.get("manifests") or ()]
+            else:
+                config = _json_object(fetch_config(client, document), "image configuration")
+                platforms = [{key: config[key] for key in sorted(_PLATFORM_KEYS) if config.get(key)}]
+            return {"Descriptor": {"mediaType": kind, "digest": digest, "size": len(raw)},
+                    "Platforms": platforms}
+
+        with explained(reference):
+            job.reply(self.attempt(reference, job.env.get_json("authConfig"), ask))
+
+
+@contextlib.contextmanager
+def explained(reference: Reference) -> Iterator[None]:
+    """A block whose refusals by the registry are told as Docker tells them."""
+    try:
+        yield
+    except RegistryError as error:
+        if error.code in _NOT_FOUND:
+            raise NotFound(f"{_NOT_FOUND[error.code].format(reference)}: {error}") from error
+        raise
+
+
+def fetch_config(client: RegistryClient, manifest: dict[str, Any]) -> bytes:
+    """The image configuration that a manifest names, checked."""
+    blob = descriptor(manifest.get("config"))
+    if blob.kind not in IMAGE_CONFIGS:
+        raise DockerError(f'Encountered remote "{blob.kind}"(unknown) when fetching')
+    if blob.size > CONFIG_LIMIT:
+        raise DockerError(f"the image configuration is larger than {CONFIG_LIMIT} bytes")
+    raw, _ = client.fetch(f"{client.repository}/blobs/{blob.digest}", limit=blob.size)
+    if len(raw) != blob.size or _digest(raw, blob.digest) != blob.digest:
+        raise DockerError("image config verification failed for digest " + blob.digest)
+    return raw
+
+
+class Pulls:
+    """The job pull."""
+
+    def __init__(self, registry: Registry, images: Images) -> None:
+        self.registry, self.images, self.blobs = registry, images, Blobs(registry.config)
 
     @job("pull")
     def pull(self, job: Job) -> None:
-        """Fetch an image; args: its name and tag."""
-        self._refuse("pull", f"fetching {job.args[0] if job.args else 'an image'} from a registry")
+        """Fetch an image; args: its name, and a tag, a digest or '' (all tags, where the name has none).
 
-    @job("push")
-    def push(self, job: Job) -> None:
-        """Send an image to its registry; args: its name."""
-        self._refuse("push", f"sending {job.args[0] if job.args else 'an image'} to a registry")
+        env: authConfig, platform."""
+        name, tag = (job.args + [""])[:2]
+        reference = parse_reference(name[:-1] if name.endswith(":") else name)
+        if tag:
+            reference = reference._replace(tag="", digest="")
+            reference = (reference._replace(digest=parse_digest(tag)) if ":" in tag else
+                         reference.with_tag(tag))
+        if (reference.domain, reference.path) == (HUB, "library/scratch"):
+            raise BadParameter("'scratch' is a reserved name")
+        wanted = self.images._platform(job)
+        platform = parse_platform(wanted) if wanted else host_platform()
+        job.ready()
+
+        def take(client: RegistryClient) -> bool:
+            tags = [""] if reference.suffix else client.tags()
+            changes = [self._pull(job, client, reference.with_tag(tag) if tag else reference, platform)
+                       for tag in tags]
+            return any(changes)
+
+        with explained(reference):
+            changed = self.registry.attempt(reference, job.env.get_json("authConfig"), take)
+        news = "Downloaded newer image" if changed else "Image is up to date"
+        job.progress(status=f"Status: {news} for {reference.familiar}")
+
+    def _pull(self, job: Job, client: RegistryClient, reference: Reference, platform: Platform) -> bool:
+        """Pull one reference; whether it means another image now."""
+        kind, manifest, _, digest = client.manifest(reference.digest or reference.tag)
+        job.progress(status=f"Pulling from {reference.path}", id=reference.digest or reference.tag)
+        if kind in MANIFEST_LISTS:
+            chosen = choose_platform(manifest.get("manifests"), platform).digest
+            kind, manifest, _, _ = client.manifest(chosen)
+            if kind in MANIFEST_LISTS:
+                raise DockerError(f"the manifest list {digest} names another list for {platform}")
+        raw = fetch_config(client, manifest)
+        layers = self._layers(raw, manifest)
+        with self.images.layers.transaction() as transaction:
+            self._fetch(job, client, transaction, layers, bool(self.images.store.get(_digest(raw))))
+            job.progress(status=f"Digest: {digest}")
+            transaction.sync()
+            image = self.images.store.create(raw)
+            for layer in layers:
+                self.images.note_blob(layer.diff_id, layer.blob.digest, reference.name)
+            names = [reference.stored(), reference._replace(tag="", digest=digest)]
+            changed = any(self.images.tags.get(name) != image.id for name in names)
+            for name in names:
+                self.images.tags.set(name, image.id)
+        self.images.event("pull", reference.familiar,
+                          {**(image.labels or {}), "name": reference.familiar_name})
+        return changed
 
     @staticmethod
-    def _refuse(name: str, what: str) -> None:
-        raise NotSupported(f"{name}: {what} is not supported by this version yet; import brings an image in")
+    def _layers(raw: bytes, manifest: dict[str, Any]) -> list[PulledLayer]:
+        """The layers of an image from the bottom; DockerError when configuration and manifest disagree."""
+        try:
+            facts = Image("", raw, "")
+            diff_ids = json.loads(raw)["rootfs"].get("diff_ids") or []
+        except (ValueError, LookupError) as error:
+            raise DockerError(f"invalid rootfs in image configuration: {error}") from None
+        if facts.platform.os not in ("", "linux"):
+            raise DockerError(f"image operating system {go_quote(facts.platform.os)} cannot be used on this "
+                              "platform: operating system is not supported")
+        blobs = [descriptor(value) for value in manifest.get("layers") or ()]
+        if len(blobs) != len(diff_ids):
+            raise DockerError("layers from manifest don't match image configuration")
+        return list(map(PulledLayer, blobs, diff_ids, facts.chain_ids))
+
+    def _fetch(self, job: Job, client: RegistryClient, transaction: LayerTransaction,
+               layers: list[PulledLayer], known: bool) -> None:
+        """Bring all layers into the transaction, and tell of it, unless they are all there and the image is
+        `known`; the caller's thread alone writes."""
+        aborted, finished = threading.Event(), threading.Event()
+        missing = list(itertools.dropwhile(lambda layer: transaction.hold(layer.chain), layers))
+        if known and not missing:
+            return
+        for number, layer in enumerate(layers):
+            status = "Already exists" if number < len(layers) - len(missing) else "Pulling fs layer"
+            job.progress(status=status, progressDetail={}, id=layer.id)
+
+        def unpack() -> None:
+            try:
+                for layer in missing:
+                    self._unpack(transaction, layer, layers)
+            finally:
+                finished.set()
+
+        with contextlib.ExitStack() as wanted:
+            for layer in missing:
+                download = wanted.enter_context(self.blobs.wanted(client, layer.blob))
+                layer.reader = BlobReader(download, aborted)
+            join = start_thread(unpack)
+            try:
+                while not finished.wait(0.1):
+                    if job.cancelled.is_set():
+                        raise Cancelled
+                    for layer in missing:
+                        layer.tell(job)
+            finally:
+                aborted.set()
+                finished.wait()
+            join()
+            for layer in missing:
+                layer.tell(job)
+
+    @staticmethod
+    def _unpack(transaction: LayerTransaction, layer: PulledLayer, layers: list[PulledLayer]) -> None:
+        """Unpack one layer as it arrives, unless another pull has done it meanwhile."""
+        assert layer.reader is not None
+        with layer.reader.unpacking():
+            if not transaction.hold(layer.chain):
+                below = layers.index(layer)
+                layer.stage = _EXTRACTING
+                made = transaction.unpack(decompress(layer.reader), layers[below - 1].chain if below else "")
+                if made.diff_id != layer.diff_id:
+                    raise DockerError("layers from manifest don't match image configuration")
+        layer.stage = _PULLED
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -17658,6 +18558,7 @@ class Daemon:
             Statistics(self.containers),
             ExecJobs(self.containers),
             SystemJobs(self),
+            Pulls(Registry(self.config), self.images),
         ):
             self.engine.install(part)
         self.engine.variables["httpapi.daemon"] = self
@@ -18834,15 +19735,17 @@ def find_route(method: str, path: str) -> Optional[tuple[Route, tuple[str, ...]]
 
 
 def runs(job: str, parameters: str = "", status: int = 200, body: bool = False, reply: bool = True,
-         stdin: bool = False) -> Callable[..., Any]:
+         stdin: bool = False, auth: str = "") -> Callable[..., Any]:
     """The handler of a route that is one job: the path's names are its arguments, the query's `parameters`
-    and, with `body`, the JSON body are its env, with `stdin` the body is its stdin.  Its reply is sent
-    with `status`; 204 and reply=False send none."""
+    and, with `body`, the JSON body are its env, with `stdin` the body is its stdin, `auth` is a header with
+    credentials.  Its reply is sent with `status`; 204 and reply=False send none."""
 
     def handler(request: Request, *names: str) -> Response:
         env = request.parameters(parameters)
         if body:
             env["body"] = request.object
+        if auth:
+            env["authConfig"] = request.header_json(auth)
         task = request.job(job, *names, **env)
         if stdin:
             task.stdin = request.body
@@ -19320,8 +20223,8 @@ PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
         shape_until("1.22", plain_ids), shape_until("1.19", exactly(HISTORY_1_14))),
     ("GET", "/images/{name}/get", downloads("image_export", TAR, "platform:json"), ANY_PLATFORM),
     ("GET", "/images/get", downloads("image_export", TAR, "platform:json"), ANY_PLATFORM),
-    ("GET", "/images/search", runs("search", "term limit:int filters:json")),
-    ("GET", "/distribution/{name}/json", runs("distribution_inspect")),
+    ("GET", "/images/search", runs("search", "term limit:int filters:json", auth="x-registry-auth")),
+    ("GET", "/distribution/{name}/json", runs("distribution_inspect", auth="x-registry-auth")),
     ("POST", "/images/{name}/push", progresses("push", "tag platform:json", "x-registry-auth"),
         until("1.46", ignores("platform"))),
     ("POST", "/images/load", progresses("load", "quiet:bool platform:json", quiet=True), ANY_PLATFORM),
@@ -20003,12 +20906,12 @@ def http_server_class() -> Any:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def register_builtins(engine: Engine) -> ApiServer:
+def register_builtins(engine: Engine, config: Optional[Config] = None) -> ApiServer:
     """Register the handlers that need no daemon: the network's, the API's; the rest comes with the daemon."""
     engine.register("init_networkdriver", init_networkdriver)
     server = ApiServer(engine)
     engine.install(server)
-    engine.install(Registry())
+    engine.install(Registry(config or Config()))
     return server
 
 
@@ -20194,7 +21097,7 @@ def serve(config: Config, code: Optional[types.CodeType] = None) -> int:
 
     SignalTrap(clean_up, functools.partial(reload_configuration, config, engine)).install()
     start_watchdog()
-    register_builtins(engine)
+    register_builtins(engine, config)
     threading.Thread(target=load_daemon, args=(config, engine), name="load", daemon=True).start()
     log.info("compiled helper: %s", "in use" if native is not None else "none, its Python twins are in use")
     log.info("docker daemon: %s %s; execdriver: %s; graphdriver: %s", VERSION, GIT_COMMIT, config.exec_driver,

@@ -7,6 +7,7 @@ A skipped test is a failed one.
 """
 from __future__ import annotations
 
+import base64
 import bz2
 import collections
 import concurrent.futures
@@ -4128,7 +4129,7 @@ SEED = {
     ],
     "3.5.3 events, log, subscribers_count": ["test_events_are_published_and_counted"],
     "3.5.4 version's fields": ["test_version_has_the_fields_of_the_seed"],
-    "3.5.5 auth and search": ["test_the_registry_s_jobs_refuse_with_a_clear_line"],
+    "3.5.5 auth and search": ["test_login"],
     "3.6 the daemon loads in the background while requests wait": [
         "test_a_request_waits_while_the_daemon_loads"
     ],
@@ -4228,12 +4229,6 @@ def test_the_network_s_jobs_of_1_2_0(tmp_path: Any) -> None:
                           stdout=subprocess.PIPE, text=True)
     assert done.stdout.split("\n")[:2] == [
         "172.17.0.2 16 172.17.0.1 docker0 172.17.0.9 127.0.0.1 True", "172.17.0.2"]
-
-
-@pytest.mark.parametrize("name", ["auth", "search", "pull", "push"])
-def test_the_registry_s_jobs_refuse_with_a_clear_line(builtins: dockerd.Engine, name: str) -> None:
-    with pytest.raises(dockerd.NotSupported, match="not supported by this version yet"):
-        builtins.job(name, "x").run()
 
 
 def test_events_are_published_and_counted() -> None:
@@ -9777,7 +9772,8 @@ def test_import_from_a_url(rig: ImageRig, image_server: str) -> None:
         (f"http://{image_server}/none", "with status 404 Not Found"),
         (f"http://{image_server}/moved", ""),
         ("file:///etc/passwd", 'Get "file:///etc/passwd": unsupported protocol scheme "file"'),
-        ("http://127.0.0.1:1/x", 'Get "http://127.0.0.1:1/x": [Errno 111] Connection refused'),
+        ("http://127.0.0.1:1/x",
+         'Get "http://127.0.0.1:1/x": dial tcp 127.0.0.1:1: connect: connection refused'),
         ("", ""),
     ):
         with pytest.raises(dockerd.DockerError) as failure:
@@ -10082,13 +10078,478 @@ def test_a_full_disk_at_every_step_of_an_import_leaves_nothing(
     raise AssertionError("the import never ended")
 
 
-def test_registry_jobs_say_that_they_are_not_there_yet() -> None:
-    engine = dockerd.Engine()
-    engine.logging = False
-    engine.install(dockerd.Registry())
-    for name in ("auth", "search", "pull", "push"):
-        with pytest.raises(dockerd.NotSupported, match="is not supported by this version yet"):
-            engine.job(name, "busybox").run()
+# ------------------------------------------------------------------------------------------------------------
+# Registry
+#
+# The client against a registry in this process, which cuts, delays, redirects and lies on demand, and against
+# Debian's docker-registry through the CLI.
+# ------------------------------------------------------------------------------------------------------------
+
+MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+MANIFEST_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
+
+
+def sha256(data: bytes) -> str:
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+class FakeRegistry(http.server.ThreadingHTTPServer):
+    """A registry: `blobs` by digest, `manifests` by (repository, tag or digest) as (type, bytes).
+
+    `fault(handler)` runs before each answer and returns whether it has answered itself; `seen` are the
+    requests as (method, path, headers)."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), FakeRegistryHandler)
+        self.name = f"127.0.0.1:{self.server_port}"
+        self.blobs: dict[str, bytes] = {}
+        self.manifests: dict[tuple[str, str], tuple[str, bytes]] = {}
+        self.seen: list[tuple[str, str, Any]] = []
+        self.fault: Callable[[Any], bool] = lambda handler: False
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def blob(self, data: bytes, **facts: Any) -> dict[str, Any]:
+        """Keep a blob; its descriptor."""
+        self.blobs[sha256(data)] = data
+        return {"mediaType": "application/octet-stream", "size": len(data), "digest": sha256(data), **facts}
+
+    def manifest(self, repository: str, tag: str, document: Any, kind: str = MANIFEST) -> str:
+        """Keep a manifest; its digest."""
+        raw = json.dumps({"schemaVersion": 2, "mediaType": kind, **document}).encode()
+        self.manifests[repository, tag] = self.manifests[repository, sha256(raw)] = kind, raw
+        return sha256(raw)
+
+    def image(self, repository: str = "a/b", tag: str = "1", archives: Any = None, **config: Any) -> str:
+        """Keep an image of these layers; its manifest's digest."""
+        archives = archives or [file_tar("one"), file_tar("two")]
+        return self.manifest(repository, tag, self.document(archives, **config))
+
+    def document(self, archives: list[bytes], compress: Any = functools.partial(gzip.compress, mtime=0),
+                 **config: Any) -> dict[str, Any]:
+        """The manifest of an image of these layers, whose blobs are kept."""
+        rootfs = {"type": "layers", "diff_ids": [sha256(archive) for archive in archives]}
+        raw = json.dumps({"architecture": "amd64", "os": "linux", "rootfs": rootfs, **config}).encode()
+        return {"config": self.blob(raw), "layers": [self.blob(compress(archive)) for archive in archives]}
+
+    def requests(self, text: str) -> list[Any]:
+        """The headers of the requests whose path has `text`."""
+        return [headers for _, path, headers in self.seen if text in path]
+
+
+class FakeRegistryHandler(http.server.BaseHTTPRequestHandler):
+    """One connection of FakeRegistry."""
+
+    server: Any
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        """The whole answer; header names have _ for -."""
+        self.send_response(status)
+        for name, value in {"Content_Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    def refuse(self, status: int, code: str, **headers: str) -> None:
+        """An error as registries write it."""
+        text = code.lower().replace("_", " ")
+        self.answer(status, json.dumps({"errors": [{"code": code, "message": text}]}).encode(), **headers)
+
+    def do_GET(self) -> None:
+        self.server.seen.append((self.command, self.path, self.headers))
+        if self.server.fault(self):
+            return
+        found = re.fullmatch(r"/v2/(.*)/(blobs|manifests|tags)/([^/?]*)(\?.*)?", self.path)
+        if self.path == "/v2/":
+            self.answer(200)
+        elif found and found[2] == "tags":
+            tags = [tag for name, tag in self.server.manifests if name == found[1] and ":" not in tag]
+            self.answer(200, json.dumps({"tags": tags}).encode())
+        elif found and found[2] == "manifests" and (found[1], found[3]) in self.server.manifests:
+            kind, raw = self.server.manifests[found[1], found[3]]
+            self.answer(200, raw, Content_Type=kind, Docker_Content_Digest=sha256(raw))
+        elif found and found[3] in self.server.blobs:
+            first = int(self.headers.get("Range", "bytes=0-")[6:-1])
+            self.answer(206 if first else 200, self.server.blobs[found[3]][first:])
+        else:
+            self.refuse(404, "BLOB_UNKNOWN" if found and found[2] == "blobs" else "MANIFEST_UNKNOWN")
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def registry() -> Iterator[FakeRegistry]:
+    """A registry of the test's own."""
+    server = FakeRegistry()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+class PullRig(ImageRig):
+    """The image jobs and those of registries."""
+
+    def restart(self) -> None:
+        super().restart()
+        os.makedirs(os.path.join(self.root, "tmp"), exist_ok=True)
+        config = dockerd.Config(data_root=self.root, max_download_attempts=2)
+        self.registry = dockerd.Registry(config)
+        self.pulls = dockerd.Pulls(self.registry, self.images)
+        self.engine.install(self.registry)
+        self.engine.install(self.pulls)
+
+    def lines(self, name: str, *arguments: str, **env: Any) -> list[dict[str, Any]]:
+        """All progress lines of a job."""
+        job = self.engine.job(name, *arguments, **env)
+        out = job.stdout.add(io.BytesIO())
+        job.run()
+        return [json.loads(line) for line in out.getvalue().splitlines()]
+
+    def assert_clean(self) -> None:
+        """The store is whole, and nothing of a download is left."""
+        wait_for(lambda: not self.pulls.blobs._table and "download" not in {
+            thread.name for thread in threading.enumerate()}, "the downloads to end")
+        self.assert_whole()
+        assert os.listdir(os.path.join(self.root, "tmp")) == []
+        for path in glob.glob("/proc/self/fd/*"):
+            with contextlib.suppress(FileNotFoundError):
+                assert not os.readlink(path).startswith(os.path.join(self.root, "tmp"))
+
+
+@pytest.fixture
+def pull_rig(tmp_path: Path) -> Iterator[PullRig]:
+    """The jobs of images and registries on an empty data root; nothing may be left half-done."""
+    made = PullRig(str(tmp_path), "overlay2")
+    yield made
+    made.assert_clean()
+
+
+def test_pull_tells_what_docker_tells(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    digest = registry.image("a/b", "1")
+    name = f"{registry.name}/a/b"
+    lines = pull_rig.lines("pull", name, "1")
+    layers = json.loads(registry.manifests["a/b", "1"][1])["layers"]
+    ids = [layer["digest"][7:19] for layer in layers]
+    assert lines[0] == {"status": "Pulling from a/b", "id": "1"}
+    assert lines[1:3] == [{"status": "Pulling fs layer", "progressDetail": {}, "id": each} for each in ids]
+    for each, layer in zip(ids, layers):
+        told = [line["status"] for line in lines if line.get("id") == each]
+        assert [status for status in dict.fromkeys(told) if status != "Waiting"] == [
+            "Pulling fs layer", "Downloading", "Verifying Checksum", "Download complete", "Extracting",
+            "Pull complete"]
+        assert all(line["progressDetail"]["total"] == layer["size"] for line in lines
+                   if line.get("id") == each and line["status"] == "Downloading")
+    assert dockerd.progress_bar(1_234_567, 4_938_268) == {
+        "progressDetail": {"current": 1234567, "total": 4938268},
+        "progress": f"[{'=' * 12}>{' ' * 38}]  1.235MB/4.938MB"}
+    assert lines[-2:] == [{"status": f"Digest: {digest}"},
+                          {"status": f"Status: Downloaded newer image for {name}:1"}]
+    image = pull_rig.run("image_inspect", f"{name}:1")
+    assert image["RepoDigests"] == [f"{name}@{digest}"] and pull_rig.events[-1] == (
+        "pull", f"{name}:1", {"name": name})
+    assert pull_rig.images.blobs_of(image["RootFS"]["Layers"][0]) == [
+        {"Digest": layers[0]["digest"], "SourceRepository": name, "HMAC": ""}]
+    registry.image("a/b", "2", [file_tar("one"), file_tar("three")])
+    assert pull_rig.lines("pull", f"{name}:1") == [
+        lines[0], lines[-2], {"status": f"Status: Image is up to date for {name}:1"}]
+    everything = pull_rig.lines("pull", name)
+    assert {"status": "Already exists", "progressDetail": {}, "id": ids[0]} in everything
+    assert everything[-1] == {"status": f"Status: Downloaded newer image for {name}"}
+    assert pull_rig.lines("pull", name, digest)[-1]["status"].endswith(f"up to date for {name}@{digest}")
+    assert len(pull_rig.listed()) == 2
+    pull_rig.restart()
+    assert len(pull_rig.listed()) == 2
+
+
+def test_pull_resumes_where_the_connection_broke(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    registry.image(archives=[file_tar("big", secrets.token_bytes(3_000_000))])
+
+    def cut(handler: Any) -> bool:
+        if "/blobs/" not in handler.path or len(registry.requests("/blobs/")) > 4:
+            return False
+        blob = registry.blobs[handler.path.rpartition("/")[2]]
+        if len(blob) < 100_000:
+            return False
+        first = int(handler.headers.get("Range", "bytes=0-")[6:-1])
+        handler.send_response(206 if first else 200)
+        handler.send_header("Content-Length", str(len(blob) - first))
+        handler.end_headers()
+        handler.wfile.write(blob[first:first + 500_000])
+        handler.close_connection = True
+        return True
+
+    registry.fault = cut
+    assert pull_rig.lines("pull", f"{registry.name}/a/b:1")[-1]["status"].startswith("Status: Downloaded")
+    assert [headers.get("Range") for headers in registry.requests("/blobs/")][1:] == [
+        None, "bytes=500000-", "bytes=1000000-", "bytes=1500000-"]
+
+
+def test_a_pull_without_progress_gives_up(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    registry.image(archives=[file_tar("one")])
+
+    def fail(handler: Any) -> bool:
+        if not ("/blobs/" in handler.path and len(registry.requests("/blobs/")) > 1):
+            return False
+        handler.refuse(503, "UNAVAILABLE")
+        return True
+
+    registry.fault = fail
+    assert pull_rig.refused(500, "pull", f"{registry.name}/a/b:1") == "unavailable: unavailable"
+    assert len(registry.requests("/blobs/")) == 3  # the configuration, and two attempts
+
+
+def _spoiled(name: str, document: dict[str, Any], registry: FakeRegistry) -> None:
+    layer = document["layers"][1]
+    if name == "content":
+        registry.blobs[layer["digest"]] = registry.blobs[layer["digest"]][:-1] + b"x"
+    elif name == "size":
+        layer["size"] -= 1
+    elif name == "config":
+        digest = document["config"]["digest"]
+        registry.blobs[digest] = b"{}" + registry.blobs[digest][2:]
+    elif name == "diff":
+        document["layers"][1] = registry.blob(gzip.compress(file_tar("other"), mtime=0))
+    elif name == "count":
+        del document["layers"][1]
+    elif name == "list":
+        document["manifests"] = []
+    elif name == "digest":
+        layer["digest"] = "sha256:../../../../etc/passwd"
+    elif name == "negative":
+        layer["size"] = -1
+    elif name == "artifact":
+        document["config"]["mediaType"] = "application/vnd.x"
+    elif name == "type":
+        document["mediaType"] = MANIFEST_LIST
+
+
+@pytest.mark.parametrize("name, text", [
+    ("content", "filesystem layer verification failed for digest sha256:"), ("size", "is longer than the"),
+    ("config", "image config verification failed"), ("count", "layers from manifest don't match image"),
+    ("diff", "layers from manifest don't match image configuration"), ("list", "is of two types at once"),
+    ("digest", "invalid descriptor: invalid checksum digest format"), ("negative", "no number of bytes"),
+    ("artifact", 'Encountered remote "application/vnd.x"(unknown) when fetching'),
+    ("type", f"mediaType in manifest should be '{MANIFEST}' not '{MANIFEST_LIST}'"),
+])
+def test_what_a_registry_lies_about_is_refused(pull_rig: PullRig, registry: FakeRegistry, name: str,
+                                               text: str) -> None:
+    document = registry.document([file_tar("one"), file_tar("two")])
+    _spoiled(name, document, registry)
+    raw = json.dumps({"schemaVersion": 2, **document}).encode()
+    registry.manifests["a/b", "1"] = MANIFEST, raw
+    assert text in pull_rig.refused(500, "pull", f"{registry.name}/a/b:1")
+    assert pull_rig.listed() == []
+
+
+def test_pull_errors_in_dockers_words(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    name, hint = f"{registry.name}/x/y", "repository does not exist or may require 'docker login'"
+    assert pull_rig.refused(404, "pull", name, "9") == (
+        f"manifest for {name}:9 not found: manifest unknown: manifest unknown")
+    for code, text in (("NAME_UNKNOWN", f"repository {name} not found: name unknown: name unknown"),
+                       ("DENIED", f"pull access denied for {name}, {hint}: denied: denied")):
+        registry.fault = functools.partial(lambda code, handler: handler.refuse(403, code) or True, code)
+        assert pull_rig.refused(404, "pull", name, "9") == text
+    registry.fault = lambda handler: handler.answer(401, WWW_Authenticate='Basic realm="x"') or True
+    assert pull_rig.refused(401, "pull", name, "9").endswith("/manifests/9\": no basic auth credentials")
+    assert pull_rig.refused(400, "pull", "scratch") == "'scratch' is a reserved name"
+    refusal = "dial tcp 127.0.0.1:1: connect: connection refused"
+    assert refusal in pull_rig.refused(500, "pull", "127.0.0.1:1/x", "1")
+    registry.fault = lambda handler: False
+    kind = {"platform": {"os": "linux", "architecture": "s390x"}, "digest": sha256(b""), "size": 1}
+    registry.manifest("x/y", "9", {"manifests": [kind]}, MANIFEST_LIST)
+    assert pull_rig.refused(404, "pull", name, "9", platform="linux/arm64") == (
+        "no matching manifest for linux/arm64 in the manifest list entries")
+
+
+def test_tokens_are_got_renewed_and_never_shown_to_others(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    elsewhere = FakeRegistry()
+    registry.image()
+    elsewhere.blobs = registry.blobs
+    tokens: list[str] = []
+
+    def guard(handler: Any) -> bool:
+        if handler.path.startswith("/token?"):
+            tokens.append(f"t{len(tokens)}")
+            handler.answer(200, json.dumps({"token": tokens[-1]}).encode())
+        elif handler.headers.get("Authorization") != f"Bearer {tokens[-1] if tokens else ''}" or (
+                len(tokens) == 1 and "/blobs/" in handler.path):  # the first token expires before the blobs
+            realm = f'Bearer realm="http://{registry.name}/token",service="s",scope="repository:a/b:pull"'
+            handler.refuse(401, "UNAUTHORIZED", WWW_Authenticate=realm)
+        elif "/blobs/" in handler.path:
+            handler.answer(307, Location=f"http://{elsewhere.name}{handler.path}")
+        else:
+            return False
+        return True
+
+    registry.fault = guard
+    login = {"username": "me", "password": "secret"}
+    pull_rig.run("pull", f"{registry.name}/a/b:1", authConfig=login)
+    assert tokens == ["t0", "t1"]
+    asked = registry.requests("/token?")
+    basic = "Basic " + base64.b64encode(b"me:secret").decode()
+    assert [headers["Authorization"] for headers in asked] == [basic, basic]
+    assert "account=me" in next(path for _, path, _ in registry.seen if path.startswith("/token"))
+    assert len(elsewhere.seen) == 3 and not any(headers["Authorization"] for _, _, headers in elsewhere.seen)
+    elsewhere.shutdown()
+    elsewhere.server_close()
+
+
+def test_foreign_layers_are_not_fetched_from_their_urls(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    """CVE-2020-15157: the credentials went to a URL that a manifest named."""
+    document = registry.document([file_tar("one")])
+    document["layers"][0].update(mediaType="application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+                                 urls=[f"http://{registry.name}/thief"])
+    del registry.blobs[document["layers"][0]["digest"]]
+    registry.manifest("a/b", "1", document)
+    pull_rig.refused(500, "pull", f"{registry.name}/a/b:1", authConfig={"username": "u", "password": "p"})
+    assert not registry.requests("/thief")
+
+
+def test_login(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    good = "Basic " + base64.b64encode(b"me:secret").decode()
+    registry.fault = lambda handler: handler.headers.get("Authorization") != good and (
+        handler.answer(401, WWW_Authenticate='Basic realm="r"') or True)
+    body = {"username": "me", "password": "secret", "serveraddress": registry.name}
+    assert pull_rig.run("auth", body=body) == {"Status": "Login Succeeded", "IdentityToken": ""}
+    body["password"] = ""
+    assert "unauthorized: authentication required" in pull_rig.refused(401, "auth", body=body)
+
+
+def test_a_cancelled_pull_leaves_nothing(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    registry.image(archives=[file_tar("one"), file_tar("big", secrets.token_bytes(2_000_000))])
+    started, over = threading.Event(), threading.Event()
+
+    def stall(handler: Any) -> bool:
+        blob = registry.blobs.get(handler.path.rpartition("/")[2], b"")
+        if len(blob) < 100_000:
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(blob)))
+        handler.end_headers()
+        handler.wfile.write(blob[:300_000])
+        started.set()
+        over.wait(20)
+        with contextlib.suppress(OSError):
+            handler.wfile.write(blob[300_000:])
+        return True
+
+    registry.fault = stall
+    job = pull_rig.engine.job("pull", f"{registry.name}/a/b", "1")
+    join = dockerd.start_thread(job.run)
+    assert started.wait(20)
+    job.cancel()
+    with pytest.raises(DockerError, match="context canceled"):
+        join()
+    over.set()
+    assert pull_rig.listed() == []
+
+
+def test_many_pulls_fetch_each_blob_once(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    registry.image(archives=[file_tar(f"layer{number}", secrets.token_bytes(200_000)) for number in range(4)])
+    barrier = threading.Barrier(20)
+
+    def together(handler: Any) -> bool:
+        if "/manifests/" in handler.path:
+            barrier.wait(20)
+        return False
+
+    registry.fault = together
+    joins = [dockerd.start_thread(pull_rig.run, "pull", f"{registry.name}/a/b:1") for _ in range(20)]
+    for join in joins:
+        join()
+    fetched = collections.Counter(path for _, path, _ in registry.seen if "/blobs/" in path)
+    layers = json.loads(registry.manifests["a/b", "1"][1])["layers"]
+    assert [fetched[f"/v2/a/b/blobs/{layer['digest']}"] for layer in layers] == [1] * 4
+
+
+def zstd(data: bytes) -> bytes:
+    """`data` as a frame of zstd."""
+    library = ctypes.CDLL("libzstd.so.1")
+    library.ZSTD_compress.restype = ctypes.c_size_t
+    room = ctypes.create_string_buffer(len(data) + 1000)
+    size = library.ZSTD_compress(room, ctypes.c_size_t(len(room)), data, ctypes.c_size_t(len(data)), 3)
+    return room.raw[:size]
+
+
+def test_layers_compressed_by_zstd(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    archives = [file_tar("noise", secrets.token_bytes(1_500_000)), file_tar("text", b"text " * 400_000)]
+    registry.manifest("a/b", "1", registry.document(archives, zstd))
+    pull_rig.run("pull", f"{registry.name}/a/b:1")
+    assert len(pull_rig.listed()) == 1
+    for damage in (lambda data: data[:-9], lambda data: data[:4] + b"\xff" * 20 + data[24:]):
+        with pytest.raises(BadParameter):
+            stream = decompress(io.BytesIO(damage(zstd(archives[0]))))
+            while stream.read():
+                pass
+
+
+def test_platforms_are_chosen_as_docker_chooses() -> None:
+    texts = ("linux/arm/v6 linux/amd64 windows/amd64 linux/arm/v7 linux/arm64/v8 linux/amd64/v3").split()
+    entries = [{"digest": sha256(text.encode()), "size": 1, "platform": dict(zip(
+        ("os", "architecture", "variant"), text.split("/")))} for text in texts]
+    for wanted, chosen in (("linux/amd64", "linux/amd64"), ("linux/arm/v7", "linux/arm/v7"),
+                           ("linux/arm/v6", "linux/arm/v6"), ("linux/arm64", "linux/arm64/v8"),
+                           ("linux/arm", "linux/arm/v7")):
+        found = dockerd.choose_platform(entries, dockerd.parse_platform(wanted))
+        assert found.digest == sha256(chosen.encode()), wanted
+    arm64 = dockerd.parse_platform("arm64")
+    assert dockerd.choose_platform(entries[:1], arm64).digest == entries[0]["digest"]
+    with pytest.raises(dockerd.NotFound):
+        dockerd.choose_platform(entries, dockerd.parse_platform("linux/arm/v5"))
+
+
+def test_endpoints_of_mirrors_and_hosts_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dockerd, "CERTIFICATES", str(tmp_path))
+    config = dockerd.Config(registry_mirrors=["http://m:5000/"], insecure_registries=["in:1", "10.0.0.0/8"])
+
+    def bases(domain: str, writing: bool = False) -> list[str]:
+        return [place.base for place in dockerd.endpoints(domain, config, writing)]
+
+    assert bases("docker.io") == ["http://m:5000/v2", "https://registry-1.docker.io/v2"]
+    assert bases("docker.io", True) == ["https://registry-1.docker.io/v2"]
+    assert bases("in:1") == ["https://in:1/v2", "http://in:1/v2"]
+    assert bases("10.9.9.9:4") == ["https://10.9.9.9:4/v2", "http://10.9.9.9:4/v2"]
+    assert bases("11.9.9.9:4") == ["https://11.9.9.9:4/v2"]
+    place = tmp_path / "r.example"
+    place.mkdir()
+    for name in ("ca.crt", "me.cert", "me.key"):
+        (place / name).write_text("")
+    (found,) = dockerd.endpoints("r.example", config)
+    assert found.authorities == (str(place / "ca.crt"),)
+    assert found.certificates == ((str(place / "me.cert"), str(place / "me.key")),)
+    (place / "me.key").unlink()
+    with pytest.raises(DockerError, match="missing key me.key for client certificate me.cert"):
+        dockerd.endpoints("r.example", config)
+    (place / "hosts.toml").write_text('server = "https://up"\n# a comment\n[host."https://mirror:9"]\n'
+                                      '  capabilities = ["pull", "resolve"] # no push\n  skip_verify = true\n'
+                                      '  ca = "x.crt"\n[host."http://odd/base"]\n override_path = true\n')
+    first, second, last = dockerd.endpoints("r.example", config)
+    assert first == dockerd.RegistryHost("https://mirror:9/v2", True, False, (str(place / "x.crt"),))
+    assert (second.base, last.base, last.mirror) == ("http://odd/base", "https://up/v2", False)
+    assert bases("r.example", True) == ["http://odd/base", "https://up/v2"]
+    (place / "hosts.toml").write_text("[[oops]]\n")
+    with pytest.raises(DockerError, match="cannot read .*hosts.toml: .*oops"):
+        dockerd.endpoints("r.example", config)
+
+
+def test_a_mirror_that_fails_is_passed_over(pull_rig: PullRig, registry: FakeRegistry, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dockerd, "CERTIFICATES", str(tmp_path / "certs"))
+    mirror = FakeRegistry()
+    directory = tmp_path / "certs" / registry.name
+    directory.mkdir(parents=True)
+    (directory / "hosts.toml").write_text(f'[host."http://{mirror.name}"]\n')
+    registry.image()
+    login = {"username": "me", "password": "secret"}
+    pull_rig.run("pull", f"{registry.name}/a/b:1", authConfig=login)
+    assert len(mirror.seen) == 1 and registry.seen and not mirror.seen[0][2]["Authorization"]
+    mirror.shutdown()
+    mirror.server_close()
 
 
 # ------------------------------------------------------------------------------------------------------------
