@@ -10,6 +10,7 @@ above 1, we need less.  Needs root, util-linux, iproute2 and a static busybox; t
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import functools
 import glob
@@ -47,6 +48,11 @@ VARIANTS: list[dict[str, Any]] = [
     {"Image": "one", "Cmd": ["true"], "Tty": True, "HostConfig": {"ReadonlyRootfs": True}},
 ]
 STEPS = ("create", "start", "wait", "delete")
+NETWORKS: dict[str, dict[str, Any]] = {
+    "bridge network": {"NetworkMode": "bridge"},
+    "published port": {"NetworkMode": "bridge", "PortBindings": {"80/tcp": [{}]}},
+    "user network": {"NetworkMode": "own"},
+}
 
 
 class Connection(http.client.HTTPConnection):
@@ -177,6 +183,19 @@ class Daemon:
                 raise RuntimeError(f"{self.name}: {variant} ended with {answer}")
         return [later - earlier for earlier, later in zip(times, times[1:])]
 
+    def run_together(self, variant: dict[str, Any], count: int) -> float:
+        """Run `count` containers from create to delete, all at once; returns the seconds until the last."""
+        def one(_: int) -> None:
+            connection = Connection(f"{self.directory}/sock")
+            identity = connection.call("POST", "/containers/create", variant)["Id"]
+            for method, step in (("POST", "/start"), ("POST", "/wait"), ("DELETE", "")):
+                connection.call(method, f"/containers/{identity}{step}")
+            connection.close()
+
+        begin = time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(count) as pool:
+            list(pool.map(one, range(count)))
+        return time.perf_counter() - begin
 
     def exec(self, identity: str) -> float:
         """Run `true` in a running container, as `docker exec` does; returns the seconds until its exit code
@@ -251,11 +270,6 @@ def real_daemon(program: str) -> Daemon:
             "{dir}/pid",
             "--cgroup-parent",
             "{parent}",
-            "--iptables=false",
-            "--ip6tables=false",
-            "--ip-forward=false",
-            "--ip-masq=false",
-            "--bridge=none",
         ],
         ":".join(libraries) if root != "/" else "",
     )
@@ -353,6 +367,20 @@ def measure_steady_state(daemons: list[Daemon], count: int) -> Rows:
     totals = [sorted(sum(steps) for steps in found) for found in times]
     yield "create+start+wait+delete", "ms", [statistics.median(found) * 1e3 for found in totals]
     yield "  its worst of a hundred", "ms", [found[int(len(found) * 0.99)] * 1e3 for found in totals]
+
+
+def measure_networks(daemons: list[Daemon], count: int, together: int = 20) -> Rows:
+    """A container's life on each kind of network, and of many at once on the bridge."""
+    for daemon in daemons:
+        daemon.connection.call("POST", "/networks/create", {"Name": "own"})
+    variants = {name: {"Image": "one", "Cmd": ["true"], "HostConfig": network}
+                for name, network in NETWORKS.items()}
+    for name, variant in variants.items():
+        times = [[sum(daemon.run(variant)) for _ in range(count)] for daemon in daemons]
+        yield f"  with {name}", "ms", [statistics.median(found) * 1e3 for found in times]
+    for name in ("bridge network", "published port"):
+        times = [[daemon.run_together(variants[name], together) for _ in range(3)] for daemon in daemons]
+        yield f"  {together} at once, {name}", "ms", [statistics.median(found) * 1e3 for found in times]
 
 
 def measure_exec(daemons: list[Daemon], count: int) -> Rows:
@@ -505,6 +533,7 @@ def main() -> None:
             _import_images,
             measure_ping,
             functools.partial(measure_steady_state, count=options.n),
+            functools.partial(measure_networks, count=max(10, options.n // 10)),
             functools.partial(measure_exec, count=max(20, options.n // 3)),
             functools.partial(measure_cpu, count=max(5, options.n // 10)),
             measure_running,

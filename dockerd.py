@@ -11234,6 +11234,14 @@ class LinkRule(NamedTuple):
 FirewallRule = Union[BridgeRule, PortRule, LinkRule]
 
 
+class FirewallChange:
+    """Rules to be added and removed; `done` and perhaps `error` once somebody has carried it out."""
+
+    def __init__(self, added: Iterable[FirewallRule], removed: Iterable[FirewallRule]) -> None:
+        self.added, self.removed = list(added), list(removed)
+        self.done, self.error = False, None  # type: bool, Optional[DockerError]
+
+
 class Firewall:
     """The back end `none`: no rule is touched.  The others write what `rules` says.
 
@@ -11245,30 +11253,49 @@ class Firewall:
     def __init__(self, proxied: bool = True, forwarding: bool = False) -> None:
         self.proxied, self.forwarding = proxied, forwarding
         self.rules: dict[FirewallRule, None] = {}
+        self.waiting: collections.deque[FirewallChange] = collections.deque()
         self.lock = threading.Lock()
 
     def change(self, added: Iterable[FirewallRule] = (), removed: Iterable[FirewallRule] = ()) -> None:
         """Make the rules of `added` stand and those of `removed` gone, together; DockerError when the kernel
-        refuses, and then nothing is changed."""
+        refuses, and then nothing is changed.  What many ask for at a time is done in one go."""
+        mine = FirewallChange(added, removed)
+        self.waiting.append(mine)
         with self.lock:
-            fresh = [rule for rule in added if rule.version and rule not in self.rules]
-            stale = [rule for rule in removed if rule in self.rules]
-            before = dict(self.rules)
-            for rule in stale:
-                del self.rules[rule]
-            self.rules.update(dict.fromkeys(fresh))
-            try:
-                for version in sorted({rule.version for rule in fresh + stale}):
-                    of_version = [[rule for rule in rules if rule.version == version]
-                                  for rules in (fresh, stale)]
-                    self._change(version, *of_version)
-            except (OSError, DockerError) as error:
-                log.info("the firewall's rules are not there as they should be, writing them anew: %s", error)
+            if not mine.done:
+                batch = [self.waiting.popleft() for _ in range(len(self.waiting))]
                 try:
-                    self._rebuild()
-                except (OSError, DockerError) as reason:
-                    self.rules = before
-                    raise DockerError(f"cannot set the firewall's rules: {reason}") from None
+                    self._make([rule for each in batch for rule in each.added],
+                               [rule for each in batch for rule in each.removed])
+                except DockerError:
+                    for each in batch:
+                        try:
+                            self._make(each.added, each.removed)
+                        except DockerError as error:
+                            each.error = error
+                for each in batch:
+                    each.done = True
+        if mine.error:
+            raise mine.error
+
+    def _make(self, added: list[FirewallRule], removed: list[FirewallRule]) -> None:
+        fresh = list(dict.fromkeys(rule for rule in added if rule.version and rule not in self.rules))
+        stale = [rule for rule in removed if rule in self.rules]
+        before = dict(self.rules)
+        for rule in stale:
+            del self.rules[rule]
+        self.rules.update(dict.fromkeys(fresh))
+        try:
+            for version in sorted({rule.version for rule in fresh + stale}):
+                self._change(version, *([rule for rule in rules if rule.version == version]
+                                        for rules in (fresh, stale)))
+        except (OSError, DockerError) as error:
+            log.info("the firewall's rules are not there as they should be, writing them anew: %s", error)
+            try:
+                self._rebuild()
+            except (OSError, DockerError) as reason:
+                self.rules = before
+                raise DockerError(f"cannot set the firewall's rules: {reason}") from None
 
     def rebuild(self) -> None:
         """Write all rules anew, after a start or when somebody has flushed them, and clear left-overs."""
@@ -11596,10 +11623,11 @@ class ProxyClient(HelperClient):
             each.close()
 
     def unpublish(self, key: str) -> None:
-        """Stop to serve the port."""
+        """Stop to serve the port, which is free when this returns."""
         self.ports.pop(key, None)
         self.served.discard(key)
-        self.post("unpublish", key=key)
+        with contextlib.suppress(DockerError):
+            self.call("unpublish", key=key)
 
     def forget_strangers(self) -> None:
         """Take back what an earlier daemon's containers have left; all that run have published theirs."""
@@ -12087,10 +12115,14 @@ class Network:
         return endpoint
 
     def leave(self, endpoint: Endpoint) -> None:
-        """The endpoint is gone: its addresses are free as soon as its link is."""
+        """The endpoint is gone; its addresses are to be given back when nothing leads to them any more."""
         with self.lock:
-            if self.endpoints.pop(endpoint.id, None):
-                self._give_back(endpoint.addresses, endpoint.host_link if self.driver == "bridge" else "")
+            self.endpoints.pop(endpoint.id, None)
+
+    def give_back(self, endpoint: Endpoint) -> None:
+        """Its addresses are free as soon as its link is gone."""
+        with self.lock:
+            self._give_back(endpoint.addresses, endpoint.host_link if self.driver == "bridge" else "")
 
     def _give_back(self, addresses: list[IPInterface], link: str) -> None:
         for pool, address in itertools.product(self.pools, addresses):
@@ -12142,6 +12174,7 @@ class Sandbox:
         self.aliases: dict[str, str] = {}          # names that links give to others, by the others' own
         self.seat: Optional[ResolverSeat] = None
         self.namespace = -1
+        self._prepared: Callable[[], Any] = lambda: None   # waits for the rules
 
     @property
     def id(self) -> str:
@@ -12150,12 +12183,11 @@ class Sandbox:
 
     def join(self, network: Network, settings: dict[str, Any]) -> Endpoint:
         """Take a place on the network; with a namespace its link is made at once."""
-        endpoint = network.join(self.key, self.name, settings)
+        endpoint = self.networks.patiently(network.join, self.key, self.name, settings)
         self.endpoints[network.name] = endpoint
         try:
             if self.namespace >= 0:
                 self._make_links([endpoint])
-                self._choose_routes()
                 self.republish()
         except BaseException:
             self.leave(network.name)
@@ -12166,13 +12198,17 @@ class Sandbox:
         """Give the place on the network back, with its link."""
         endpoint = self.endpoints.pop(name)
         if self.namespace >= 0:
-            with contextlib.suppress(OSError):
-                in_network(self.namespace, lambda: netlink_batch([link_change(
-                    socket.if_nametoindex(endpoint.link), kind=RTM_DELLINK)]))
-            self._choose_routes()
+            in_network(self.namespace, self._remove_link, endpoint.link)
+            in_network(self.namespace, self._set_routes)
             self.republish()
         endpoint.network.leave(endpoint)
+        endpoint.network.give_back(endpoint)
         endpoint.settings.update(ENDPOINT_STATUS)
+
+    @staticmethod
+    def _remove_link(name: str) -> None:
+        with contextlib.suppress(OSError):
+            netlink_batch([link_change(socket.if_nametoindex(name), kind=RTM_DELLINK)])
 
     def gateway(self, version: int) -> Optional[Endpoint]:
         """The endpoint through which it reaches the world."""
@@ -12194,7 +12230,7 @@ class Sandbox:
             hosts = self.networks.host_addresses(host, gate.network)
             protocol = name.partition("/")[2] or "tcp"
             try:
-                port, bound = self.networks.ports.take(protocol, hosts, first, last)
+                port, bound = self.networks.patiently(self.networks.ports.take, protocol, hosts, first, last)
             except DockerError as error:
                 raise DockerError("failed to set up container networking: driver failed programming external "
                                   f"connectivity on endpoint {self.name} ({gate.id}): {error}") from None
@@ -12225,6 +12261,7 @@ class Sandbox:
         if fresh or stale:
             networks.firewall.change(fresh, stale)
         self.rules = rules
+        self._unpublish(stale)
         for rule in fresh:
             if isinstance(rule, PortRule):
                 if networks.firewall.proxied:
@@ -12232,6 +12269,13 @@ class Sandbox:
                         (rule.host, rule.protocol, rule.port), None))
                 if rule.protocol == "udp":
                     forget_flows(PROTOCOLS["udp"], rule.port)
+
+    def _unpublish(self, stale: list[FirewallRule]) -> None:
+        """Let the proxy serve no port of `stale` that the container has not got by another rule."""
+        kept = {self._proxy_key(rule) for rule in self.rules if isinstance(rule, PortRule)}
+        for rule in stale if self.networks.firewall.proxied else ():
+            if isinstance(rule, PortRule) and self._proxy_key(rule) not in kept:
+                self.networks.proxy.unpublish(self._proxy_key(rule))
 
     def _proxy_key(self, rule: PortRule) -> str:
         return f"{self.key}/{rule.protocol}/{_bracketed(rule.host)}:{rule.port}"
@@ -12265,11 +12309,15 @@ class Sandbox:
         network gets the resolver, which asks `servers` for other names, from the host's network when they are
         the host's own."""
         self.namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        self.republish()
+        self._prepared()
         self._make_links(list(self.endpoints.values()), first=True)
-        self._choose_routes()
         if self.has_resolver:
             self.open_resolver(servers, from_host)
+
+    def prepare(self) -> None:
+        """Begin with the rules while the container's process is being made; `enter` waits for them."""
+        if self.links or self.published:
+            self._prepared = start_thread(self.republish)
 
     def _make_links(self, endpoints: list[Endpoint], first: bool = False) -> None:
         """Make the links, and set them up inside in one go."""
@@ -12292,22 +12340,18 @@ class Sandbox:
                 endpoint.set_ipv6()
             listed = [message for endpoint in endpoints for message in endpoint.configure()]
             netlink_batch(([link_change(1)] if first else []) + listed)
+            self._set_routes()
 
         in_network(self.namespace, configure)
 
-    def _choose_routes(self) -> None:
-        """Set the default routes by the endpoints that lead to the world."""
-        def configure() -> None:
-            for version in (4, 6):
-                everywhere = ipaddress.ip_network("0.0.0.0/0" if version == 4 else "::/0")
-                gate = self.gateway(version)
-                if gate is not None:
-                    gateway = next(gateway for gateway in gate.gateways if gateway.version == version)
-                    index = socket.if_nametoindex(gate.link)
-                    netlink_batch([route_message(RTM_NEWROUTE, index, everywhere, gateway)])
-
-        if self.endpoints:
-            in_network(self.namespace, configure)
+    def _set_routes(self) -> None:
+        """Set the default routes, in its namespace, by the endpoints that lead to the world."""
+        for version, everywhere in ((4, "0.0.0.0/0"), (6, "::/0")):
+            gate = self.gateway(version)
+            if gate is not None:
+                gateway = next(gateway for gateway in gate.gateways if gateway.version == version)
+                index = socket.if_nametoindex(gate.link)
+                netlink_batch([route_message(RTM_NEWROUTE, index, ipaddress.ip_network(everywhere), gateway)])
 
     @property
     def has_resolver(self) -> bool:
@@ -12380,36 +12424,36 @@ class Sandbox:
     def close(self, linger: bool = False) -> None:
         """Give everything back; with `linger` the namespace lives on in another container, and the links are
         taken out of it.  Nothing here fails: what the kernel has lost already is lost."""
-        networks = self.networks
         if self.seat is not None:
-            networks.resolver.remove(self.seat)
+            self.networks.resolver.remove(self.seat)
             self.seat = None
-        if self.rules:
-            with contextlib.suppress(DockerError):
-                networks.firewall.change((), self.rules)
-        for rule in self.rules:
-            if isinstance(rule, PortRule) and networks.firewall.proxied:
-                networks.proxy.unpublish(self._proxy_key(rule))
-        self.rules = []
+        with contextlib.suppress(OSError, DockerError):  # enter has told
+            self._prepared()
         for bound in self.sockets.values():
             bound.close()
-        self.sockets.clear()
-        for published in self.published:
-            networks.ports.give_back(published.protocol, published.hosts, published.port)
-            if published.protocol == "udp":
-                with contextlib.suppress(OSError):
-                    forget_flows(PROTOCOLS["udp"], published.port)
-        self.published = []
-        for endpoint in self.endpoints.values():
+        endpoints = list(self.endpoints.values())
+        for endpoint in endpoints:
             if linger and self.namespace >= 0:
-                with contextlib.suppress(OSError):
-                    netlink_batch([link_change(socket.if_nametoindex(endpoint.host_link), kind=RTM_DELLINK)])
+                self._remove_link(endpoint.host_link)
             endpoint.network.leave(endpoint)
             endpoint.settings.update(ENDPOINT_STATUS)
         self.endpoints.clear()
+        self.networks.release(self.rules, functools.partial(self._give_back, endpoints))
         if self.namespace >= 0:
             os.close(self.namespace)
             self.namespace = -1
+
+    def _give_back(self, endpoints: list[Endpoint]) -> None:
+        """The rules are gone: so go the proxy's ports, and all is free for others."""
+        stale, self.rules = self.rules, []
+        self._unpublish(stale)
+        for published in self.published:
+            self.networks.ports.give_back(published.protocol, published.hosts, published.port)
+            if published.protocol == "udp":
+                with contextlib.suppress(OSError):
+                    forget_flows(PROTOCOLS["udp"], published.port)
+        for endpoint in endpoints:
+            endpoint.network.give_back(endpoint)
 
 
 def _port_range(text: str) -> tuple[int, int]:
@@ -12435,6 +12479,7 @@ class Networks:
         self.resolver = Resolver()
         self.proxy = ProxyClient(config.exec_root)
         self.firewall = Firewall()
+        self.released: queue.SimpleQueue[tuple[list[FirewallRule], Callable[[], Any]]] = queue.SimpleQueue()
         self.allocated: dict[str, Sandbox] = {}  # what the jobs of Docker 1.2.0 hold, by their ids
 
     def load(self) -> None:
@@ -12445,6 +12490,7 @@ class Networks:
         for record in records if isinstance(records, list) else []:
             self.table[record["Id"]] = Network(record)
         self.firewall = choose_firewall(self.config, self._enable_forwarding(4))
+        threading.Thread(target=self._release, name="release", daemon=True).start()
         self._load_predefined()
         for network in self.table.values():
             try:
@@ -12455,6 +12501,44 @@ class Networks:
                 log.error("the network %s cannot be used: %s", network.name, error)
         self.firewall.change([rule for network in self.table.values() for rule in network.rules()])
         self.save()
+
+    def release(self, rules: list[FirewallRule], give_back: Callable[[], Any]) -> None:
+        """Remove the rules of a container that has ended, which takes the kernel a while: nobody waits for
+        it.  What they led to is given back behind them."""
+        if rules:
+            self.released.put((rules, give_back))
+        else:
+            give_back()
+
+    def _release(self) -> None:
+        """The thread that removes rules; those of containers that end together go in one change."""
+        while True:
+            batch = [self.released.get()]
+            while not self.released.empty():
+                batch.append(self.released.get())
+            with contextlib.suppress(DockerError):
+                self.firewall.change((), [rule for rules, _ in batch for rule in rules])
+            for _, give_back in batch:
+                give_back()
+
+    def settle(self) -> None:
+        """Wait until all that has ended has given back what it had."""
+        done = threading.Event()
+        self.released.put(([], done.set))
+        done.wait(60)
+
+    def patiently(self, take: Callable[..., Any], *arguments: Any) -> Any:
+        """What `take` gives; where it fails, it is asked again when all that has ended has given back."""
+        try:
+            return take(*arguments)
+        except DockerError:
+            self.settle()
+            return take(*arguments)
+
+    def close(self) -> None:
+        """The daemon ends: rules of containers that have ended go, the proxy too when it has no port."""
+        self.settle()
+        self.proxy.close()
 
     def save(self) -> None:
         """Write the table; durable when it returns."""
@@ -12522,6 +12606,7 @@ class Networks:
         """Remove it with its bridge and rules; Forbidden when it is predefined or in use."""
         if not network.is_user_defined:
             raise Forbidden(f"{network.name} is a pre-defined network and cannot be removed")
+        self.settle()
         with self.lock:
             with network.lock:
                 if network.endpoints:
@@ -15651,6 +15736,7 @@ class Container:
                 self._join(network, settings)
         self.sandbox.publish(self._port_bindings())
         self._link()
+        self.sandbox.prepare()
 
     def _join(self, network: Network, settings: dict[str, Any]) -> Endpoint:
         """Take a place on the network under the container's names."""
@@ -18754,7 +18840,7 @@ class Daemon:
         self.parts.pump.stop()
         self.workers.drain(5)
         self.cgroups.close()
-        self.networks.proxy.close()
+        self.networks.close()
         self.driver.close()
         STATE_SYNC.flush()
         os.ftruncate(self._lock_file, 0)
