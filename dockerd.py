@@ -123,15 +123,20 @@ FSCONFIG_SET_STRING = 1
 FSMOUNT_CLOEXEC = 1
 FSOPEN_CLOEXEC = 1
 MNT_DETACH = 2
+MOUNT_ATTR_IDMAP = 0x100000
+MOUNT_ATTR_NOATIME = 0x10
 MOUNT_ATTR_NODEV = 0x4
+MOUNT_ATTR_NODIRATIME = 0x80
 MOUNT_ATTR_NOEXEC = 0x8
 MOUNT_ATTR_NOSUID = 0x2
+MOUNT_ATTR_NOSYMFOLLOW = 0x200000
 MOUNT_ATTR_RDONLY = 0x1
 MOUNT_ATTR_STRICTATIME = 0x20
 MOVE_MOUNT_F_EMPTY_PATH = 0x4
 MOVE_MOUNT_T_EMPTY_PATH = 0x40
 MS_PRIVATE = 1 << 18
 MS_REC = 16384
+MS_SHARED = 1 << 20
 MS_SLAVE = 1 << 19
 OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 OPEN_TREE_CLONE = 1
@@ -155,6 +160,7 @@ TIOCSCTTY = 0x540E
 TIOCSWINSZ = 0x5414
 
 # <linux/openat2.h>
+RESOLVE_BENEATH = 0x08
 RESOLVE_IN_ROOT = 0x10
 RESOLVE_NO_MAGICLINKS = 0x02
 RESOLVE_NO_SYMLINKS = 0x04
@@ -165,6 +171,7 @@ LINUX_CAPABILITY_VERSION_3 = 0x20080522
 # <linux/magic.h>
 BTRFS_SUPER_MAGIC = 0x9123683E
 DEVPTS_SUPER_MAGIC = 0x1CD1
+PROC_SUPER_MAGIC = 0x9FA0
 
 # <linux/keyctl.h>
 KEYCTL_JOIN_SESSION_KEYRING = 1
@@ -717,9 +724,9 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
     return start_thread(function, *arguments)()
 
 
-def start_confined(root: Union[str, int], function: Callable[..., Any], *arguments: Any,
+def start_confined(root: Union[str, int, Callable[[], int]], function: Callable[..., Any], *arguments: Any,
                    failed: Callable[[BaseException], Any] = lambda error: None) -> Callable[[], Any]:
-    """start_thread() with `root` (a path or a descriptor) as the thread's root directory.
+    """start_thread() with `root` as the thread's root: a path, a descriptor, or what makes one in the thread.
 
     The kernel resolves every path of it inside `root`: no link and no `..` leads out.  The function must not
     import, nor load anything by name (pitfalls 3 and 8).  `failed(error)` is called at once on an error."""
@@ -727,7 +734,8 @@ def start_confined(root: Union[str, int], function: Callable[..., Any], *argumen
     def body() -> Any:
         try:
             unshare(CLONE_FS)
-            os.fchdir(root) if isinstance(root, int) else os.chdir(root)
+            place = root() if callable(root) else root
+            os.fchdir(place) if isinstance(place, int) else os.chdir(place)
             if defended("chroot"):
                 os.chroot(".")
             return function(*arguments)
@@ -738,7 +746,7 @@ def start_confined(root: Union[str, int], function: Callable[..., Any], *argumen
     return start_thread(body)
 
 
-def confined(root: Union[str, int], function: Callable[..., Any], *arguments: Any) -> Any:
+def confined(root: Union[str, int, Callable[[], int]], function: Callable[..., Any], *arguments: Any) -> Any:
     """What `function(*arguments)` returns or raises when it is confined to `root` as by start_confined()."""
     return start_confined(root, function, *arguments)()
 
@@ -3315,6 +3323,12 @@ def apply_layer(stream: Any, directory: Union[str, int], whiteouts: str, idmap: 
     the caller's to remove."""
     feed = Feed()
     unpacker = Unpacker(TarReader(feed, observer), whiteouts, idmap, limits)
+    return unpack_confined(stream, directory, unpacker, feed)
+
+
+def unpack_confined(stream: Any, directory: Union[str, int, Callable[[], int]], unpacker: Unpacker,
+                    feed: Feed) -> LayerStats:
+    """Have `unpacker`, which reads `feed`, unpack `stream` in a thread confined to the directory."""
     join = start_confined(directory, unpacker.run, failed=lambda error: feed.stop())
     feed.fill(stream)
     stats: LayerStats = join()
@@ -3563,6 +3577,38 @@ class Unpacker:
                 os.utime(name, ns=times, follow_symlinks=False)
 
 
+class Extractor(Unpacker):
+    """Unpacks into the directory `path` of the root that its thread is confined to, as cp does; all that it
+    makes is `owner`'s, if given.  With `keep_kind` no directory takes the place of a file, nor a file its."""
+
+    def __init__(self, reader: TarReader, idmap: IdMap, path: str, owner: Optional[tuple[int, int]],
+                 keep_kind: bool) -> None:
+        super().__init__(reader, "", idmap, UnpackLimits())
+        self.path, self.owner, self.keep_kind = path, owner, keep_kind
+
+    def run(self) -> LayerStats:
+        """Unpack everything; DockerError where the place does not take it."""
+        try:
+            os.chdir("." + self.path)
+        except NotADirectoryError:
+            raise BadParameter("extraction point is not a directory") from None
+        if os.statvfs(".").f_flag & os.ST_RDONLY:
+            inside = os.stat(".").st_dev == os.stat("/").st_dev
+            raise DockerError(f"{'container rootfs' if inside else 'mounted volume'} is marked read-only")
+        return super().run()
+
+    def _unpack(self, entry: TarEntry) -> None:
+        if self.owner:
+            entry.uid, entry.gid = self.owner
+        if self.keep_kind:
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                known = stat.S_ISDIR(os.lstat(self._clean(entry.name, "entry name")).st_mode)
+                kinds = ("directory", "non-directory") if known else ("non-directory", "directory")
+                if known != (entry.kind == DIRECTORY):
+                    raise BadParameter(f"cannot overwrite {kinds[0]} {quoted(entry.name)} with {kinds[1]}")
+        super()._unpack(entry)
+
+
 def is_whiteout(facts: os.stat_result) -> bool:
     """Whether lstat's answer is an overlay whiteout: the character device 0:0."""
     return stat.S_ISCHR(facts.st_mode) and facts.st_rdev == 0
@@ -3704,8 +3750,8 @@ def _tar_block(entry: TarEntry, name: bytes, prefix: bytes = b"") -> bytes:
     return TAR_HEADER.pack(*fields)
 
 
-def write_tree(directory: Union[str, int], write: Callable[[bytes], Any], idmap: IdMap = IdMap(),
-               whiteouts: str = "") -> None:
+def write_tree(directory: Union[str, int, Callable[[], int]], write: Callable[[bytes], Any],
+               idmap: IdMap = IdMap(), whiteouts: str = "") -> None:
     """Pack what is below `directory` (a path or a descriptor) as a tar stream, with names relative to it.
 
     Sorted by name in each directory, hard links kept, sockets left out, of the xattrs security.capability
@@ -3727,15 +3773,18 @@ def write_tree(directory: Union[str, int], write: Callable[[bytes], Any], idmap:
 class TreePacker:
     """Packs the tree below the current directory of a confined thread into a feed."""
 
-    def __init__(self, feed: Feed, idmap: IdMap, whiteouts: str) -> None:
-        self.feed, self.idmap, self.whiteouts = feed, idmap, whiteouts
+    def __init__(self, feed: Feed, idmap: IdMap, whiteouts: str, attributes: bool = False) -> None:
+        self.feed, self.idmap, self.whiteouts, self.attributes = feed, idmap, whiteouts, attributes
         self._pending: list[bytes] = []
         self._pending_size = 0
         self._inodes: dict[tuple[int, int], bytes] = {}
 
     def run(self) -> None:
         """Pack everything and finish the feed."""
-        names = sorted(os.listdir(b"."), reverse=True)
+        self.pack(sorted(os.listdir(b"."), reverse=True))
+
+    def pack(self, names: list[bytes]) -> None:
+        """Pack `names`, the last first, with all below them, and finish the feed."""
         while names:
             name = names.pop()
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it vanished meanwhile
@@ -3755,6 +3804,10 @@ class TreePacker:
         if not self.feed.put(b"".join(self._pending)):
             raise BrokenPipeError(errno.EPIPE, "nobody reads the archive any more")
         self._pending, self._pending_size = [], 0
+
+    def _shown(self, name: bytes) -> bytes:
+        """The name in the archive."""
+        return name
 
     def _add(self, name: bytes) -> bool:
         """Pack one name; whether it is a directory."""
@@ -3777,7 +3830,8 @@ class TreePacker:
 
     def _entry(self, name: bytes, kind: int, facts: os.stat_result) -> TarEntry:
         uid, gid = self.idmap.to_container(facts.st_uid, facts.st_gid)
-        entry = TarEntry(name, kind, stat.S_IMODE(facts.st_mode), uid, gid, 0, int(facts.st_mtime_ns))
+        shown = self._shown(name)
+        entry = TarEntry(shown, kind, stat.S_IMODE(facts.st_mode), uid, gid, 0, int(facts.st_mtime_ns))
         if kind == DIRECTORY:
             entry.name += b"/"
         elif kind == SYMLINK:
@@ -3789,9 +3843,12 @@ class TreePacker:
         capability = _xattr(name, "security.capability") if kind == REGULAR else b""
         if capability:
             entry.xattrs[b"security.capability"] = _without_root_id(capability)
+        for key in os.listxattr(name, follow_symlinks=False) if self.attributes else ():
+            if not key.startswith("trusted.overlay."):
+                entry.xattrs.setdefault(os.fsencode(key), _xattr(name, key))
         if facts.st_nlink > 1 and kind != DIRECTORY:
-            first = self._inodes.setdefault((facts.st_dev, facts.st_ino), name)
-            if first != name:
+            first = self._inodes.setdefault((facts.st_dev, facts.st_ino), shown)
+            if first != shown:
                 entry.kind, entry.link, entry.size = HARD_LINK, first, 0
         return entry
 
@@ -3811,6 +3868,55 @@ class TreePacker:
                 self._put(data)
                 left -= len(data)
             self._put(bytes(-entry.size % TAR_BLOCK))
+
+
+class CopyPacker(TreePacker):
+    """Packs what is at `path` in the root that its thread is confined to, as cp does: under the path's last
+    name.  The first thing it feeds is path_facts() as JSON."""
+
+    def __init__(self, feed: Feed, idmap: IdMap, path: str) -> None:
+        super().__init__(feed, idmap, "")
+        self.path, self.base = path, b""
+
+    def run(self) -> None:
+        """Pack everything and finish the feed."""
+        facts = path_facts(self.path)
+        self.feed.put(json.dumps(facts).encode())
+        place = b"." + os.fsencode(copy_path(self.path))
+        if facts["mode"] & GO_MODES[stat.S_IFDIR]:
+            os.chdir(place)
+            self.base = os.fsencode(facts["name"])
+            return self.pack([b"."])
+        os.chdir(os.path.dirname(place))
+        self.pack([os.path.basename(place)])
+
+    def _shown(self, name: bytes) -> bytes:
+        return self.base.rstrip(b"/") + name[1:] if self.base else name
+
+
+# File modes as Go's os.FileMode has them
+GO_MODES = {stat.S_IFDIR: 1 << 31, stat.S_IFLNK: 1 << 27, stat.S_IFBLK: 1 << 26, stat.S_IFREG: 0,
+            stat.S_IFCHR: 1 << 26 | 1 << 21, stat.S_IFIFO: 1 << 25, stat.S_IFSOCK: 1 << 24}
+GO_MODE_BITS = ((stat.S_ISUID, 1 << 23), (stat.S_ISGID, 1 << 22), (stat.S_ISVTX, 1 << 20))
+
+
+def copy_path(path: str) -> str:
+    """A path that a client of cp gives, from the root; a slash or "/." at its end, which has a link followed,
+    stays."""
+    end = "." if os.path.basename(path) == "." else ""
+    clean = "/" + os.path.normpath("/" + path).lstrip("/")
+    return clean + ("/" if clean != "/" and (end or path.endswith("/")) else "") + end
+
+
+def path_facts(path: str) -> dict[str, Any]:
+    """What is at `path` in the root that the thread is confined to, as X-Docker-Container-Path-Stat tells."""
+    path = copy_path(path)
+    facts = os.lstat("." + path)
+    mode = stat.S_IMODE(facts.st_mode) & 0o777 | GO_MODES[stat.S_IFMT(facts.st_mode)]
+    mode |= sum(go for bit, go in GO_MODE_BITS if facts.st_mode & bit)
+    return {"name": os.path.basename(path.rstrip("/")) or "/", "size": facts.st_size, "mode": mode,
+            "mtime": rfc3339nano(facts.st_mtime_ns),
+            "linkTarget": os.path.realpath(path) if stat.S_ISLNK(facts.st_mode) else ""}
 
 
 def _xattr(name: Union[bytes, int], key: str) -> bytes:
@@ -4162,6 +4268,11 @@ class StorageDriver:
             mount_setattr(fd, "", AT_EMPTY_PATH, set=MOUNT_ATTR_RDONLY)
         return fd
 
+    def changes(self, cache_id: str, parent: str) -> list[dict[str, Any]]:
+        """What a writable layer changes of `parent`, in the shape of GET /containers/ID/changes."""
+        trees = [confined(self.diff_dir(layer), tree_facts) for layer in (cache_id, parent) if layer]
+        return tree_changes(trees[0], trees[1] if parent else {})
+
     def metadata(self, cache_id: str) -> Optional[dict[str, str]]:
         """The GraphDriver.Data of inspect."""
         return None
@@ -4320,6 +4431,14 @@ class Overlay(StorageDriver):
         finally:
             os.rmdir(merged)
 
+    def changes(self, cache_id: str, parent: str) -> list[dict[str, Any]]:
+        """From the upper directory: nothing else has changed."""
+        upper, opaque = confined(self.diff_dir(cache_id), upper_facts)
+        with closing_fd(self.mount(parent, readonly=True)) as below:
+            lower = confined(below, facts_below, upper, opaque)
+        shown = {path: facts for path, facts in upper.items() if facts[:2] != WHITEOUT_FACTS}
+        return tree_changes(shown, lower)
+
     @staticmethod
     def _mount_by_options(home: str, target: str, options: str) -> int:
         """mount(2) with names relative to `home`, since its options must fit a page, and a detached copy of
@@ -4393,6 +4512,71 @@ class Vfs(StorageDriver):
 
     def metadata(self, cache_id: str) -> Optional[dict[str, str]]:
         return {"SourceDir": self._path(cache_id)}
+
+
+# Changes of trees, seen by threads that are confined to them
+
+WHITEOUT_FACTS = (stat.S_IFCHR, 0)
+
+
+def _facts(path: bytes) -> tuple[Any, ...]:
+    """(kind, device, mode, owner, group, capability, size and time of what is no directory)."""
+    facts = os.lstat(path)
+    content = () if stat.S_ISDIR(facts.st_mode) else (facts.st_size, facts.st_mtime_ns)
+    capability = _xattr(path, "security.capability") if stat.S_ISREG(facts.st_mode) else b""
+    return (stat.S_IFMT(facts.st_mode), facts.st_rdev, stat.S_IMODE(facts.st_mode), facts.st_uid,
+            facts.st_gid, capability, content)
+
+
+def tree_facts() -> dict[bytes, tuple[Any, ...]]:
+    """The facts of all below the current directory, by path."""
+    found, pending = {}, [b"."]
+    while pending:
+        directory = pending.pop()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it has gone meanwhile
+            for name in os.listdir(directory):
+                path = name if directory == b"." else directory + b"/" + name
+                found[path] = _facts(path)
+                if found[path][0] == stat.S_IFDIR:
+                    pending.append(path)
+    return found
+
+
+def upper_facts() -> tuple[dict[bytes, tuple[Any, ...]], list[bytes]]:
+    """The facts of an overlay's upper directory, and which of its directories are opaque."""
+    found = tree_facts()
+    return found, [path for path, facts in found.items()
+                   if facts[0] == stat.S_IFDIR and _xattr(path, OVERLAY_OPAQUE) == b"y"]
+
+
+def facts_below(paths: Iterable[bytes], opaque: list[bytes]) -> dict[bytes, tuple[Any, ...]]:
+    """The facts of those of an upper layer's `paths` that are here too, and of all in its `opaque`
+    directories."""
+    found: dict[bytes, tuple[Any, ...]] = {}
+    for path in sorted(paths, key=lambda path: path.split(b"/")):
+        above = os.path.dirname(path)
+        if above and found.get(above, (0,))[0] != stat.S_IFDIR:
+            continue  # it may seem to be here through a link
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = _facts(path)
+            for name in os.listdir(path) if path in opaque and found[path][0] == stat.S_IFDIR else ():
+                found[path + b"/" + name] = _facts(path + b"/" + name)
+    return found
+
+
+def tree_changes(upper: dict[bytes, tuple[Any, ...]], lower: dict[bytes, tuple[Any, ...]]) \
+        -> list[dict[str, Any]]:
+    """The differences by path, with all directories above each: 0 is modified, 1 added, 2 deleted."""
+    kinds = {path: 1 if path not in lower else 0 for path, facts in upper.items() if lower.get(path) != facts}
+    for path in lower.keys() - upper.keys():
+        above = os.path.dirname(path)
+        if not above or upper.get(above, (0,))[0] == stat.S_IFDIR:
+            kinds[path] = 2
+    for path in list(kinds):
+        while path := os.path.dirname(path):
+            kinds.setdefault(path, 0)
+    return [{"Path": "/" + os.fsdecode(path), "Kind": kinds[path]}
+            for path in sorted(kinds, key=lambda path: path.split(b"/"))]
 
 
 # Choosing one
@@ -4623,6 +4807,20 @@ def matches_labels(wanted: Iterable[str], labels: Optional[dict[str, str]]) -> b
     known = labels or {}
     pairs = (item.partition("=") for item in wanted)
     return all(key in known and (not equals or known[key] == value) for key, equals, value in pairs)
+
+
+def check_rules(rules: Iterable[tuple[Callable[..., Any], str]], members: dict[str, Any]) -> None:
+    """BadParameter with the text of the first rule that `members` break."""
+    for wrong, text in rules:
+        if wrong(members):
+            raise BadParameter(text.format_map(members))
+
+
+def _found(pattern: str, text: str) -> bool:
+    try:
+        return pattern == text or re.search(pattern, text) is not None
+    except re.error:
+        return False
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
@@ -5583,6 +5781,12 @@ class LayerStore:
     def rw_metadata(self, container_id: str) -> Optional[dict[str, str]]:
         """What the driver tells of the container's layer (GraphDriver.Data)."""
         return self.driver.metadata(self._mount(container_id).mount_id)
+
+    def rw_changes(self, container_id: str) -> list[dict[str, Any]]:
+        """What the container has changed of its image."""
+        mount = self._mount(container_id)
+        below = mount.init_id or (self.get(mount.parent).cache_id if mount.parent else "")
+        return self.driver.changes(mount.mount_id, below)
 
     def rw_size(self, container_id: str) -> tuple[int, int]:
         """(SizeRw, SizeRootFs): the bytes that the container wrote, and those with its image's."""
@@ -9156,6 +9360,8 @@ def cgroup_manager(cgroup_parent: str, options: Iterable[str]) -> CgroupManager:
 
 SHIM_PROTOCOL = 3       # 1: no "take", 2: no "exec"
 SHIM_PACKET = 1 << 16
+PROC_FILES = ("/cpuinfo", "/diskstats", "/meminfo", "/stat", "/swaps", "/uptime", "/loadavg", "/slabinfo",
+              "/net/dev", "/sys/kernel/ns_last_pid", "/sys/crypto/fips_enabled")
 TIOCSPTLCK = 0x40045431
 
 
@@ -9199,11 +9405,13 @@ def _mount_point(root: int, path: str, directory: bool, links: bool = True) -> i
         os.close(parent)
 
 
-def _attach(mount_fd: int, root: int, path: str, links: bool = True) -> None:
-    """Attach the detached mount at `path` inside the root, and close it."""
+def _attach(mount_fd: int, root: int, path: str, links: bool = True,
+            allowed: Callable[[int, int], None] = lambda mount_fd, target: None) -> None:
+    """Attach the detached mount at `path` inside the root, and close it; `allowed` may refuse the place."""
     directory = stat.S_ISDIR(os.fstat(mount_fd).st_mode)
     target = _mount_point(root, path, directory, links)
     try:
+        allowed(mount_fd, target)
         if directory != stat.S_ISDIR(os.fstat(target).st_mode):
             raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         move_mount(mount_fd, "", target, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH)
@@ -9283,7 +9491,12 @@ class Init:
         mount with nobody."""
         with _init_step("cannot attach the root file system"):
             mount("", "/", "", MS_REC | MS_SLAVE)
-            move_mount(self.fds["root"], "", AT_FDCWD, self.plan["root_place"], MOVE_MOUNT_F_EMPTY_PATH)
+            self.root = self.fds["root"]
+            self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            move_mount(self.root, "", AT_FDCWD, self.plan["root_place"], MOVE_MOUNT_F_EMPTY_PATH)
+        for entry in self.plan["mounts"]:
+            self._mount(entry)
+        os.close(self.proc)
         os.setsid()
         self._take_streams()
         self._close_all()
@@ -9367,10 +9580,21 @@ class Init:
         flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (AT_RECURSIVE if entry.get("recursive") else 0)
         given = self.fds.pop(entry["from"], -1)  # what a remapped root may not reach by its path
         made = open_tree(AT_FDCWD, entry["from"], flags) if given < 0 else given
+        if entry.get("volume"):
+            return _attach(made, self.root, entry["to"], allowed=self._spare_proc)
         if entry.get("attributes") or entry.get("propagation"):
             mount_setattr(made, "", AT_EMPTY_PATH | (AT_RECURSIVE if entry.get("recursive") else 0),
                           set=entry.get("attributes", 0), propagation=entry.get("propagation", 0))
         _attach(made, self.root, entry["to"])
+
+    def _spare_proc(self, mount_fd: int, target: int) -> None:
+        """Let no volume stand for a part of /proc, to which the place itself may be a link: what a container
+        cannot read or write there would be its own (CVE-2019-16884, CVE-2019-19921, CVE-2021-30465)."""
+        if not defended("proc-cover") or statfs_type(target) != PROC_SUPER_MAGIC:
+            return
+        place = os.readlink(f"self/fd/{target}", dir_fd=self.proc).rpartition("/proc")[2]
+        if place not in PROC_FILES and (place or statfs_type(mount_fd) != PROC_SUPER_MAGIC):
+            raise InitError(f'"/proc{place}" cannot be mounted because it is inside /proc')
 
     def _share(self, path: str) -> None:
         """Have the mount at `path` of the container whose mount namespace is the descriptor "mnt"; its links
@@ -10194,13 +10418,16 @@ def build_plan(spec: Spec, root_place: str, joins: bool = False) -> dict[str, An
     on.  A process that `joins` a container finds everything mounted."""
     mask = sum(1 << number for number in spec.capabilities)
     masks = {"bounding": mask, "permitted": mask, "effective": mask, "last": last_capability()}
+    mounts = [] if joins else default_mounts(spec) + spec.devices + device_mounts() + spec.mounts
+    taken = {entry["to"] for entry in mounts if "volume" in entry}  # and nothing of ours is mounted there
     return {
         **{name: getattr(spec, name) for name in _PLAN_FIELDS},
         "cwd": spec.cwd or "/", "capabilities": masks, "seccomp": spec.seccomp.hex(),
         "join": [name for name in spec.join if name != "pid"],
         "loopback": bool(spec.namespaces & CLONE_NEWNET),
         "wait": spec.cgroup_enter is not None, "remapped": bool(spec.idmap), "root_place": root_place,
-        "mounts": [] if joins else default_mounts(spec) + spec.devices + device_mounts() + spec.mounts,
+        "mounts": [entry for entry in mounts if "volume" in entry or not (
+            spec.bare or entry["to"] in taken or "/dev" in taken and entry["to"].startswith("/dev/"))],
         "masked_paths": () if spec.privileged else spec.masked_paths,
         "readonly_paths": () if spec.privileged else spec.readonly_paths}
 
@@ -10230,7 +10457,8 @@ def oci_config(spec: Spec, root: str) -> dict[str, Any]:
                "options": [name for name, flag in _OCI_MOUNT_OPTIONS if entry.get("attributes", 0) & flag]
                + ([f"{key}={value}" if value else key for key, value in entry["options"]] if "type" in entry
                   else ["rbind" if entry.get("recursive") else "bind"])}
-              for entry in own + spec.mounts if "type" in entry or "from" in entry]
+              for entry in own + spec.mounts
+              if "volume" not in entry and ("type" in entry or "from" in entry)]
     devices = [{"path": node["to"], "type": "b" if stat.S_ISBLK(node["node"]) else "c",
                 "major": os.major(node["rdev"]), "minor": os.minor(node["rdev"]),
                 "fileMode": stat.S_IMODE(node["node"]), "uid": node["owner"][0], "gid": node["owner"][1]}
@@ -10275,7 +10503,7 @@ def open_sources(mounts: list[dict[str, Any]]) -> dict[str, int]:
     try:
         for number, entry in enumerate(mounts):
             path = entry.get("from") or entry.get("host_node")
-            if path and not path.startswith("/sys/fs/cgroup/"):
+            if path and "volume" not in entry and not path.startswith("/sys/fs/cgroup/"):
                 recursive = AT_RECURSIVE if entry.get("recursive") else 0
                 entry["from"] = f"source:{number}"
                 opened[entry["from"]] = open_tree(AT_FDCWD, path,
@@ -10713,6 +10941,7 @@ class ExecutionDriver:
                 document = build_plan(spec, self.root_place, joins)
                 fds = {"plan": plan, "sync": theirs.fileno(), **streams}
                 fds.update({"target": target} if joins else {"root": spec.root_fd, **spec.join})
+                fds.update({entry["from"]: entry["fd"] for entry in document["mounts"] if "fd" in entry})
                 if spec.idmap and not joins:
                     sources = open_sources(document["mounts"])
                     opened += sources.values()
@@ -13157,6 +13386,617 @@ class Proxy(HelperProcess):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Volumes
+#
+# What is mounted into a container beside its root: named and anonymous volumes, binds, tmpfs, images.  What a
+# client asks for becomes mount points, records in moby's shape, once and for all when the container is made;
+# at each start a mount point becomes a detached mount, which the init attaches.  Volumes lie in
+# volumes/<name>/_data, with the local driver's opts.json beside it, as moby has them; volume.json holds what
+# moby keeps in a database.  A View is the tree that a copy sees: a container's root and mounts, in a mount
+# namespace of the copying thread.  Texts and shapes: Docker API 1.51; mount(8), open_tree(2),
+# mount_setattr(2), tmpfs(5).
+# ------------------------------------------------------------------------------------------------------------
+
+VOLUME_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+\Z")
+ANONYMOUS_VOLUME = "com.docker.volume.anonymous"    # the label of those that no client has named
+MODE_WORDS = (
+    "ro|rw", "z|Z", "nocopy", "consistent|cached|delegated", "r?(private|shared|slave)", "idmap(=.+)?")
+PROPAGATIONS = {"private": MS_PRIVATE, "shared": MS_SHARED, "slave": MS_SLAVE}
+LOCAL_OPTIONS = {"device": ("type",), "type": ("device",), "o": ("device", "type"), "size": ()}
+MOUNT_ATTRIBUTES = {"ro": MOUNT_ATTR_RDONLY, "nosuid": MOUNT_ATTR_NOSUID, "nodev": MOUNT_ATTR_NODEV,
+                    "noexec": MOUNT_ATTR_NOEXEC, "noatime": MOUNT_ATTR_NOATIME,
+                    "nodiratime": MOUNT_ATTR_NODIRATIME, "strictatime": MOUNT_ATTR_STRICTATIME}
+MOUNT_OPPOSITES = {"rw": "ro", "suid": "nosuid", "dev": "nodev", "exec": "noexec", "atime": "noatime",
+                   "diratime": "nodiratime", "relatime": "strictatime", "defaults": "", "async": ""}
+# MS_* of <linux/mount.h>
+MOUNT_FLAGS = {"bind": 4096, "rbind": 4096 | MS_REC, "ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8,
+               "sync": 16, "noatime": 1024, "nodiratime": 2048, "rw": 0, "defaults": 0}
+_EXTENTS = r"ids=\d{1,10}-\d{1,10}-\d{1,10}(#\d{1,10}-\d{1,10}-\d{1,10})*"
+IDMAP_WORD = f"idmap=(u{_EXTENTS}(#g{_EXTENTS})?|g{_EXTENTS}(#u{_EXTENTS})?)"
+TMPFS_VALUES = "(size|nr_blocks|nr_inodes|mode|uid|gid|mpol)=.*"
+
+# (what is wrong with a mount, Docker's words for it); every member is there, empty or not
+MOUNT_RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
+    (lambda m: m["Type"] not in ("bind", "volume", "tmpfs", "image"), "mount type unknown"),
+    (lambda m: not m["Target"], "field Target must not be empty"),
+    (lambda m: os.path.normpath("/" + m["Target"].lstrip("/")) == "/" and m["Target"][0] == "/",
+     "invalid specification: destination can't be '/'"),
+    (lambda m: m["Target"][0] != "/", "invalid mount path: '{Target}' mount path must be absolute"),
+    (lambda m: not m["Source"] and m["Type"] in ("bind", "image"), "field Source must not be empty"),
+    (lambda m: m["Source"] and m["Type"] == "tmpfs", "field Source must not be specified"),
+    *((lambda m, kind=kind: m["Type"] != kind.lower() and m[kind + "Options"] is not None,
+       f"field {kind}Options must not be specified") for kind in ("Bind", "Volume", "Tmpfs", "Image")),
+    (lambda m: not re.fullmatch(
+        "(r?(private|shared|slave))?", (m["BindOptions"] or {}).get("Propagation", "")),
+     "invalid propagation mode: {BindOptions[Propagation]}"),
+    (lambda m: m["Type"] == "bind" and m["Source"][0] != "/",
+     "invalid mount path: '{Source}' mount path must be absolute"),
+    (lambda m: m["Type"] == "volume" and not m["Source"] and m["ReadOnly"],
+     "must not set ReadOnly mode when using anonymous volumes"),
+)
+
+
+def check_mount(mount: dict[str, Any]) -> dict[str, Any]:
+    """`mount` (a member of HostConfig.Mounts) unchanged; BadParameter with Docker's text."""
+    left_out = {"Type": "", "Target": "", "Source": "", "ReadOnly": False, "BindOptions": None,
+                "VolumeOptions": None, "TmpfsOptions": None, "ImageOptions": None}
+    try:
+        check_rules(MOUNT_RULES, {**left_out, **mount})
+        if mount["Type"] == "tmpfs":
+            tmpfs_options(mount)
+    except BadParameter as error:
+        kind = go_quote(mount.get("Type", ""))
+        raise BadParameter(f"invalid mount config for type {kind}: {error}") from None
+    return mount
+
+
+def check_mode(mode: str) -> list[str]:
+    """The words of a bind's mode; BadParameter when one is unknown or two are of a kind."""
+    words = mode.split(",") if mode else []
+    kinds = [next((kind for kind in MODE_WORDS if re.fullmatch(kind, word)), "") for word in words]
+    if "" in kinds or len(set(kinds)) < len(kinds):
+        raise BadParameter(f"invalid mode: {mode}")
+    return words
+
+
+def parse_bind(text: str, driver: str) -> tuple[dict[str, Any], str]:
+    """A -v ([SOURCE:]TARGET[:MODE]) as (a mount like those of HostConfig.Mounts, its mode); BadParameter."""
+    refusal = f"invalid volume specification: '{text}'"
+    parts = text.split(":")
+    if not parts[0] or len(parts) > 3:
+        raise BadParameter(refusal)
+    mode = parts.pop() if len(parts) == 3 else ""
+    if len(parts) == 2 and not mode:
+        with contextlib.suppress(BadParameter):
+            check_mode(parts[1])
+            mode = parts.pop()
+    words = check_mode(mode)
+    source, target = parts if len(parts) == 2 else ("", parts[0])
+    kind = "bind" if source[:1] == "/" else "volume"
+    propagation = [word for word in words if re.fullmatch(MODE_WORDS[4], word)]
+    volume = {**({"NoCopy": True} if "nocopy" in words else {}),
+              **({"DriverConfig": {"Name": driver}} if driver and kind == "volume" else {})}
+    mount = {"Type": kind, "Source": source, "Target": target, "ReadOnly": "ro" in words,
+             "BindOptions": propagation and {"Propagation": propagation[0]}, "VolumeOptions": volume}
+    try:
+        return check_mount({key: value for key, value in mount.items() if value}), mode
+    except BadParameter as error:
+        raise BadParameter(f"{refusal}: {error}") from None
+
+
+def mount_point(mount: dict[str, Any], mode: str = "") -> dict[str, Any]:
+    """moby's record of a mount, as config.v2.json keeps it under its destination."""
+    kind, options = mount["Type"], mount.get("BindOptions") or {}
+    point = {"Source": os.path.normpath(mount["Source"]) if kind == "bind" else "",
+             "Destination": "/" + os.path.normpath(mount["Target"]).lstrip("/"),
+             "RW": not mount.get("ReadOnly") and kind != "image",
+             "Name": mount.get("Source", "") if kind == "volume" else "", "Driver": "", "Type": kind}
+    if mode or point["Name"]:
+        point["Relabel"] = mode or "z"
+    if kind == "bind":
+        point["Propagation"] = options.get("Propagation") or "rprivate"
+    return {**point, "Spec": mount, "SkipMountpointCreation": False}
+
+
+def shown_mount(point: dict[str, Any]) -> dict[str, Any]:
+    """A mount point as inspect and ps show it."""
+    named = {key: point[key] for key in ("Type", "Name") if point.get(key)}
+    driver = {"Driver": point["Driver"]} if point["Driver"] else {}
+    return {**named, "Source": point["Source"], "Destination": point["Destination"], **driver,
+            "Mode": point.get("Relabel", ""), "RW": point["RW"], "Propagation": point.get("Propagation", "")}
+
+
+def parse_tmpfs(text: str) -> list[str]:
+    """The options of a --tmpfs; BadParameter with Docker's text."""
+    words = [word for word in text.split(",") if word]
+    for word in words:
+        if word not in {**MOUNT_ATTRIBUTES, **MOUNT_OPPOSITES} and not re.fullmatch(TMPFS_VALUES, word):
+            raise BadParameter(f"invalid tmpfs option [{go_quote(word)}]")
+    return words
+
+
+def tmpfs_options(mount: dict[str, Any]) -> list[str]:
+    """The options of a mount of the type tmpfs, as those of --tmpfs."""
+    asked = mount.get("TmpfsOptions") or {}
+    words = ["ro"] if mount.get("ReadOnly") else []
+    words += [f"mode={asked['Mode']:o}"] if asked.get("Mode") else []
+    words += [f"size={asked['SizeBytes']}"] if asked.get("SizeBytes") else []
+    return words + parse_tmpfs(",".join("=".join(option) for option in asked.get("Options") or []))
+
+
+def new_tmpfs(words: list[str]) -> int:
+    """A descriptor of a detached tmpfs; what nobody has said is nosuid, nodev and noexec, as in Docker."""
+    attributes = _QUIET
+    for word in words:
+        attributes |= MOUNT_ATTRIBUTES.get(word, 0)
+        attributes &= ~MOUNT_ATTRIBUTES.get(MOUNT_OPPOSITES.get(word, ""), 0)
+    values = [word.partition("=") for word in words if "=" in word]
+    return new_mount("tmpfs", attributes, "tmpfs", [(key, value) for key, _, value in values])
+
+
+def require_shared(source: str, propagation: str) -> None:
+    """DockerError, as Docker's, unless the mount that holds `source` can propagate as asked."""
+    found, fields = "", ""
+    for line in read_text("/proc/self/mountinfo", 1 << 24).splitlines():
+        place = line.split()[4].replace("\\040", " ")
+        if len(place) >= len(found) and (source + "/").startswith(place.rstrip("/") + "/"):
+            found, fields = place, line.partition(" - ")[0]
+    if "shared:" not in fields and not ("slave" in propagation and "master:" in fields):
+        slave = " or slave" if "slave" in propagation else ""
+        raise DockerError(f"path {source} is mounted on {found} but it is not a shared{slave} mount")
+
+
+def mapped_namespace(ranges: dict[str, list[tuple[int, int, int]]]) -> int:
+    """A descriptor of a user namespace with these maps, which a process that has ended by then has made: no
+    process with threads may make one (unshare(2))."""
+    import subprocess
+    program = ("import ctypes,sys\n"
+               "sys.exit(ctypes.CDLL(None).unshare(0x10000000) or print(flush=True) or input())")
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", program], stdin=-1, stdout=-1) as child:
+        try:
+            assert child.stdin and child.stdout
+            if child.stdout.readline() != b"\n":
+                raise OSError(errno.EPERM, "cannot make a user namespace")
+            for name, extents in ranges.items():
+                _write_file(f"/proc/{child.pid}/{name}", "".join(f"{a} {b} {c}\n" for a, b, c in extents))
+            return os.open(f"/proc/{child.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
+            child.kill()
+
+
+def parse_idmap(word: str, idmap: IdMap) -> dict[str, list[tuple[int, int, int]]]:
+    """"idmap=uids=DISK-MOUNT-COUNT[#...]#gids=..." as the maps of /proc/PID; a plain "idmap" is that of the
+    container's user namespace."""
+    if word == "idmap":
+        if not idmap:
+            raise BadParameter("idmap without ranges needs a container with a user namespace of its own")
+        return {"uid_map": idmap.uids, "gid_map": idmap.gids}
+    extent = r"(\d{1,10})-(\d{1,10})-(\d{1,10})"
+    if not re.fullmatch(IDMAP_WORD, word):
+        raise BadParameter(f"invalid mode: {word}: it is idmap=uids=0-1000-1#gids=0-1000-1")
+    maps: dict[str, list[tuple[int, int, int]]] = {}
+    for kind, texts in re.findall(r"([ug])ids=([\d#-]+)", word):
+        maps[kind + "id_map"] = [(int(a), int(b), int(c)) for a, b, c in re.findall(extent, texts)]
+    return {name: maps.get(name) or next(iter(maps.values())) for name in ("uid_map", "gid_map")}
+
+
+def open_bind(source: str, point: dict[str, Any], idmap: IdMap) -> int:
+    """A descriptor of a detached mount of the host's `source` with all that the mount point asks for."""
+    mount = point["Spec"]
+    options, volume = mount.get("BindOptions") or {}, point["Type"] == "volume"
+    recursive = 0 if volume or options.get("NonRecursive") else AT_RECURSIVE
+    propagation = point.get("Propagation") or "rprivate"
+    if not propagation.endswith("private"):
+        require_shared(os.path.realpath(source), propagation)
+    subpath = (mount.get("VolumeOptions") or mount.get("ImageOptions") or {}).get("Subpath")
+    fd = open_below(source, subpath) if subpath else open_tree(
+        AT_FDCWD, source, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recursive)
+    try:
+        maps = [word for word in point.get("Relabel", "").split(",") if word.startswith("idmap")]
+        if maps:
+            with closing_fd(mapped_namespace(parse_idmap(maps[0], idmap))) as namespace:
+                mount_setattr(fd, "", AT_EMPTY_PATH | recursive, set=MOUNT_ATTR_IDMAP, userns_fd=namespace)
+        if not point["RW"]:
+            deep = 0 if options.get("ReadOnlyNonRecursive") else recursive
+            mount_setattr(fd, "", AT_EMPTY_PATH | deep, set=MOUNT_ATTR_RDONLY)
+        mount_setattr(fd, "", AT_EMPTY_PATH | (recursive if propagation[0] == "r" else 0),
+                      propagation=PROPAGATIONS[propagation[propagation.startswith("r"):]])
+        return fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def open_below(directory: Union[str, int], subpath: str) -> int:
+    """A detached mount of what is below a volume or an image, without a link that leads out of it."""
+    with contextlib.ExitStack() as held:
+        top = held.enter_context(opened(directory)) if isinstance(directory, str) else directory
+        try:
+            rules = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS
+            place = openat2(top, subpath.strip("/") or ".", os.O_PATH, 0, rules)
+        except OSError as error:
+            reason = (error.strerror or "").lower()
+            raise BadParameter(f"invalid subpath {go_quote(subpath)}: {reason}") from None
+        with closing_fd(place):
+            return open_tree(place, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)
+
+
+def make_parents(path: str, owner: tuple[int, int]) -> None:
+    """Make the missing directory `path` of a -v, and those above it, as `owner`'s."""
+    missing = []
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for path in reversed(missing):
+        make_directory(path, 0o755, *owner)
+
+
+def copy_up(root: int, path: str, target: str) -> None:
+    """Fill the empty directory `target` with what is at `path` in the root: owners, modes, links, xattrs.
+
+    Reading and writing are each confined to their directory, so that neither a hostile image nor a container
+    that already uses the volume leads the copy elsewhere."""
+    try:
+        source = _open_in_root(root, path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise DockerError(f"cannot mount volume over existing file, file exists {path}") from None
+    with closing_fd(source), opened(target, SUBDIRECTORY) as made:
+        if os.listdir(made):
+            return
+        feed = Feed()
+        pack = start_confined(source, TreePacker(feed, IdMap(), "", attributes=True).run, failed=feed.finish)
+        try:
+            confined(made, Unpacker(TarReader(feed), "", IdMap(), UnpackLimits(0)).run)
+        finally:
+            feed.stop()
+            with contextlib.suppress(Exception):  # the feed has told of it
+                pack()
+        facts = os.fstat(source)
+        os.fchown(made, facts.st_uid, facts.st_gid)
+        os.fchmod(made, stat.S_IMODE(facts.st_mode))
+
+
+class View:
+    """A container's root with its mounts as a thread sees it that copies to or from it: callable, for
+    start_confined().  Nothing else of the container is in it, above all no /proc, whose links lead anywhere.
+
+    `root` is a detached mount and `mounts` are (descriptor, place) pairs; where `namespace` is that of a
+    running container's mounts, `root` is its root there and of the pairs only the places matter."""
+
+    def __init__(self, place: str, root: int, mounts: list[tuple[int, str]], namespace: int = -1,
+                 readonly: bool = False) -> None:
+        self.place, self.root, self.mounts, self.namespace = place, root, mounts, namespace
+        self.readonly = readonly
+        self.opened: list[int] = []
+
+    def __call__(self) -> int:
+        root, mounts = self.root, self.mounts
+        if self.namespace >= 0:
+            root, mounts = self._copies()
+        unshare(CLONE_NEWNS)
+        mount("", "/", "", MS_REC | MS_PRIVATE)
+        move_mount(root, "", AT_FDCWD, self.place, MOVE_MOUNT_F_EMPTY_PATH)
+        for fd, to in mounts:
+            _attach(os.dup(fd), root, to)
+        if self.readonly:
+            mount_setattr(root, "", AT_EMPTY_PATH, set=MOUNT_ATTR_RDONLY)
+        for line in read_text("/proc/thread-self/mountinfo", 1 << 24).splitlines() if mounts else ():
+            place, kind = line.split()[4], line.partition(" - ")[2].split()[0]
+            if place.startswith(self.place + "/") and kind == "proc" and defended("view-proc"):
+                place = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), place)
+                mount_setattr(AT_FDCWD, place, set=MOUNT_ATTR_NOSYMFOLLOW)  # the host's, bound by a client
+        return root
+
+    def _copies(self) -> tuple[int, list[tuple[int, str]]]:
+        """Copies of what is mounted in the running container, made there and taken along."""
+        flags, mounts = AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC, []
+        with opened("/proc/thread-self/ns/mnt", os.O_RDONLY) as own:
+            setns(self.namespace, CLONE_NEWNS)
+            try:
+                root = open_tree(self.root, "", flags)
+                self.opened.append(root)
+                for _, to in self.mounts:
+                    with contextlib.suppress(OSError), closing_fd(_open_in_root(self.root, to)) as fd:
+                        mounts.append((open_tree(fd, "", flags | AT_RECURSIVE), to))
+                        self.opened.append(mounts[-1][0])
+            finally:
+                setns(own, CLONE_NEWNS)
+        return root, mounts
+
+    def close(self) -> None:
+        """Let what was opened go."""
+        while self.opened:
+            os.close(self.opened.pop())
+
+
+class Volume:
+    """One volume of the local driver; `users` are the containers that refer to it, `active` those in which it
+    is mounted.  `lock` guards its mount."""
+
+    def __init__(self, path: str, name: str, facts: dict[str, Any]) -> None:
+        self.path, self.name, self.facts = path, name, facts
+        self.users: set[str] = set()
+        self.active: set[str] = set()
+        self.lock = threading.Lock()
+
+    @property
+    def data(self) -> str:
+        """Where its files are."""
+        return os.path.join(self.path, "_data")
+
+    @property
+    def anonymous(self) -> bool:
+        """Whether no client has named it."""
+        return ANONYMOUS_VOLUME in (self.facts["Labels"] or {})
+
+    def shape(self) -> dict[str, Any]:
+        """The volume as the API shows it."""
+        return {**self.facts, "Driver": "local", "Mountpoint": self.data, "Name": self.name, "Scope": "local"}
+
+    def mount(self, user: str) -> str:
+        """Have its files in place while `user` needs them; where they are.  DockerError."""
+        options = self.facts["Options"] or {}
+        with self.lock:
+            if options.get("device") and not os.path.ismount(self.data):
+                words = options.get("o", "").split(",")
+                flags = functools.reduce(int.__or__, [MOUNT_FLAGS.get(word, 0) for word in words])
+                data = ",".join(word for word in words if word not in MOUNT_FLAGS)
+                try:
+                    mount(options["device"], self.data, options["type"], flags, self._resolved(data))
+                except OSError as error:
+                    reason = f"mount {options['device']}:{self.data}: {(error.strerror or '').lower()}"
+                    raise DockerError(f"error while mounting volume '{self.data}': failed to mount local "
+                                      f"volume: {reason}") from None
+            self.active.add(user)
+        return self.data
+
+    @staticmethod
+    def _resolved(data: str) -> str:
+        """The kernel takes the address of an NFS or CIFS server as a number only."""
+        name = re.search(r"(?:\A|,)addr=([^,]+)", data)
+        try:
+            return data.replace(name[1], socket.gethostbyname(name[1])) if name else data
+        except OSError as error:
+            raise DockerError(f"error resolving passed in network volume address: {error}") from None
+
+    def unmount(self, user: str = "") -> None:
+        """`user` needs it no more."""
+        with self.lock:
+            self.active.discard(user)
+            if not self.active and (self.facts["Options"] or {}).get("device"):
+                with contextlib.suppress(OSError):
+                    umount(self.data, MNT_DETACH)
+
+
+class Volumes:
+    """The table of volumes and its jobs.  Its lock is held for look-ups and renames of directories only."""
+
+    def __init__(self, data_root: str, event: Callable[[str, str, dict[str, str]], None],
+                 idmap: IdMap = IdMap()) -> None:
+        self.root, self.event, self.idmap = os.path.join(data_root, "volumes"), event, idmap
+        make_directory(self.root, 0o701)
+        self._lock = threading.Lock()
+        self._pruning = threading.Lock()
+        self._volumes: dict[str, Volume] = {}
+        self.renamed: Callable[[Volume, str], None] = lambda volume, name: None  # changes containers' records
+        for name in os.listdir(self.root):
+            path = os.path.join(self.root, name)
+            if name.startswith("."):  # half-made, or half-removed
+                remove_tree(path)
+            elif VOLUME_NAME.match(name) and os.path.isdir(os.path.join(path, "_data")):
+                self._volumes[name] = Volume(path, name, self._facts(path))
+
+    @staticmethod
+    def _facts(path: str) -> dict[str, Any]:
+        """What is known of a volume that another daemon has left; of moby's own only its options."""
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(read_state(os.path.join(path, "volume.json")))
+        created = rfc3339nano(int(os.stat(path).st_mtime) * 10**9)
+        facts: dict[str, Any] = {"CreatedAt": created, "Labels": None, "Options": None}
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            known = json.loads(read_state(os.path.join(path, "opts.json")))
+            options = {"type": known["MountType"], "o": known["MountOpts"], "device": known["MountDevice"]}
+            facts["Options"] = {key: value for key, value in options.items() if value} or None
+        return facts
+
+    def get(self, name: str) -> Volume:
+        """The volume of this name; NotFound."""
+        with self._lock:
+            if name in self._volumes:
+                return self._volumes[name]
+        raise NotFound(f"get {name}: no such volume")
+
+    def create(self, name: str = "", driver: str = "", options: Optional[dict[str, str]] = None,
+               labels: Optional[dict[str, str]] = None, user: str = "") -> Volume:
+        """The volume of this name, made where there is none; `user` refers to it from then on.
+
+        BadParameter, NotFound for a driver that is not there."""
+        if not name:
+            name, labels = secrets.token_hex(32), {**(labels or {}), ANONYMOUS_VOLUME: ""}
+        self._check(name, driver, options or {})
+        with self._lock:
+            known = self._volumes.get(name)
+            if known:
+                known.users |= {user} - {""}
+                return known
+        path = os.path.join(self.root, f".{secrets.token_hex(16)}")
+        created = rfc3339nano(int(time.time()) * 10**9)
+        options = dict(sorted((options or {}).items()))
+        facts = {"CreatedAt": created, "Labels": labels, "Options": options or None}
+        volume = Volume(os.path.join(self.root, name), name, facts)
+        try:
+            make_directory(path, 0o701)
+            make_directory(os.path.join(path, "_data"), 0o755, *self.idmap.root)
+            write_state(os.path.join(path, "volume.json"), facts)
+            if options:
+                write_state(os.path.join(path, "opts.json"), {
+                    "MountType": options.get("type", ""), "MountOpts": options.get("o", ""),
+                    "MountDevice": options.get("device", ""), "Quota": {"Size": 0}})
+            with self._lock:
+                if name not in self._volumes:
+                    os.rename(path, volume.path)
+                    self._volumes[name] = volume
+                known = self._volumes[name]
+                known.users |= {user} - {""}
+        finally:
+            remove_tree(path)
+        if known is volume:
+            _sync_file(self.root)
+            self.event("create", name, {"driver": "local"})
+        return known
+
+    @staticmethod
+    def _check(name: str, driver: str, options: dict[str, str]) -> None:
+        """What a volume may not be."""
+        if driver not in ("", "local"):
+            raise NotFound(f"create {name}: error looking up volume plugin {driver}: plugin "
+                           f"{go_quote(driver)} not found")
+        if len(name) == 1:
+            raise BadParameter(f"create {name}: volume name is too short, names should be at least two "
+                               "alphanumeric characters")
+        if not VOLUME_NAME.match(name):
+            raise BadParameter(
+                f"create {name}: {go_quote(name)} includes invalid characters for a local volume name, only "
+                '"[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you intended to pass a host directory, use '
+                "absolute path")
+        for key in options:
+            if key not in LOCAL_OPTIONS:
+                raise BadParameter(f"create {name}: invalid option: {go_quote(key)}")
+        if options.get("size"):
+            raise BadParameter(f"create {name}: quota size requested but no quota support")
+        for needed in (needed for key in options for needed in LOCAL_OPTIONS[key]):
+            if not options.get(needed):
+                raise BadParameter(f"create {name}: missing required option: {go_quote(needed)}")
+
+    def remove(self, name: str) -> None:
+        """Remove a volume; NotFound, Conflict when a container refers to it."""
+        volume = self.get(name)
+        doomed = os.path.join(self.root, f".{secrets.token_hex(16)}")
+        with volume.lock, self._lock:
+            if volume.users:
+                raise Conflict(f"remove {name}: volume is in use - [{', '.join(sorted(volume.users))}]")
+            if self._volumes.get(name) is not volume:
+                raise NotFound(f"get {name}: no such volume")
+            with contextlib.suppress(OSError):  # what another daemon has left mounted
+                umount(volume.data, MNT_DETACH)
+            os.rename(volume.path, doomed)
+            del self._volumes[name]
+        remove_tree(doomed)
+        self.event("destroy", name, {"driver": "local"})
+
+    def release(self, name: str, user: str, remove: bool) -> None:
+        """`user` refers to it no more; an anonymous one that nobody else has goes with it, if asked."""
+        with self._lock:
+            volume = self._volumes.get(name)
+            if volume:
+                volume.users.discard(user)
+        if volume and remove:
+            with contextlib.suppress(Conflict, NotFound):
+                self.remove(name)
+
+    @job("volumes")
+    def volumes(self, job: Job) -> None:
+        """The list of volumes; env `filters`: dangling, driver, label, name."""
+        filters = self._filters(job, "Invalid", ("dangling", "driver", "label", "name"))
+        dangling = {value.lower() for value in filters.get("dangling", ())}
+        if dangling - {"0", "1", "true", "false"}:
+            raise BadParameter(f"Invalid filter 'dangling=[{' '.join(filters['dangling'])}]'")
+        wanted = [word in ("1", "true") for word in dangling]
+        shown = [volume.shape() for volume in self.all()
+                 if (not wanted or (not volume.users) in wanted)
+                 and matches_labels(filters.get("label", ()), volume.facts["Labels"])
+                 and "local" in filters.get("driver", ["local"])
+                 and any(_found(word, volume.name) for word in filters.get("name", [""]))]
+        job.reply({"Volumes": shown, "Warnings": None})
+
+    @staticmethod
+    def _filters(job: Job, word: str, accepted: Iterable[str]) -> dict[str, list[str]]:
+        try:
+            return parse_filters(job.env.get("filters"), accepted)
+        except BadParameter as error:
+            raise BadParameter(word + str(error)[len(word):]) from None
+
+    def all(self) -> list[Volume]:
+        """All volumes by name."""
+        with self._lock:
+            return [volume for _, volume in sorted(self._volumes.items())]
+
+    @job("volume_inspect")
+    def inspect(self, job: Job) -> None:
+        """The volume named by the argument."""
+        job.reply(self.get(job.args[0]).shape())
+
+    @job("volume_create")
+    def create_job(self, job: Job) -> None:
+        """Make one of env `body`: Name, Driver, DriverOpts, Labels."""
+        body = decode_struct(job.env.get("body") or {}, "VolumeCreateOptions")
+        job.reply(self.create(body["Name"], body["Driver"], body["DriverOpts"], body["Labels"]).shape())
+
+    @job("volume_delete")
+    def delete(self, job: Job) -> None:
+        """Remove the one named by the argument; with env `force` it need not be there."""
+        try:
+            self.remove(job.args[0])
+        except NotFound:
+            if not job.env.get_bool("force"):
+                raise
+
+    @job("volume_rename")
+    def rename(self, job: Job) -> None:
+        """Give a volume, the first argument, env `name`, in the records of its containers too; Conflict while
+        one of them runs."""
+        volume, name = self.get(job.args[0]), job.env.get("name") or ""
+        self._check(name, "", {})
+        with volume.lock:
+            if volume.active:
+                users = ", ".join(sorted(volume.active))
+                raise Conflict(f"rename {volume.name}: volume is in use - [{users}]")
+            with self._lock:
+                if name in self._volumes:
+                    raise Conflict(f"rename {volume.name}: a volume named {name} already exists")
+                if self._volumes.get(volume.name) is not volume:
+                    raise NotFound(f"get {volume.name}: no such volume")
+                path = os.path.join(self.root, name)
+                os.rename(volume.path, path)
+                self._volumes[name] = self._volumes.pop(volume.name)
+                old, volume.name, volume.path = volume.name, name, path
+            _sync_file(self.root)
+            self.renamed(volume, old)
+        self.event("rename", name, {"driver": "local", "oldName": old})
+
+    @job("volume_prune")
+    def prune(self, job: Job) -> None:
+        """Remove what no container refers to: anonymous ones, with the filter `all` all; by label, label!."""
+        filters = self._filters(job, "invalid", ("label", "label!", "all"))
+        everything = any(word.lower() in ("1", "true") for word in filters.get("all", ()))
+        if not self._pruning.acquire(blocking=False):
+            raise Conflict("a prune operation is already running")
+        deleted, reclaimed = [], 0
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._pruning.release)
+            for volume in self.all():
+                labels = volume.facts["Labels"]
+                if volume.users or not (everything or volume.anonymous) or job.cancelled.is_set() \
+                        or not matches_labels(filters.get("label", ()), labels) \
+                        or any(matches_labels([text], labels) for text in filters.get("label!", ())):
+                    continue
+                size = volume_size(volume)
+                with contextlib.suppress(Conflict, NotFound):
+                    self.remove(volume.name)
+                    deleted.append(volume.name)
+                    reclaimed += size
+        self.event("prune", "", {"reclaimed": str(reclaimed)})
+        job.reply({"VolumesDeleted": deleted, "SpaceReclaimed": reclaimed})
+
+
+def volume_size(volume: Volume) -> int:
+    """The bytes of a volume's files, a hard-linked one counted once."""
+    return sum(size for _, size, _ in confined(volume.data, _file_sizes))
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Logs
 #
 # What containers print: one pump thread reads the streams of all containers; a cutter makes records of them,
@@ -14791,13 +15631,26 @@ _STRUCTS = {
         DeviceCgroupRules []string  DeviceRequests []DeviceRequest  KernelMemory int64?
         KernelMemoryTCP int64  MemoryReservation int64  MemorySwap int64  MemorySwappiness *int64
         OomKillDisable *bool  PidsLimit *int64  Ulimits []Ulimit  CpuCount int64  CpuPercent int64
-        IOMaximumIOps uint64  IOMaximumBandwidth uint64  Mounts []object?  MaskedPaths []string
+        IOMaximumIOps uint64  IOMaximumBandwidth uint64  Mounts []Mount?  MaskedPaths []string
         ReadonlyPaths []string  Init *bool?""",
     "UpdateConfig": """
         CpuShares int64  Memory int64  NanoCpus int64  BlkioWeight uint16  CpuPeriod int64  CpuQuota int64
         CpuRealtimePeriod int64  CpuRealtimeRuntime int64  CpusetCpus string  CpusetMems string
         KernelMemory int64?  MemoryReservation int64  MemorySwap int64  MemorySwappiness *int64
         OomKillDisable *bool  PidsLimit *int64  CpuPercent int64  RestartPolicy RestartPolicy""",
+    "Mount": """
+        Type string?  Source string?  Target string?  ReadOnly bool?  Consistency string?
+        BindOptions *BindOptions?  VolumeOptions *VolumeOptions?  ImageOptions *ImageOptions?
+        TmpfsOptions *TmpfsOptions?""",
+    "BindOptions": """
+        Propagation string?  NonRecursive bool?  CreateMountpoint bool?  ReadOnlyNonRecursive bool?
+        ReadOnlyForceRecursive bool?""",
+    "VolumeOptions": "NoCopy bool?  Labels map[string]string?  Subpath string?  DriverConfig *VolumeDriver?",
+    "VolumeDriver": "Name string?  Options map[string]string?",
+    "ImageOptions": "Subpath string?",
+    "TmpfsOptions": "SizeBytes int64?  Mode uint32?  Options [][]string?",
+    "VolumeCreateOptions": """
+        Name string  Driver string  DriverOpts map[string]string  Labels map[string]string""",
     "LogConfig": "Type string  Config map[string]string",
     "PortBinding": "HostIp string  HostPort string",
     "RestartPolicy": "Name string  MaximumRetryCount int",
@@ -14828,6 +15681,7 @@ _STRUCTS = {
 STRUCTS = {name: dict(zip(text.split()[::2], text.split()[1::2])) for name, text in _STRUCTS.items()}
 _INTEGERS: dict[str, tuple[int, int]] = {
     "int": (-1 << 63, 1 << 63), "int64": (-1 << 63, 1 << 63), "uint": (0, 1 << 64), "uint16": (0, 1 << 16),
+    "uint32": (0, 1 << 32),
     "uint64": (0, 1 << 64)}
 _SCALARS: dict[str, tuple[type, Any]] = {"string": (str, ""), "bool": (bool, False),
                                          **dict.fromkeys(_INTEGERS, (int, 0))}
@@ -15032,14 +15886,6 @@ def _is_mac(text: Optional[str]) -> bool:
     return not text or re.fullmatch(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}", text) is not None
 
 
-# (whether it is asked for, what has not landed): what to ignore would be wrong
-UNLANDED: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
-    (lambda c: c["Binds"] or c["Mounts"], "mounts (-v, --mount)"),
-    (lambda c: c["Tmpfs"], "--tmpfs"),
-    (lambda c: c["VolumesFrom"], "--volumes-from"),
-)
-
-
 def container_config(body: dict[str, Any], image_config: Optional[dict[str, Any]], defaults: Any) \
         -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], list[str]]:
     """(Config, HostConfig, NetworkingConfig, warnings) of a new container, complete as inspect shows them.
@@ -15055,10 +15901,6 @@ def container_config(body: dict[str, Any], image_config: Optional[dict[str, Any]
     _apply_defaults(host, defaults)
     left_out = dict.fromkeys("Annotations ExposedPorts Init Mounts StopTimeout StorageOpt Tmpfs".split())
     everything = {**left_out, **config, **host, "cpus": os.cpu_count()}
-    for asked, text in UNLANDED:
-        if asked(everything):
-            feature = text.format_map(everything)
-            raise NotSupported(f"{feature} cannot be used: this version of the daemon does not have it yet")
     check_rules(RULES, everything)
     _check_config(config)
     _check_host_config(host)
@@ -15090,13 +15932,6 @@ def oci_runtime(config: Any, name: str) -> tuple[str, ...]:
     return (config.runtimes[name]["path"], *(config.runtimes[name].get("runtimeArgs") or ()))
 
 
-def check_rules(rules: Iterable[tuple[Callable[..., Any], str]], members: dict[str, Any]) -> None:
-    """BadParameter with the text of the first rule that `members` break."""
-    for wrong, text in rules:
-        if wrong(members):
-            raise BadParameter(text.format_map(members))
-
-
 def _merge_image(config: dict[str, Any], image: dict[str, Any]) -> None:
     """Complete `config` with its image's, as moby's merge does; a command of its own hides the image's."""
     if not config["Entrypoint"]:
@@ -15112,7 +15947,6 @@ def _merge_image(config: dict[str, Any], image: dict[str, Any]) -> None:
     config["Env"] = (config["Env"] or []) + inherited
     config["Labels"] = {**(image.get("Labels") or {}), **(config["Labels"] or {})}
     for key in ("ExposedPorts", "Volumes"):
-        # A volume of the image is a plain directory of the container's own layer here.
         config[key] = {**(config.get(key) or {}), **(image.get(key) or {})} or None
     health = {**(image.get("Healthcheck") or {}), **(config.get("Healthcheck") or {})}
     config["Healthcheck"] = health or None
@@ -15236,13 +16070,6 @@ CONTAINER_STATES = ("created", "running", "paused", "restarting", "removing", "e
 HEALTH_STATES = ("none", "starting", "healthy", "unhealthy")
 
 
-def _found(pattern: str, text: str) -> bool:
-    try:
-        return pattern == text or re.search(pattern, text) is not None
-    except re.error:
-        return False
-
-
 def _member(container: Any, *keys: str) -> dict[str, Any]:
     """A table of the container's record, down the `keys`; {} for null or none."""
     return functools.reduce(lambda table, key: table.get(key) or {}, keys, container.record)
@@ -15361,6 +16188,7 @@ class Parts(NamedTuple):
     find: Callable[[str], Container]          # of another container, by name or id
     idmap: IdMap                              # of --userns-remap
     others: Callable[[], list[Container]]
+    volumes: Volumes
 
 
 class State:
@@ -15517,6 +16345,7 @@ class Container:
         self._again = False         # this run is not to be the last, whatever the restart policy says
         self._stopping = False      # this run is to be the last, whatever the restart policy says
         self._clearing = False      # the last run has ended, and what it has left is being cleared away
+        self._views = 0             # copies to and from it that are under way: no start before their end
         self._kept = False          # "restart" stops it: no time for --rm
         self._delay = 0.0           # seconds before the last restart
         self._give_up_restart: Callable[[], None] = lambda: None
@@ -15525,7 +16354,8 @@ class Container:
 
     @classmethod
     def create(cls, parts: Parts, container_id: str, name: str, image: Any, config: dict[str, Any],
-               host_config: dict[str, Any], networks: dict[str, dict[str, Any]]) -> Container:
+               host_config: dict[str, Any], networks: dict[str, dict[str, Any]],
+               points: list[dict[str, Any]]) -> Container:
         """A new container on disk: its directory, its writable layer, its record.  All or nothing."""
         directory = os.path.join(parts.config.data_root, "containers", container_id)
         command = (config.get("Entrypoint") or []) + (config.get("Cmd") or [])
@@ -15550,7 +16380,7 @@ class Container:
             "RestartCount": 0,
             "HasBeenStartedBefore": False,
             "HasBeenManuallyStopped": False,
-            "MountPoints": {},
+            "MountPoints": {point["Destination"]: point for point in points},
             "SecretReferences": None,
             "ConfigReferences": None,
             "AppArmorProfile": "",
@@ -15569,16 +16399,60 @@ class Container:
             parts.layers.create_rw(container_id, image.chain_id,
                                    functools.partial(_fill_init_layer, owner=parts.idmap.root))
             undo.callback(parts.layers.remove_rw, container_id)
+            container._make_volumes(undo)
             container._save_host_config()
             container.save(needed=True)
             undo.pop_all()
         return container
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """Its mount points by place, those that hold others before these."""
+        points = (self.record.get("MountPoints") or {}).values()
+        return sorted(points, key=lambda point: (point["Destination"].count("/"), point["Destination"]))
+
+    def _make_volumes(self, undo: contextlib.ExitStack) -> None:
+        """Have every volume among the mount points, and in those that are empty what the image has there."""
+        table, root = self.parts.volumes, -1
+        for point in self.points:
+            if point["Type"] != "volume":
+                continue
+            options = point["Spec"].get("VolumeOptions") or {}
+            driver = options.get("DriverConfig") or {}
+            undo.callback(table.release, point["Name"], self.id, not point["Spec"].get("Source"))
+            volume = table.create(point["Name"], driver.get("Name") or point["Driver"], driver.get("Options"),
+                                  options.get("Labels"), self.id)
+            point.update(Name=volume.name, Driver="local", Source=volume.data)
+            if options.get("NoCopy") or options.get("Subpath") or point.get("ID") == "shared":
+                continue
+            if root < 0:
+                root = self.parts.layers.mount_rw(self.id)
+                undo.callback(os.close, root)
+            try:
+                copy_up(root, point["Destination"], volume.mount(self.id))
+            finally:
+                volume.unmount(self.id)
+        if root >= 0:
+            os.close(root)
+
+    def volume_renamed(self, volume: Volume, old: str) -> None:
+        """Take a volume's new name over."""
+        with self.lock:
+            for point in self.points:
+                if point["Type"] == "volume" and point["Name"] == old:
+                    point.update(Name=volume.name, Source=volume.data)
+            self.save()
 
     @classmethod
     def load(cls, parts: Parts, record: dict[str, Any], host_config: dict[str, Any]) -> Container:
         """The container of these records, from disk."""
         container = cls(parts, record, host_config)
         container.state.from_disk(record["State"])
+        for point in container.points:
+            if point["Type"] == "volume":
+                volume = parts.volumes.create(point["Name"], user=container.id)
+                if container.state.running:
+                    volume.active.add(container.id)
         return container
 
     @property
@@ -15666,7 +16540,8 @@ class Container:
                 undo.callback(self.streams.driver.close)
             notes = os.memfd_create("notes", os.MFD_CLOEXEC)
             with contextlib.ExitStack() as held:
-                spec = self._spec(user, self._joined(held))
+                undo.callback(self._release_mounts)
+                spec = self._spec(user, self._joined(held), self._open_mounts(held))
                 process, ours = launch(parts.driver, spec, self.config["OpenStdin"], notes=notes)
             undo.pop_all()
         self._record_ports()
@@ -15955,9 +16830,10 @@ class Container:
         host = self.host_config["NetworkMode"] == "host" or self.host_config.get("UTSMode") == "host"
         return socket.gethostname() if host and not self.config.get("Hostname") else self.config["Hostname"]
 
-    def _user(self, user: str = "") -> Any:
+    def _user(self, user: str = "", root: int = -1) -> Any:
         """(uid, gid, groups, home) by the image's own files, read through the root's descriptor."""
-        passwd, group = (_read_in_root(self._root_fd, path) for path in ("/etc/passwd", "/etc/group"))
+        root = self._root_fd if root < 0 else root
+        passwd, group = (_read_in_root(root, path) for path in ("/etc/passwd", "/etc/group"))
         return lookup_user(
             user or self.config.get("User") or "", passwd, group, self.host_config.get("GroupAdd") or []
         )
@@ -16154,8 +17030,132 @@ class Container:
             linux["seccomp"] = oci_seccomp(profile, [CAPABILITIES[number] for number in given])
         return linux
 
-    def _spec(self, user: Any, join: dict[str, int]) -> Spec:
-        """What the execution driver must know, from the record; `join` are the namespaces of others."""
+    @contextlib.contextmanager
+    def view(self, volumes: bool = True) -> Iterator[View]:
+        """Its root as a copying thread sees it, with its volumes; it does not start, nor go, meanwhile."""
+        place = self.parts.driver.root_place
+        with contextlib.ExitStack() as held:
+            with self.lock:
+                if self.process is None:
+                    self._await_clearing()
+                if self.process is not None:
+                    places = {point["Destination"] for point in self.points}
+                    places.update(self.host_config.get("Tmpfs") or ())
+                    root, namespace = os.dup(self._root_fd), self.namespaces(["mnt"], held)["mnt"]
+                    mounts = [(-1, to) for to in sorted(places) if volumes]
+                    seen = View(place, root, mounts, namespace, self.host_config["ReadonlyRootfs"])
+                else:
+                    held.callback(self._release_mounts)
+                    opened = self._open_mounts(held, False) if volumes else []
+                    mounts = [(entry["fd"], entry["to"]) for entry in opened]
+                    root = self.parts.layers.mount_rw(self.id)
+                    seen = View(place, root, mounts, readonly=self.host_config["ReadonlyRootfs"])
+                held.callback(os.close, root)
+                held.callback(seen.close)
+                self._views += 1
+            try:
+                yield seen
+            finally:
+                with self.lock:
+                    self._views -= 1
+                    self.changed.notify_all()
+
+    @contextlib.contextmanager
+    def _finding(self, path: str) -> Iterator[None]:
+        """Docker's words for a path of cp that is not there."""
+        if not path:
+            raise BadParameter("bad parameter: path cannot be empty")
+        try:
+            yield
+        except FileNotFoundError:
+            raise NotFound(f"Could not find the file {path} in container {self.name}") from None
+
+    def path_stat(self, path: str) -> dict[str, Any]:
+        """What is at a path in it."""
+        with self._finding(path), self.view() as view:
+            return confined(view, path_facts, path)
+
+    def copy_out(self, path: str, ready: Callable[..., None], write: Callable[[bytes], Any]) -> None:
+        """Write what is at `path` as a tar stream, after ready(stat=...)."""
+        feed = Feed()
+        with self._finding(path), self.view() as view:
+            join = start_confined(view, CopyPacker(feed, self.idmap, path).run, failed=feed.finish)
+            try:
+                ready(stat=json.loads(feed.read()))
+                while data := feed.read():
+                    write(data)
+            finally:
+                feed.stop()
+                with contextlib.suppress(Exception):  # the feed has told of it
+                    join()
+        self.event("archive-path")
+
+    def copy_in(self, path: str, stream: Any, keep_kind: bool, own: bool) -> None:
+        """Unpack a tar stream, perhaps compressed, into the directory `path`; with `own` all becomes the
+        container's user's."""
+        feed = Feed()
+        with self._finding(path), self.view() as view:
+            owner = self._user(root=view.root)[:2] if own and self.config.get("User") else None
+            extractor = Extractor(TarReader(feed), self.idmap, copy_path(path), owner, keep_kind)
+            unpack_confined(decompress(stream), view, extractor, feed)
+        self.event("extract-to-dir")
+
+    def export(self, write: Callable[[bytes], Any]) -> None:
+        """Write its root as a tar stream."""
+        with self.view(volumes=False) as view:
+            write_tree(view, write, self.idmap)
+        self.event("export")
+
+    def _open_mounts(self, held: contextlib.ExitStack, volatile: bool = True) -> list[dict[str, Any]]:
+        """Its volumes, binds and, with `volatile`, tmpfs as detached mounts that `held` closes, for the init;
+        Docker's errors."""
+        opened: list[dict[str, Any]] = []
+        tmpfs = self.host_config.get("Tmpfs") or {} if volatile else {}
+        places = {**{point["Destination"]: point for point in self.points
+                     if volatile or point["Type"] != "tmpfs"}, **tmpfs}
+        for place in sorted(places, key=lambda place: (os.path.normpath(place).count("/"), place)):
+            asked = places[place]
+            try:
+                fd = new_tmpfs(parse_tmpfs(asked)) if place in tmpfs else self._open_mount(asked)
+            except OSError as error:
+                raise StartError(START_FAILED.format(
+                    f'error mounting "{place}": {(error.strerror or "").lower()}'), 128) from None
+            held.callback(os.close, fd)
+            opened.append({"from": f"volume:{len(opened)}", "to": place, "volume": True, "fd": fd})
+        return opened
+
+    def _open_mount(self, point: dict[str, Any]) -> int:
+        kind, source, mount = point["Type"], point["Source"], point["Spec"]
+        if kind == "tmpfs":
+            return new_tmpfs(tmpfs_options(mount))
+        if kind == "image":
+            fd = self.parts.layers.driver.mount(self.parts.layers.get(point["ID"]).cache_id, readonly=True)
+            subpath = (mount.get("ImageOptions") or {}).get("Subpath")
+            if not subpath:
+                return fd
+            with closing_fd(fd):
+                return open_below(fd, subpath)
+        if kind == "volume":
+            source = self.parts.volumes.get(point["Name"]).mount(self.id)
+            self.parts.volumes.event("mount", point["Name"], {
+                "container": self.id, "destination": point["Destination"], "driver": "local",
+                "propagation": "", "read/write": "true" if point["RW"] else "false"})
+        elif not point["SkipMountpointCreation"] and not os.path.lexists(source):
+            make_parents(source, self.idmap.root)
+        return open_bind(source, point, self.idmap)
+
+    def _release_mounts(self) -> None:
+        """The run that used the volumes has ended."""
+        table = self.parts.volumes
+        names = [point["Name"] for point in self.points if point["Type"] == "volume"]
+        for volume in [volume for volume in table.all() if volume.name in names and self.id in volume.active]:
+            volume.unmount(self.id)
+            for _ in range(names.count(volume.name)):
+                table.event("unmount", volume.name, {"container": self.id, "driver": "local"})
+
+    def _spec(self, user: Any, join: dict[str, int], volumes: list[dict[str, Any]]) -> Spec:
+        """What the execution driver must know, from the record; `join` are the namespaces of others,
+        `volumes` the mounts that are its own."""
         host = self.host_config
         privileged, namespaces = host["Privileged"], self._namespaces()
         own_names = bool(namespaces & CLONE_NEWUTS)
@@ -16181,7 +17181,7 @@ class Container:
             network_enter=self._enter_network if self.sandbox and self.sandbox.endpoints else None,
             cgroup_namespace=host["CgroupnsMode"] == "private",
             cgroup_mounts=self.cgroup.mounts(host["CgroupnsMode"] == "private", not privileged),
-            mounts=self._mounts(),
+            mounts=self._mounts() + volumes,
             devices=container_devices(self._with_devices()),
             privileged=privileged,
             readonly_root=host["ReadonlyRootfs"],
@@ -16243,6 +17243,7 @@ class Container:
         try:
             process.forget()
             self.parts.driver.discard(self.id)
+            self._release_mounts()
             cgroup.remove()
         finally:
             with self.lock:
@@ -16275,6 +17276,7 @@ class Container:
     def _restart(self, finished_at: str) -> None:
         """The delay is over: start, unless the container has been stopped meanwhile."""
         with self.lock:
+            self._await_clearing()
             if self._awaits_restart(finished_at):
                 try:
                     self._start_or_fail()
@@ -16304,7 +17306,7 @@ class Container:
 
     def _await_clearing(self) -> None:
         """Wait, with the lock given up, until what the last run has left behind is gone."""
-        self.changed.wait_for(lambda: not self._clearing)
+        self.changed.wait_for(lambda: not (self._clearing or self._views))
 
     def _end_waiters(self) -> None:
         self.state.runs += 1
@@ -16312,7 +17314,7 @@ class Container:
 
     def _auto_remove(self) -> None:
         try:
-            self.remove(force=True)
+            self.remove(force=True, volumes=True)
         except Conflict:  # a client removes it
             pass
         except DockerError as error:
@@ -16577,8 +17579,9 @@ class Container:
 
     # Remove
 
-    def remove(self, force: bool = False) -> None:
-        """Remove the container and all that belongs to it; Conflict when it runs and `force` is not given."""
+    def remove(self, force: bool = False, volumes: bool = False) -> None:
+        """Remove the container and all that belongs to it, with `volumes` its anonymous ones; Conflict when
+        it runs and `force` is not given."""
         with self.lock:
             if self.state.removing:
                 raise Conflict(f"removal of container {self.name} is already in progress")
@@ -16600,6 +17603,9 @@ class Container:
                                      f"{error.filename}")
             except DockerError as error:
                 self._removal_failed(str(error))
+            for point in [point for point in self.points if point["Type"] == "volume"]:
+                named = bool(point["Spec"].get("Source"))
+                self.parts.volumes.release(point["Name"], self.id, volumes and not named)
             self.state.removed = True
             self.parts.removed(self)
             self.event("destroy")
@@ -16697,7 +17703,7 @@ class Container:
             "ExecIDs": list(self.execs) or None,
             "HostConfig": self.host_config,
             "GraphDriver": {"Data": self.parts.layers.rw_metadata(self.id), "Name": record["Driver"]},
-            "Mounts": [],
+            "Mounts": [shown_mount(point) for point in self.points],
             "Config": self.config,
             "NetworkSettings": network_settings(record["NetworkSettings"], self.sandbox, self.state.pid),
         }
@@ -16734,7 +17740,7 @@ class Container:
             "Status": status_text(self.state.to_api(), time.time_ns()),
             "HostConfig": {"NetworkMode": self.host_config["NetworkMode"]},
             "NetworkSettings": {"Networks": record["NetworkSettings"]["Networks"]},
-            "Mounts": [],
+            "Mounts": [shown_mount(point) for point in self.points],
         }
         if size:
             listed["SizeRw"], listed["SizeRootFs"] = self.parts.layers.rw_size(self.id)
@@ -17855,6 +18861,7 @@ class ContainerJobs:
                     host_config[key] = f"{kind}:{self.table.find(other).id}"
                 except NotFound as error:
                     raise BadParameter(str(error)) from None
+        points = self._mount_points(config, host_config, job.env.get_bool("defaultReadOnlyNonRecursive"))
         container_id = secrets.token_hex(32)
         if not config.get("Hostname"):
             config["Hostname"] = "" if host_config["NetworkMode"] == "host" else container_id[:12]
@@ -17863,7 +18870,8 @@ class ContainerJobs:
             networks = container_networks(host_config["NetworkMode"], networking["EndpointsConfig"] or {},
                                           config.get("MacAddress") or "", self.parts.networks)
             self._check_links(host_config, name)
-            container = Container.create(self.parts, container_id, name, image, config, host_config, networks)
+            container = Container.create(self.parts, container_id, name, image, config, host_config, networks,
+                                         points)
         except BaseException:
             self.table.release(name)
             raise
@@ -17882,6 +18890,61 @@ class ContainerJobs:
                 raise BadParameter(f"could not get container for {target}: {error}") from None
             links.append(f"/{child.name}:/{name}/{alias.rpartition('/')[2] or child.name}")
         host_config["Links"] = links or host_config["Links"]
+
+    def _mount_points(self, config: dict[str, Any], host: dict[str, Any],
+                      shallow: bool) -> list[dict[str, Any]]:
+        """The mount points of a new container: of --volumes-from, -v, --mount, and of its image; a later one
+        takes the place of one from another container, and those asked for must have places of their own."""
+        points = {point["Destination"]: point for text in host["VolumesFrom"] or ()
+                  for point in self._others_points(text)}
+        for place in host.get("Tmpfs") or ():
+            check_mount({"Type": "tmpfs", "Target": place})
+        taken = {os.path.normpath(place) for place in host.get("Tmpfs") or {}}
+        asked = [(*parse_bind(text, host["VolumeDriver"]), True) for text in host["Binds"] or ()]
+        asked += [(check_mount(mount), "", False) for mount in host.get("Mounts") or ()]
+        for mount, mode, lenient in asked:
+            point = self._mount_point(mount, mode, lenient, shallow)
+            if point["Destination"] in taken:
+                raise BadParameter(f"Duplicate mount point: {point['Destination']}")
+            taken.add(point["Destination"])
+            points[point["Destination"]] = point
+        for place in config.get("Volumes") or ():
+            point = mount_point({"Type": "volume", "Target": place})
+            if point["Destination"] == "/":
+                raise BadParameter("invalid specification: destination can't be '/'")
+            if point["Destination"] not in taken:
+                points.setdefault(point["Destination"], {**point, "Driver": host["VolumeDriver"], "Spec": {}})
+        return list(points.values())
+
+    def _mount_point(self, mount: dict[str, Any], mode: str, lenient: bool, shallow: bool) -> dict[str, Any]:
+        """One that was asked for: `lenient` has a missing source of a bind made at the start, `shallow` a
+        read-only one leave what is mounted below it alone."""
+        point, options = mount_point(mount, mode), mount.get("BindOptions") or {}
+        if mount["Type"] == "image":
+            image = self.images.resolve(mount["Source"])
+            point.update(Name=image.id, ID=image.chain_id)
+        if mount["Type"] == "bind":
+            if shallow and mount.get("ReadOnly"):
+                point["Spec"] = {**mount, "BindOptions": {**options, "ReadOnlyNonRecursive": True}}
+            point["SkipMountpointCreation"] = not (lenient or options.get("CreateMountpoint"))
+            if point["SkipMountpointCreation"] and not os.path.lexists(mount["Source"]):
+                raise BadParameter(f'invalid mount config for type "bind": bind source path does not exist: '
+                                   f'{mount["Source"]}')
+        return point
+
+    def _others_points(self, text: str) -> Iterator[dict[str, Any]]:
+        """What CONTAINER[:ro|rw|z|Z] of --volumes-from has."""
+        name, _, mode = text.partition(":")
+        if not name:
+            raise BadParameter("volumes-from specification cannot be an empty string")
+        words = check_mode(mode)
+        try:
+            other = self.table.find(name)
+        except NotFound as error:
+            raise BadParameter(str(error)) from None
+        for point in other.points:
+            if point["Type"] in ("bind", "volume"):
+                yield {**point, "RW": point["RW"] and "ro" not in words, "ID": "shared"}
 
     def _reserve_name(self, name: str, container_id: str) -> str:
         """The name asked for, or a random one that is free."""
@@ -18001,12 +19064,48 @@ class ContainerJobs:
         """Set the size of its terminal: env `h` and `w` in characters."""
         self.table.find(job.args[0]).resize(job.env.get_int("h", 0), job.env.get_int("w", 0))
 
+    @job("archive_stat")
+    def archive_stat(self, job: Job) -> None:
+        """What is at env `path` in it."""
+        job.reply(self.table.find(job.args[0]).path_stat(job.env.get("path") or ""))
+
+    @job("archive_get")
+    def archive_get(self, job: Job) -> None:
+        """Write what is at env `path` to stdout as a tar stream; the job is ready(stat=...)."""
+        self.table.find(job.args[0]).copy_out(job.env.get("path") or "", job.ready, job.stdout.write)
+
+    @job("archive_put")
+    def archive_put(self, job: Job) -> None:
+        """Unpack stdin at env `path`: env noOverwriteDirNonDir, copyUIDGID."""
+        self.table.find(job.args[0]).copy_in(job.env.get("path") or "", job.stdin,
+                                             job.env.get_bool("noOverwriteDirNonDir"),
+                                             job.env.get_bool("copyUIDGID"))
+
+    @job("container_copy")
+    def copy(self, job: Job) -> None:
+        """Write what is at `Resource` of env `body` to stdout as a tar stream, as before API 1.20."""
+        resource = str((job.env.get("body") or {}).get("Resource") or "")
+        if not resource:
+            raise BadParameter("Path cannot be empty")
+        self.table.find(job.args[0]).copy_out(resource, lambda **facts: None, job.stdout.write)
+
+    @job("container_changes")
+    def changes(self, job: Job) -> None:
+        """What it has changed of its image."""
+        container = self.table.find(job.args[0])
+        job.reply(container.parts.layers.rw_changes(container.id) or None)
+
+    @job("export")
+    def export(self, job: Job) -> None:
+        """Write its root to stdout as a tar stream."""
+        self.table.find(job.args[0]).export(job.stdout.write)
+
     @job("delete")
     def delete(self, job: Job) -> None:
         """Remove it: env `force`, `v`, `link`."""
         if job.env.get_bool("link"):
             raise NotSupported("removing links is not supported yet")
-        self.table.find(job.args[0]).remove(job.env.get_bool("force"))
+        self.table.find(job.args[0]).remove(job.env.get_bool("force"), job.env.get_bool("v"))
 
     @job("container_inspect")
     def inspect(self, job: Job) -> None:
@@ -18611,6 +19710,8 @@ class Daemon:
         engine.variables["config"] = config
         engine.job("init_networkdriver").run()
         self.networks: Networks = engine.variables["networks"]
+        self.volumes = Volumes(config.data_root, functools.partial(self.events.publish, "volume"), self.idmap)
+        self.volumes.renamed = self._volume_renamed
         self.parts = Parts(
             config,
             self.layers,
@@ -18627,6 +19728,7 @@ class Daemon:
             self.containers.find,
             self.idmap,
             self.containers.all,
+            self.volumes,
         )
         self._load_containers()
         self.networks.proxy.forget_strangers()
@@ -18639,6 +19741,7 @@ class Daemon:
         for part in (
             self.events,
             self.images,
+            self.volumes,
             ContainerJobs(self.parts, self.images, self.containers, self.events),
             NetworkJobs(self.networks, self.containers, self.events),
             Statistics(self.containers),
@@ -18717,7 +19820,12 @@ class Daemon:
 
     def _image_users(self, image_id: str) -> list[tuple[str, bool]]:
         return [(container.id, container.state.running) for container in self.containers.all()
-                if container.image_id == image_id]
+                if image_id in (container.image_id, *(point["Name"] for point in container.points))]
+
+    def _volume_renamed(self, volume: Volume, old: str) -> None:
+        for container in self.containers.all():
+            if container.id in volume.users:
+                container.volume_renamed(volume, old)
 
     # Load and recover
 
@@ -20337,6 +21445,7 @@ PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
     ("GET", "/volumes/{name}", runs("volume_inspect")),
     ("POST", "/volumes/create", runs("volume_create", "", 201, body=True)),
     ("POST", "/volumes/prune", runs("volume_prune", "filters:json"), until("1.42", all_volumes)),
+    ("POST", "/volumes/{name}/rename", runs("volume_rename", "name", 204)),
     ("DELETE", "/volumes/{name}", runs("volume_delete", "force:bool", 204), until("1.25", ignores("force"))),
     ("GET", "/plugins", lambda request: Response(200, [])),
 ]

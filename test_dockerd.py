@@ -7961,6 +7961,263 @@ def test_dns_messages() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Volumes
+# ------------------------------------------------------------------------------------------------------------
+
+
+def link_entry(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
+    """A link as an entry of an archive."""
+    link = tarfile.TarInfo(name)
+    link.type, link.linkname = kind, target
+    return link
+
+
+def owned_entry(name: str, uid: int, gid: int, mode: int) -> tarfile.TarInfo:
+    """A directory with an owner as an entry of an archive."""
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.uid, entry.gid, entry.mode = tarfile.DIRTYPE, uid, gid, mode
+    return entry
+
+
+@pytest.fixture(scope="module")
+def data_image(shared_host: Host) -> str:
+    """An image of busybox with files at /data, and links, on the shared host."""
+    entries = {**busybox_entries(), "data": owned_entry("data", 7, 8, 0o2750), "data/sub": None,
+               "data/sub/file": (b"hello\n", 0o640), "data/link": link_entry("data/link", "sub/file"),
+               "data/out": link_entry("data/out", "/etc/passwd"), "dlink": link_entry("dlink", "/data/sub"),
+               "data/hard": link_entry("data/hard", "data/sub/file", tarfile.LNKTYPE)}
+    shared_host.import_image("data", tar_of(entries), *BUSYBOX_CHANGES)
+    return "data"
+
+
+def volume_names(host: Host) -> set[str]:
+    """The names of the volumes."""
+    return {volume["Name"] for volume in host.api("GET", "/volumes")["Volumes"]}
+
+
+def archive(host: Host, name: str, path: str) -> dict[str, bytes]:
+    """What cp out of a container gives: name to content."""
+    answer = host.http("GET", f"{API}/containers/{name}/archive?path={path}")
+    assert answer.status == 200, answer.body
+    with tarfile.open(fileobj=io.BytesIO(answer.body)) as tar:
+        return {entry.name: (tar.extractfile(entry).read() if entry.isreg() else b"")  # type: ignore[union-attr]
+                for entry in tar.getmembers()}
+
+
+def put(host: Host, name: str, path: str, entries: dict[str, Any], options: str = "") -> Answer:
+    """cp into a container."""
+    return host.http("PUT", f"{API}/containers/{name}/archive?path={path}{options}", tar_of(entries))
+
+
+@pytest.mark.parametrize("words,source,text", [
+    (["/a:/b:zz"], "", "invalid mode: zz"), (["/a:/b:ro,rw"], "", "invalid mode: ro,rw"),
+    (["/a:/"], "", "invalid volume specification: '/a:/': invalid mount config for type \"bind\": invalid "
+                   "specification: destination can't be '/'"),
+    ([":/b"], "", "invalid volume specification: ':/b'"),
+    (["/a:/b", "/c:/b/"], "", "Duplicate mount point: /b"),
+    (["/a:/b:nocopy"], "", "invalid volume specification: '/a:/b:nocopy': invalid mount config for type "
+                           '"bind": field VolumeOptions must not be specified'),
+    (["../x:/b"], "", 'create ../x: "../x" includes invalid characters for a local volume name, only '
+                      '"[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you intended to pass a host directory, '
+                      "use absolute path"),
+    ([], "/nope", 'invalid mount config for type "bind": bind source path does not exist: /nope'),
+    ([], "tmp", "invalid mount config for type \"bind\": invalid mount path: 'tmp' mount path must be "
+                "absolute"),
+])
+def test_mounts_that_cannot_be(host: Host, words: list[str], source: str, text: str) -> None:
+    mounts = [{"Type": "bind", "Source": source, "Target": "/x"}] if source else []
+    body = {"Image": "busybox", "Cmd": ["true"],
+            "HostConfig": {"NetworkMode": "none", "Binds": words, "Mounts": mounts}}
+    answer = host.http("POST", f"{API}/containers/create", body)
+    assert (answer.status, answer.json["message"]) == (400, text)
+
+
+def test_binds_volumes_and_tmpfs_inside(host: Host, data_image: str) -> None:
+    """Each kind is what was asked for, the kernel says; a -v makes its source; anonymous volumes go."""
+    before = volume_names(host)
+    source, made = host.path("source"), host.path("made", "deep")
+    os.makedirs(source, exist_ok=True)
+    Path(source, "one").write_text("1")
+    name = host.create("sleep", "100", image=data_image, name="data", Volumes={"/anonymous": {}}, HostConfig={
+        "Binds": [f"{source}:/ro:ro", f"{made}:/made", "named:/data", f"{source}/one:/etc/single"],
+        "Tmpfs": {"/tmp/t": "size=1m,exec,mode=700"},
+        "Mounts": [{"Type": "tmpfs", "Target": "/mt", "TmpfsOptions": {"SizeBytes": 65536}},
+                   {"Type": "volume", "Source": "named", "Target": "/below",
+                    "VolumeOptions": {"Subpath": "sub"}, "ReadOnly": True},
+                   {"Type": "image", "Source": "busybox", "Target": "/image"}]})
+    host.api("POST", f"/containers/{name}/start")
+    shown = host.inspect(name)
+    mounts = {line.split()[4]: line for line in
+              read_text(f"/proc/{shown['State']['Pid']}/mountinfo").splitlines()}
+    assert " ro," in mounts["/ro"] and " rw," in mounts["/made"] and " ro," in mounts["/below"]
+    assert "nosuid,nodev,relatime" in mounts["/tmp/t"] and "size=1024k,mode=700" in mounts["/tmp/t"]
+    assert "noexec" in mounts["/mt"] and "size=64k" in mounts["/mt"] and "/etc/single" in mounts
+    assert os.path.isdir(made) and " ro," in mounts["/image"]
+    assert {point["Destination"]: point["Type"] for point in shown["Mounts"]}["/anonymous"] == "volume"
+    kept = Path(host.data_root, "volumes", "named", "_data")
+    facts = kept.stat()
+    assert (facts.st_uid, facts.st_gid, facts.st_mode & 0o7777) == (7, 8, 0o2750)
+    assert os.readlink(kept / "out") == "/etc/passwd" and (kept / "sub/file").stat().st_mode & 0o777 == 0o640
+    assert (kept / "hard").stat().st_ino == (kept / "sub/file").stat().st_ino
+    refused = host.http("DELETE", f"{API}/volumes/named").json["message"]
+    assert refused == f"remove named: volume is in use - [{name}]"
+    other = host.create("cat", "/data/sub/file", HostConfig={"VolumesFrom": ["data:ro"]})
+    assert host.inspect(other)["Mounts"][0]["RW"] is False
+    host.api("DELETE", f"/containers/{other}?v=1")
+    host.api("DELETE", f"/containers/{name}?force=1&v=1")
+    assert volume_names(host) - before == {"named"}
+    host.api("DELETE", "/volumes/named")
+    assert not kept.exists()
+
+
+def test_volumes_are_listed_filtered_renamed_pruned_and_survive(new_host: Callable[..., Host],
+                                                                busybox: bytes) -> None:
+    host = new_host()
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    made = host.api("POST", "/volumes/create", {"Name": "one", "Labels": {"a": "b"}})
+    assert (made["Driver"], made["Labels"], made["Scope"]) == ("local", {"a": "b"}, "local")
+    host.api("POST", "/volumes/create", {"Name": "mem", "DriverOpts": {"type": "tmpfs", "device": "tmpfs",
+                                                                       "o": "size=1m"}})
+    anonymous = host.api("POST", "/volumes/create", {})["Name"]
+    name = host.create("sh", "-c", "echo kept > /one/file; grep ' /mem ' /proc/mounts",
+                       HostConfig={"Binds": ["one:/one", "mem:/mem"]})
+    host.api("POST", f"/containers/{name}/start")
+    assert host.api("POST", f"/containers/{name}/wait")["StatusCode"] == 0
+    data = os.path.join(host.data_root, "volumes", "mem", "_data")
+    wait_for(lambda: data not in read_text(f"/proc/{host.process.pid}/mountinfo"))  # type: ignore[union-attr]
+    wait_for(lambda: host.http("POST", f"{API}/volumes/one/rename?name=two").status == 204)  # it is unmounted
+    host.kill()
+    host.start()
+    assert host.inspect(name)["Mounts"][1]["Name"] == "two"
+    assert archive(host, name, "/one/file") == {"file": b"kept\n"}
+    filters = {"label": ["a=b"], "dangling": ["false"]}
+    listed = host.api("GET", "/volumes?filters=" + urllib.parse.quote(json.dumps(filters)))
+    assert [volume["Name"] for volume in listed["Volumes"]] == ["two"]
+    assert host.api("POST", "/volumes/prune")["VolumesDeleted"] == [anonymous]
+    host.api("DELETE", f"/containers/{name}?v=1")
+    everything = urllib.parse.quote(json.dumps({"all": ["1"]}))
+    assert host.api("POST", f"/volumes/prune?filters={everything}")["VolumesDeleted"] == ["mem", "two"]
+    assert os.listdir(os.path.join(host.data_root, "volumes")) == []
+    assert os.stat(os.path.join(host.data_root, "volumes")).st_mode & 0o777 == 0o701  # CVE-2021-41091
+
+
+def test_propagation_and_recursive_read_only(host: Host) -> None:
+    """What is mounted on the host later shows through a shared bind alone; read-only goes down the tree."""
+    source = host.path("shared")
+    os.makedirs(source + "/deep", exist_ok=True)
+    script = "mount --bind {0} {0}; mount --make-shared {0}; mount -t tmpfs none {0}/deep"
+    host.enter("sh", "-c", script.format(source)).wait()
+    name = host.create("sleep", "100", HostConfig={
+        "Binds": [f"{source}:/slave:rslave", f"{source}:/private", f"{source}:/ro:ro"]})
+    host.api("POST", f"/containers/{name}/start")
+    host.enter("sh", "-c", f"mkdir {source}/late; mount -t tmpfs none {source}/late").wait()
+    mounts = read_text(f"/proc/{host.inspect(name)['State']['Pid']}/mountinfo")
+    assert " /slave/late " in mounts and " /private/late " not in mounts
+    assert re.search(r" /ro/deep ro,", mounts) and re.search(r" /private/deep rw,", mounts)
+    name = host.create("true", HostConfig={"Binds": [f"{host.directory}:/x:rshared"]})
+    text = host.http("POST", f"{API}/containers/{name}/start").json["message"]
+    assert "but it is not a shared mount" in text
+    host.enter("umount", "-R", source).wait()
+
+
+def test_binds_with_mapped_owners(host: Host) -> None:
+    source = host.path("mapped")
+    os.makedirs(source, exist_ok=True)
+    Path(source, "file").write_text("")
+    mode = "idmap=uids=0-1000-1#gids=0-100-1"
+    code, output = host.run("stat", "-c", "%u:%g", "/m/file", HostConfig={"Binds": [f"{source}:/m:{mode}"]})
+    assert (code, output) == (0, b"1000:100\n")
+
+
+@pytest.mark.parametrize("running", [False, True], ids=["stopped", "running"])
+def test_cp_diff_and_export(host: Host, data_image: str, running: bool) -> None:
+    name = host.create("sleep", "100", image=data_image, name="copied", User="bob",
+                       HostConfig={"Binds": ["cp-volume:/v", "cp-volume:/vr:ro"]})
+    if running:
+        host.api("POST", f"/containers/{name}/start")
+    assert archive(host, name, "/data/sub") == {"sub": b"", "sub/file": b"hello\n"}
+    assert archive(host, name, "/dlink") == {"dlink": b""}
+    assert set(archive(host, name, "/dlink/.")) == {".", "./file"}
+    stat_header = host.http("HEAD", f"{API}/containers/{name}/archive?path=/data/link").headers
+    facts = json.loads(base64.b64decode(stat_header["X-Docker-Container-Path-Stat"]))
+    assert (facts["name"], facts["mode"], facts["linkTarget"]) == ("link", 1 << 27 | 0o777, "/data/sub/file")
+    assert put(host, name, "/v", {"file": b"in the volume"}).status == 200
+    kept = Path(host.data_root, "volumes", "cp-volume", "_data", "file")
+    assert kept.read_bytes() == b"in the volume"
+    assert archive(host, name, "/v/file") == {"file": b"in the volume"}
+    assert put(host, name, "/v", {"own": b""}, "&copyUIDGID=1").status == 200
+    assert (kept.parent / "own").stat().st_uid == 1000
+    for path, status, text in (("/vr", 500, "mounted volume is marked read-only"),
+                               ("/etc/passwd", 400, "extraction point is not a directory"),
+                               ("/nope", 404, "Could not find the file /nope in container copied")):
+        answer = put(host, name, path, {"file": b""})
+        assert (answer.status, answer.json["message"]) == (status, text)
+    assert put(host, name, "/data", {"sub": b""}, "&noOverwriteDirNonDir=1").status == 400
+    assert put(host, name, "/data/sub", {"new": b"1"}).status == 200
+    changes = {change["Path"]: change["Kind"] for change in host.api("GET", f"/containers/{name}/changes")}
+    assert changes == {"/data": 0, "/data/sub": 0, "/data/sub/new": 1, "/v": 1, "/vr": 1}
+    exported = host.http("GET", f"{API}/containers/{name}/export").body
+    with tarfile.open(fileobj=io.BytesIO(exported)) as tar:
+        assert {"data/sub/new", "v", "etc/passwd"} <= set(tar.getnames()) and "v/file" not in tar.getnames()
+    host.api("DELETE", f"/containers/{name}?force=1")
+    host.api("DELETE", "/volumes/cp-volume")
+
+
+def test_diff_of_replaced_directories(host: Host, data_image: str) -> None:
+    """Deletions, also by directories that were replaced, and links that became directories."""
+    name = host.create("sh", "-c", "rm -r /data/sub /dlink; mkdir -p /data/sub /dlink; echo >/dlink/file",
+                       image=data_image)
+    host.api("POST", f"/containers/{name}/start")
+    host.api("POST", f"/containers/{name}/wait")
+    changes = {change["Path"]: change["Kind"] for change in host.api("GET", f"/containers/{name}/changes")}
+    assert changes == {"/data": 0, "/data/sub": 0, "/data/sub/file": 2, "/dlink": 0, "/dlink/file": 1} or \
+        changes == {"/data": 0, "/data/sub/file": 2, "/dlink": 0, "/dlink/file": 1}
+
+
+@OFF_AND_ON
+def test_cp_follows_no_link_out_cve_2018_15664_2014_6407(
+    new_host: Callable[..., Host], busybox: bytes, defended: bool
+) -> None:
+    """Links of the container and of the archive lead to the host's files, to read and to write, unless the
+    copying thread is confined (also CVE-2014-9357, CVE-2021-41089)."""
+    host = new_host(environment=switched("chroot", defended))
+    secret = host.path("secret")
+    os.makedirs(secret)
+    Path(secret, "file").write_text("the host's")
+    tree = {**busybox_entries(), "evil": link_entry("evil", secret)}
+    host.import_image("evil", tar_of(tree), *BUSYBOX_CHANGES)
+    name = host.create("sleep", "100", image="evil")
+    answer = host.http("GET", f"{API}/containers/{name}/archive?path=/evil/file")
+    assert (b"the host's" in answer.body) != defended
+    put(host, name, "/evil/", {"written": b""})
+    assert os.path.exists(secret + "/written") != defended
+    put(host, name, "/tmp", {"x": link_entry("x", secret), "x/through": b""})
+    assert os.path.exists(secret + "/through") != defended
+
+
+@OFF_AND_ON
+def test_volumes_spare_proc_cve_2019_19921_2021_30465(
+    new_host: Callable[..., Host], defended: bool
+) -> None:
+    """A volume whose place is a link into /proc would hide what protects the container, and cp through a
+    bound /proc would follow a process's links to the host's root."""
+    points = {} if defended else {"DOCKERD_FAILPOINTS": "proc-cover=off,view-proc=off"}
+    host = new_host(environment=points)
+    tree = {**busybox_entries(), "x": link_entry("x", "/proc/self/attr")}
+    host.import_image("evil", tar_of(tree), *BUSYBOX_CHANGES)
+    for place in ("/x", "/proc/self/attr"):
+        name = host.create("true", image="evil", HostConfig={"Binds": [f"v1:{place}"]})
+        answer = host.http("POST", f"{API}/containers/{name}/start")
+        assert (answer.status != 204) == defended, answer.body
+        if defended:
+            assert "cannot be mounted because it is inside /proc" in answer.json["message"]
+    name = host.create("true", image="evil", HostConfig={"Binds": ["/proc:/host"]})
+    path = f"/host/{host.process.pid}/root/etc/passwd"  # type: ignore[union-attr]
+    answer = host.http("GET", f"{API}/containers/{name}/archive?path={path}")
+    assert (answer.status == 200) != defended
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Logs
 #
 # Log files are compared byte for byte with those of the real dockerd; what goes to a server is read from a
@@ -8765,16 +9022,6 @@ def test_hostname_and_the_hosts_uts_namespace_conflict():
 ])
 def test_host_config_that_is_taken(host):
     assert new_container({"HostConfig": host})[3] == []
-
-
-@pytest.mark.parametrize("host,feature", [
-    ({"Binds": ["/a:/b"]}, "mounts"), ({"Mounts": [{"Type": "bind"}]}, "mounts"),
-    ({"Tmpfs": {"/x": ""}}, "--tmpfs"),
-    ({"VolumesFrom": ["x"]}, "--volumes-from"),
-])
-def test_what_has_not_landed_is_refused_by_name(host, feature):
-    with pytest.raises(dockerd.NotSupported, match="(?i)^" + re.escape(feature)):
-        new_container({"HostConfig": host})
 
 
 def test_selinux_contexts(monkeypatch):
