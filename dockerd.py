@@ -9477,7 +9477,7 @@ class Init:
                 _attach(open_tree(self.slave, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC),
                         self.root, "/dev/console")
         self._enter_root()
-        if plan.get("await_network") and not os.read(self.fds["sync"], 1):
+        if plan["await_network"] and not os.read(self.fds["sync"], 1):
             raise InitError("the daemon has gone before the container had its network")
         self._set_sysctls()
         self._protect_paths()
@@ -10425,7 +10425,8 @@ def build_plan(spec: Spec, root_place: str, joins: bool = False) -> dict[str, An
         "cwd": spec.cwd or "/", "capabilities": masks, "seccomp": spec.seccomp.hex(),
         "join": [name for name in spec.join if name != "pid"],
         "loopback": bool(spec.namespaces & CLONE_NEWNET),
-        "wait": spec.cgroup_enter is not None, "remapped": bool(spec.idmap), "root_place": root_place,
+        "wait": spec.cgroup_enter is not None, "await_network": spec.network_enter is not None,
+        "remapped": bool(spec.idmap), "root_place": root_place,
         "mounts": [entry for entry in mounts if "volume" in entry or not (
             spec.bare or entry["to"] in taken or "/dev" in taken and entry["to"].startswith("/dev/"))],
         "masked_paths": () if spec.privileged else spec.masked_paths,
