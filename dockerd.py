@@ -8220,6 +8220,7 @@ _DEVICE_RULE = re.compile(r"([acb]) ([0-9]+|\*):([0-9]+|\*) ([rwm]{1,3})", re.AS
 _REMOVE_SECONDS = 10.0
 _FREEZE_SECONDS = 10.0
 _MINIMUM_MEMORY = 6 << 20
+_QUIET = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
 
 
 # (HostConfig's key, v1's file, v2's key in io.max) of the limits by device
@@ -8543,6 +8544,12 @@ def v2_settings(resources: dict[str, Any]) -> list[Setting]:
     return [Setting("", file, str(value)) for file, value in values if value]
 
 
+def filesystem(kind: str, to: str, attributes: int, *options: tuple[str, str],
+               source: str = "") -> dict[str, Any]:
+    """The entry of the init's plan that mounts a file system at `to`; `attributes` are MOUNT_ATTR_*."""
+    return {"type": kind, "source": source or kind, "to": to, "attributes": attributes, "options": options}
+
+
 class Cgroup:
     """The cgroups of one container, one directory a hierarchy."""
 
@@ -8714,20 +8721,17 @@ class Cgroup:
 
         `private` tells of a cgroup namespace of its own.  The tmpfs of v1 has "readonly_last": it is to be
         made read-only when the mounts inside it stand."""
-        quiet = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
-        attributes = quiet | (MOUNT_ATTR_RDONLY if readonly else 0)
+        attributes = _QUIET | (MOUNT_ATTR_RDONLY if readonly else 0)
         if self.manager.version == 2:
-            return [{"type": "cgroup2", "source": "cgroup", "to": "/sys/fs/cgroup", "attributes": attributes,
-                     "options": []}]
-        entries: list[dict[str, Any]] = [{
-            "type": "tmpfs", "source": "tmpfs", "to": "/sys/fs/cgroup", "attributes": quiet,
-            "options": [["mode", "755"]], "readonly_last": readonly}]
+            return [filesystem("cgroup2", "/sys/fs/cgroup", attributes, source="cgroup")]
+        tmpfs = filesystem("tmpfs", "/sys/fs/cgroup", _QUIET, ("mode", "755"))
+        entries: list[dict[str, Any]] = [{**tmpfs, "readonly_last": readonly}]
         for hierarchy, directory in self.directories.items():
             name = os.path.basename(hierarchy.path)
             to = "/sys/fs/cgroup/" + name
             if private and hierarchy.controllers:
-                entries.append({"type": "cgroup", "source": "cgroup", "to": to, "attributes": attributes,
-                                "options": [list(key.partition("=")[::2]) for key in hierarchy.controllers]})
+                options = [(key.partition("=")[0], key.partition("=")[2]) for key in hierarchy.controllers]
+                entries.append(filesystem("cgroup", to, attributes, *options))
             elif hierarchy.controllers:
                 entries.append({"from": directory, "to": to, "attributes": attributes})
             if "," in name:
@@ -10238,7 +10242,6 @@ SHIM_TIMEOUT = 10               # seconds that a shim has to take a request and 
 JOINED_NAMESPACES = (       # of a further process: all that its container has, shared with the host or not
     CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS | CLONE_NEWCGROUP)
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_QUIET = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC
 
 MASKED_PATHS = (
     "/proc/asound",
@@ -10378,11 +10381,6 @@ def default_mounts(spec: Spec) -> list[dict[str, Any]]:
     readonly: list[tuple[str, str]] = [] if spec.privileged else [("ro", "")]
     sys_attributes = _QUIET | (0 if spec.privileged else MOUNT_ATTR_RDONLY)
 
-    def filesystem(kind: str, to: str, attributes: int, *options: tuple[str, str],
-                   source: str = "") -> dict[str, Any]:
-        return {"type": kind, "source": source or kind, "to": to, "attributes": attributes,
-                "options": options}
-
     mounts = [
         filesystem("proc", "/proc", _QUIET),
         filesystem("tmpfs", "/dev", MOUNT_ATTR_NOSUID | MOUNT_ATTR_STRICTATIME, ("mode", "755"),
@@ -10450,9 +10448,9 @@ def oci_config(spec: Spec, root: str) -> dict[str, Any]:
     spaces += [{"type": name, "path": f"/proc/{os.getpid()}/fd/{fd}"} for name, fd in spec.join.items()
                if name in _OCI_NAMESPACES]
     spaces += [{"type": "cgroup"}] if spec.cgroup_namespace else []
-    own = default_mounts(spec._replace(cgroup_mounts=[{
-        "type": "cgroup", "source": "cgroup", "to": "/sys/fs/cgroup", "options": [],
-        "attributes": _QUIET | (0 if spec.privileged else MOUNT_ATTR_RDONLY)}]))
+    readonly = 0 if spec.privileged else MOUNT_ATTR_RDONLY
+    own = default_mounts(spec._replace(
+        cgroup_mounts=[filesystem("cgroup", "/sys/fs/cgroup", _QUIET | readonly)]))
     mounts = [{"destination": entry["to"], "type": entry.get("type", "bind"),
                "source": entry.get("from") or entry.get("source") or entry["type"],
                "options": [name for name, flag in _OCI_MOUNT_OPTIONS if entry.get("attributes", 0) & flag]
@@ -10511,7 +10509,7 @@ def open_sources(mounts: list[dict[str, Any]]) -> dict[str, int]:
                                                   OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recursive)
                 entry.pop("node", None)
     except OSError as error:
-        _close_all_of(opened)
+        close_fds(opened.values())
         raise StartError(f'error mounting "{path}": {(error.strerror or "").lower()}', 128) from None
     return opened
 
@@ -14412,11 +14410,10 @@ class FileLog:
     write() is the pump's, read() any thread's.  A disk that is full loses entries, says so once in the
     daemon's log, and stops no container."""
 
-    full = False
-
     def __init__(self, path: str, form: Any, rotation: Callable[[dict[str, str]], Rotation]) -> None:
         self.path, self.form, self._parse = path, form, rotation
-        self.file: Optional[FileLog] = self
+        self.file: Optional[FileLog] = self  # from which `logs` reads
+        self.drained: Callable[[], None] = lambda: None  # called when it was full and is no longer
         self.closed = True
         self.condition = threading.Condition()
         self.followers: weakref.WeakSet[LogReader] = weakref.WeakSet()
@@ -14453,6 +14450,11 @@ class FileLog:
                     rest = self.form.split(rest + block)[1]
             self._size -= len(rest)
             os.ftruncate(self._fd, self._size)
+
+    @property
+    def full(self) -> bool:
+        """Whether the container is to wait."""
+        return False
 
     def position(self) -> str:
         """Where the log ends."""
@@ -15119,14 +15121,14 @@ class Sender:
             delay = min(max(delay * 1.5, self.server.retry_wait), 30)
 
 
-class RemoteLog:
-    """A log that goes to a server, with a copy in `path` that `logs` reads, unless that is not wanted."""
+class RemoteLog(FileLog):
+    """A log that goes to a server, with a copy in `path` that `logs` reads; "" for no copy."""
 
     def __init__(self, path: str, server: type[LogServer]) -> None:
+        super().__init__(path, LocalEntries, local_rotation)
+        self.file = self if path else None
         self._server = server
-        self.file = FileLog(path, LocalEntries, local_rotation) if path else None
         self._sender: Optional[Sender] = None
-        self.drained: Callable[[], None] = lambda: None
 
     def open(self, info: LogInfo, connect: bool = True) -> None:
         """Begin to send; DockerError when the server is not there, unless it may come later."""
@@ -15137,17 +15139,13 @@ class RemoteLog:
         try:
             if self.file is not None:
                 cached = {name[6:]: options[name] for name in options if name.startswith("cache-")}
-                self.file.open(info._replace(options=cached))
+                super().open(info._replace(options=cached))
         except BaseException:
             server.close()
             raise
         limit = parse_size(options.get("max-buffer-size") or str(server.limit))
         blocking = options.get("mode") != "non-blocking" and not server.asynchronous
         self._sender = Sender(server, blocking, limit, lambda: self.drained())
-
-    def position(self) -> str:
-        """Where the local copy ends."""
-        return self.file.position() if self.file is not None else ""
 
     @property
     def full(self) -> bool:
@@ -15158,15 +15156,14 @@ class RemoteLog:
         """Queue the record, and keep it."""
         if self._sender is not None:
             self._sender.put(record)
-        if self.file is not None:
-            self.file.write(record)
+        super().write(record)
 
     def close(self) -> None:
         """No more is written."""
         sender, self._sender = self._sender, None
-        for part in (sender, self.file):
-            if part is not None:
-                part.close()
+        if sender is not None:
+            sender.close()
+        super().close()
 
 
 # What --log-opt may name: with each driver but none, and beside these the driver's own
@@ -15225,8 +15222,7 @@ def _cache_disabled(options: dict[str, str]) -> bool:
         raise BadParameter(f"invalid value for option cache-disabled: {options['cache-disabled']}") from None
 
 
-def container_log(log_config: dict[str, Any], directory: str, container_id: str) \
-        -> Union[FileLog, RemoteLog, None]:
+def container_log(log_config: dict[str, Any], directory: str, container_id: str) -> Optional[FileLog]:
     """The log of the container whose record stands in `directory`; None for the driver none."""
     kind, options = log_config["Type"], log_config["Config"] or {}
     if kind == "local":
@@ -15252,11 +15248,9 @@ class Subscriber:
         self._past = file.read() if file is not None else iter(())
         self._partial = [(stream, cutter.rest) for stream, cutter in streams.cutters.items() if file]
         self.chunks: collections.deque[tuple[int, bytes]] = collections.deque()
-        self.size = 0
-        self.ended = False
+        self.size, self.ended, self._message = 0, False, b""
         self._spool: Any = None
         self._read = self._written = 0
-        self._message = b""
         self._timer: Optional[threading.Timer] = None
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
 
@@ -15381,22 +15375,19 @@ class Streams:
     it waits for them, "" where it does so for PATIENCE seconds and then disconnects them.  What a restarted
     daemon needs to go on with the log stands in `cutters`."""
 
-    def __init__(self, pump: LogPump, driver: Union[FileLog, RemoteLog, None],
-                 spool: Optional[str] = None) -> None:
+    def __init__(self, pump: LogPump, driver: Optional[FileLog], spool: Optional[str] = None) -> None:
         self.pump, self.driver, self.spool = pump, driver, spool
         self.lock = threading.Lock()
         self.subscribers: set[Subscriber] = set()
         self.cutters = {stream: LineCutter(stream) for stream in STREAM_NAMES}
-        self.stdin = -1
+        self.stdin = self._notes = -1    # the notes are a file in memory, see _note_partial
         self._open: dict[int, int] = {}  # stream -> descriptor that the pump reads
         self._paused: set[int] = set()
-        self._terminal = False
-        self._notes = -1                 # a file in memory, see _note_partial
-        self._noted = False
+        self._terminal = self._noted = False
         self.finished = threading.Event()
         self.finished.set()
         self.on_finished: Callable[[], None] = lambda: None
-        if isinstance(driver, RemoteLog):
+        if driver is not None:
             driver.drained = self.drained
 
     def connect(self, ours: dict[str, int]) -> None:

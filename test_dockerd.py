@@ -7051,8 +7051,8 @@ def test_the_mounts_inside(manager: Any) -> None:
     assert {"from": cgroup.of["memory"], "to": "/sys/fs/cgroup/memory", "attributes": 0xF} in entries
     assert not any(entry["to"].endswith("unified") for entry in entries)
     private = {entry["to"]: entry for entry in cgroup.mounts(True, False)}
-    assert private["/sys/fs/cgroup/memory"]["options"] == [["memory", ""]]
-    assert private["/sys/fs/cgroup/systemd"]["options"] == [["name", "systemd"]]
+    assert private["/sys/fs/cgroup/memory"]["options"] == (("memory", ""),)
+    assert private["/sys/fs/cgroup/systemd"]["options"] == (("name", "systemd"),)
     cgroup.remove()
 
 
