@@ -12883,6 +12883,10 @@ class Networks:
         if there is None:
             network.record["OwnLink"] = name
         if driver == "bridge":
+            for key in ("gateway_mode_ipv4", "gateway_mode_ipv6"):
+                if network.options.get(BRIDGE_OPTION + key, "nat") != "nat":
+                    raise BadParameter(f"the gateway mode {network.options[BRIDGE_OPTION + key]} is not "
+                                       "supported, only nat is")
             if len(name) > 15 or "/" in name:
                 raise BadParameter(f"invalid bridge name {name}")
             if any(other.driver == driver and other.bridge == name for other in self.table.values()):

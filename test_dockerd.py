@@ -7899,6 +7899,8 @@ def test_links_open_what_icc_closes(busybox: bytes) -> None:
      "invalid pool request: Pool overlaps with other one on this address space"),
     (("network", "create", "--subnet", "10.55.9.1/24", "x"),
      "invalid network config:\ninvalid subnet 10.55.9.1/24: it should be 10.55.9.0/24"),
+    (("network", "create", "-o", "com.docker.network.bridge.gateway_mode_ipv4=routed", "x"),
+     "the gateway mode routed is not supported, only nat is"),
     (("network", "create", "-o", "com.docker.network.bridge.name=lo", "x"),
      "existing interface lo is not a bridge"),
     (("network", "create", "-d", "macvlan", "-o", "parent=lo.5000", "x"),
