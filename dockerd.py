@@ -20721,7 +20721,7 @@ class Request:
         """The body as a JSON object, {} where there is none."""
         if self.json is not None and not isinstance(self.json, dict):
             raise BadParameter("invalid JSON: the request's body must be an object")
-        return self.json or {}
+        return {} if self.json is None else self.json
 
     def header_json(self, name: str) -> Any:
         """A header whose value is JSON in URL-safe base64; {} where it is absent or cannot be read, as in
@@ -21234,9 +21234,10 @@ def pause_is_off(request: Request) -> None:
 
 def asked_host_config(request: Request) -> dict[str, Any]:
     """The HostConfig in the body of a create request, an empty one put there where it is missing."""
-    if not isinstance(request.object.get("HostConfig"), dict):
-        request.object["HostConfig"] = {}
-    return request.object["HostConfig"]
+    body = request.object
+    if not isinstance(body.get("HostConfig"), dict):
+        body["HostConfig"] = {}
+    return body["HostConfig"]
 
 
 def limits_of_config(request: Request) -> None:
@@ -21516,6 +21517,8 @@ def container_create(request: Request) -> Response:
     if request.json is None:
         raise BadParameter("invalid JSON: got EOF while reading request body")
     asked_host_config(request)
+    if request.object.keys() <= {"HostConfig", "NetworkingConfig"}:
+        raise BadParameter("config cannot be empty in order to create a container")
     for name in ("Cmd", "Entrypoint"):  # either has always been one string too
         if isinstance(request.object.get(name), str):
             request.object[name] = [request.object[name]]

@@ -5319,8 +5319,15 @@ def test_create_refuses_what_an_old_client_would_get_wrong(
     fake_api: FakeApi, raw: Raw, version: str, part: dict[str, Any], message: str
 ) -> None:
     fake_api.job("create", lambda job: {"Id": "x", "Warnings": []})
+    part = {"Image": "busybox", **part}
     assert raw.json(f"POST /v{version}/containers/create", part) == (400, {"message": message})
     assert raw.json("POST /containers/create", part)[0] == 201
+
+
+@pytest.mark.parametrize("body", [{}, {"HostConfig": {}}])
+@pytest.mark.parametrize("version", ["1.24", "1.40", "1.51"])
+def test_create_needs_a_configuration(raw: Raw, version: str, body: Any) -> None:
+    assert raw.json(f"POST /v{version}/containers/create", body)[0] == 400
 
 
 def test_create_needs_a_body(raw: Raw) -> None:
