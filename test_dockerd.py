@@ -1530,24 +1530,30 @@ def shape_of(value: Any) -> Any:
     return [shape_of(item) for item in value[:1]] if isinstance(value, list) else type(value).__name__
 
 
+def stats_of_one(daemon: Host, version: str) -> tuple[Any, Any]:
+    """What /stats gives for a container never started, and the shape of what it gives for a running one."""
+    limits = {"Memory": 64 << 20, "PidsLimit": 9}
+    # One block past the page cache: else the lists of blkio are filled or empty as the cache has it.
+    script = f"dd if=/dev/zero of=/block bs=4k count=1 oflag=direct && echo written; exec sleep {NEVER}"
+    identity = daemon.create("sh", "-c", script, version="/v1.41", HostConfig=limits)
+    path = f"{version}/containers/{identity}/stats?stream=0"
+    stopped = daemon.http("GET", path.replace("1.20", "1.41")).json
+    daemon.api("POST", f"/containers/{identity}/start")
+    logs = f"/v1.41/containers/{identity}/logs?stdout=1"
+    wait_for(lambda: b"written" in daemon.http("GET", logs).body, "the block is written")
+    running = daemon.http("GET", path).json
+    daemon.http("DELETE", f"/v1.41/containers/{identity}?force=1")
+    assert stopped.pop("id", identity) == identity and stopped.pop("name", "/x")[0] == "/"
+    assert running["memory_stats"]["limit"] == 64 << 20
+    assert running["pids_stats"] == {"current": 1, "limit": 9}
+    gone = running["cpu_stats"]["system_cpu_usage"] - running["precpu_stats"]["system_cpu_usage"]
+    assert 0.5e9 < gone / running["cpu_stats"]["online_cpus"] < 5e9
+    return stopped, shape_of(running)
+
+
 @pytest.mark.parametrize("version", ["/v1.41", "/v1.20"])
 def test_stats_have_the_real_daemons_shape(host: Host, peer: Host, version: str) -> None:
-    found = []
-    for daemon in (host, peer):
-        limits = {"Memory": 64 << 20, "PidsLimit": 9}
-        identity = daemon.create("sleep", NEVER, version="/v1.41", HostConfig=limits)
-        path = f"{version}/containers/{identity}/stats?stream=0"
-        stopped = daemon.http("GET", path.replace("1.20", "1.41")).json
-        daemon.api("POST", f"/containers/{identity}/start")
-        running = daemon.http("GET", path).json
-        daemon.http("DELETE", f"/v1.41/containers/{identity}?force=1")
-        assert stopped.pop("id", identity) == identity and stopped.pop("name", "/x")[0] == "/"
-        found.append((stopped, shape_of(running)))
-        assert running["memory_stats"]["limit"] == 64 << 20
-        assert running["pids_stats"] == {"current": 1, "limit": 9}
-        gone = running["cpu_stats"]["system_cpu_usage"] - running["precpu_stats"]["system_cpu_usage"]
-        assert 0.5e9 < gone / running["cpu_stats"]["online_cpus"] < 5e9
-    assert found[0] == found[1]
+    assert stats_of_one(host, version) == stats_of_one(peer, version)
 
 
 def test_stats_follow_a_container_until_it_is_removed(host: Host) -> None:
