@@ -36,12 +36,17 @@ PEER_PATH = $(CURDIR)/$(CACHE)/peer/usr/sbin:$(CURDIR)/$(CACHE)/peer/usr/bin:$(C
 
 .PHONY: native test lint bench conformance torture install clean tools peer environments
 
+# $(call SUITE,ENVIRONMENT,DIRECTORY): the suite on one Python, with what it makes in a directory of its own.
+SUITE = echo "== pytest, $$($(1)/bin/python -V)"; \
+	    $(1)/bin/python -m pytest -q -p test_dockerd --basetemp=$(2) test_dockerd.py
+
+# On the oldest and the newest Python at the same time: what the first prints is shown when the other has ended.
 test: peer $(CACHE)/debian.tar native lint
-	@for environment in $$(cat $(CACHE)/environments); do \
-	    echo "== pytest, $$($$environment/bin/python -V)"; \
-	    files=$$(mktemp -d) && $$environment/bin/python -m pytest -q -p test_dockerd --basetemp=$$files/tests \
-	        test_dockerd.py; code=$$?; rm -rf $$files; [ $$code = 0 ] || exit 1; \
-	done
+	@files=$$(mktemp -d); trap 'rm -rf $$files' EXIT; oldest=$(OLDEST); newest=$(NEWEST); \
+	[ $$oldest = $$newest ] || { $(call SUITE,$$oldest,$$files/old); } >$$files/log 2>&1 & \
+	{ $(call SUITE,$$newest,$$files/new); }; newer=$$?; \
+	wait $$!; older=$$?; [ ! -s $$files/log ] || cat $$files/log; \
+	[ $$older = 0 ] && [ $$newer = 0 ]
 
 lint: environments
 	@$(OLDEST)/bin/ruff check . && $(OLDEST)/bin/mypy
