@@ -10,6 +10,15 @@ PIP_PACKAGES := cffi docker mypy pytest pytest-timeout PyYAML ruff setuptools
 PEER_PACKAGES := busybox-static containerd crun docker.io libdevmapper1.02.1 libseccomp2 libyajl2 runc tini
 # It is fetched anew when this list has changed.
 PEER_STAMP := .cache/peer/.complete-$(shell echo "$(PEER_PACKAGES)" | md5sum | cut -c 1-8)
+# Newer clients, from a later Debian than the machine's may be; unpacked beside the project too.
+NEWER_SUITE := trixie
+NEWER_PACKAGES := docker-compose
+NEWER_STAMP := .cache/newer/.complete-$(shell echo "$(NEWER_SUITE) $(NEWER_PACKAGES)" | md5sum | cut -c 1-8)
+# Compose 1.29, which Debian has no more, with what it needs, of its time.
+COMPOSE_PACKAGES := docker-compose==1.29.2 attrs==23.2.0 certifi charset-normalizer==3.3.2 distro==1.9.0 docker==5.0.3 \
+	dockerpty==0.4.1 docopt==0.6.2 idna jsonschema==3.2.0 pyrsistent==0.20.0 python-dotenv==0.21.1 PyYAML \
+	requests==2.31.0 six texttable urllib3==1.26.20 websocket-client==0.59.0
+COMPOSE_STAMP := .cache/compose/.complete-$(shell echo "$(COMPOSE_PACKAGES)" | md5sum | cut -c 1-8)
 # What the tests call, and the package that has it.
 TOOLS := cc:gcc debootstrap:debootstrap ip:iproute2 iptables-restore:iptables ldd:libc-bin nft:nftables nsenter:util-linux \
 	openssl:openssl ps:procps ss:iproute2 unshare:util-linux
@@ -76,7 +85,7 @@ tools:
 	[ -n "$$($(LIST_PYTHONS))" ] || missing="$$missing python3-venv python3-dev"; \
 	[ -z "$$missing" ] || { apt-get -q update && apt-get -q install -y --no-install-recommends $$missing; }
 
-peer: $(PEER_STAMP)
+peer: $(PEER_STAMP) $(NEWER_STAMP) $(COMPOSE_STAMP)
 
 $(PEER_STAMP): | tools
 	@rm -rf $(CACHE)/debs $(CACHE)/peer && mkdir -p $(CACHE)/debs $(CACHE)/peer
@@ -85,12 +94,28 @@ $(PEER_STAMP): | tools
 	@for package in $(CACHE)/debs/*.deb; do dpkg -x $$package $(CACHE)/peer || exit 1; done
 	@touch $@
 
-# $(call DEBOOTSTRAP,DIRECTORY,OPTIONS): the first suite of the machine's own sources; in a mount namespace, so that
-# no mount can stay behind.
-DEBOOTSTRAP = mkdir -p $(1) && rm -rf $(1); \
-	set -- $$(apt-get indextargets --format '$$(REPO_URI) $$(CODENAME)' \
+# Sets $1 and $2 to the first of the machine's own Debian sources, and its suite.
+DEBIAN_SOURCE = set -- $$(apt-get indextargets --format '$$(REPO_URI) $$(CODENAME)' \
 	    'Created-By: Packages' 'Origin: Debian' 'Label: Debian' 'Component: main' | head -n 1); \
-	[ $$\# = 2 ] || { echo "no Debian source is configured in apt" >&2; exit 1; }; \
+	[ $$\# = 2 ] || { echo "no Debian source is configured in apt" >&2; exit 1; }
+
+$(NEWER_STAMP): | tools
+	@rm -rf $(CACHE)/newer && mkdir -p $(CACHE)/newer/apt/lists/partial $(CACHE)/newer/apt/archives/partial
+	@$(DEBIAN_SOURCE); cd $(CACHE)/newer/apt; \
+	echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $$1 $(NEWER_SUITE) main" >sources; \
+	printf 'Dir::%s "%s";\n' Etc::SourceList $$PWD/sources Etc::SourceParts /dev/null State::lists $$PWD/lists \
+	    Cache $$PWD >configuration; export APT_CONFIG=$$PWD/configuration; \
+	apt-get -q update && apt-get -qq download $(NEWER_PACKAGES) && cd .. && \
+	for package in apt/*.deb; do dpkg -x $$package . || exit 1; done && rm -rf apt
+	@touch $@
+
+$(COMPOSE_STAMP): | environments
+	@rm -rf $(CACHE)/compose && $(OLDEST)/bin/pip install -qq --no-deps --target $(CACHE)/compose $(COMPOSE_PACKAGES)
+	@touch $@
+
+# $(call DEBOOTSTRAP,DIRECTORY,OPTIONS): a Debian as the machine's own; in a mount namespace, so that no mount can
+# stay behind.
+DEBOOTSTRAP = mkdir -p $(1) && rm -rf $(1); $(DEBIAN_SOURCE); \
 	unshare -m debootstrap --variant=minbase $(2) "$$2" $(1) "$$1" >$(1).log 2>&1 \
 	    || { tail -n 20 $(1).log >&2; exit 1; }
 

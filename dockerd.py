@@ -11951,10 +11951,10 @@ class Forward(NamedTuple):
 
 class ResolverSeat:
     """The resolver's place in one container: sockets at 127.0.0.11 in its network namespace, the servers to
-    ask with a socket to ask by, and how names are found.  Made in the container's namespace."""
+    ask now with a socket to ask by, and how names are found.  Made in the container's namespace."""
 
-    def __init__(self, lookup: Callable[[str, int], Optional[list[bytes]]], servers: list[str],
-                 upstream: Optional[socket.socket]) -> None:
+    def __init__(self, lookup: Callable[[str, int], Optional[list[bytes]]],
+                 servers: Callable[[], list[str]], upstream: Optional[socket.socket]) -> None:
         self.lookup, self.servers = lookup, servers
         self.upstream = upstream or upstream_socket()
         self.udp, self.tcp = (socket.socket(socket.AF_INET, kind | socket.SOCK_CLOEXEC)
@@ -12044,7 +12044,7 @@ class Resolver:
             if found is not None:
                 seat.udp.sendto(_cut(query, dns_answer(query, found)), client)
             else:
-                self._forward(Forward(seat, query, client, list(seat.servers), 0))
+                self._forward(Forward(seat, query, client, seat.servers(), 0))
 
     def _forward(self, forward: Forward) -> None:
         """Ask the next upstream, under a number of our own; without one, say that it failed."""
@@ -12067,7 +12067,7 @@ class Resolver:
         server = address[7:] if address.startswith("::ffff:") else address
         forward = self.pending.get((seat.upstream.fileno(), message[:2]))
         asked = forward and forward.query.message[12:forward.query.end].lower()
-        if forward is None or port != 53 or server not in seat.servers or len(message) < 12 or (
+        if forward is None or port != 53 or server not in seat.servers() or len(message) < 12 or (
                 message[12:forward.query.end].lower() != asked):
             return
         del self.pending[seat.upstream.fileno(), message[:2]]
@@ -12114,7 +12114,7 @@ class Resolver:
                 with upstream.makefile("rb") as file:
                     return _read_framed(file)
 
-        for server in seat.servers:
+        for server in seat.servers():
             with contextlib.suppress(OSError, ValueError):
                 namespace = fcntl.ioctl(seat.upstream, SIOCGSKNS)
                 try:
@@ -12615,11 +12615,14 @@ class Sandbox:
             log.info("the network of %s is not as it was: %s", self.name, error)
 
     def open_resolver(self, servers: list[str], from_host: bool) -> None:
-        """Give the container the resolver."""
+        """Give the container the resolver; it asks no server while no network leads out (CVE-2024-29018)."""
         upstream = upstream_socket() if from_host else None
 
+        def servers_now() -> list[str]:
+            return servers if self.gateway(4) or self.gateway(6) else []
+
         def seat() -> ResolverSeat:
-            made = ResolverSeat(self.lookup, servers, upstream)
+            made = ResolverSeat(self.lookup, servers_now, upstream)
             made.redirect()
             return made
 

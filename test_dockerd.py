@@ -583,10 +583,10 @@ class Terminal:
 
 
 class Docker:
-    """One Docker CLI at `program`, talking to one host."""
+    """One Docker CLI at `program`, talking to one host; `leading` are the first arguments of each call."""
 
-    def __init__(self, program: str, host: Host) -> None:
-        self.program, self.host = program, host
+    def __init__(self, program: str, host: Host, *leading: str) -> None:
+        self.command, self.host = [program, *leading], host
         self.environment = {"PATH": PATH, "HOME": host.directory, "DOCKER_HOST": host.url, "TERM": "xterm"}
 
     def run(
@@ -594,7 +594,7 @@ class Docker:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command to its end; asserts its exit status, unless that is None."""
         done = subprocess.run(
-            [self.program, *arguments],
+            [*self.command, *arguments],
             env=self.environment,
             input=input,
             timeout=60,
@@ -611,7 +611,7 @@ class Docker:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start a command with pipes at its three streams."""
         return subprocess.Popen(
-            [self.program, *arguments],
+            [*self.command, *arguments],
             env=self.environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -622,11 +622,25 @@ class Docker:
     @contextlib.contextmanager
     def terminal(self, *arguments: str, rows: int = 24, columns: int = 80) -> Iterator[Terminal]:
         """Run a command on a terminal."""
-        terminal = Terminal([self.program, *arguments], self.environment, rows, columns)
+        terminal = Terminal([*self.command, *arguments], self.environment, rows, columns)
         try:
             yield terminal
         finally:
             terminal.close()
+
+
+class Compose(Docker):
+    """Compose of one major version, 1 (1.29) or 2, with a project in the host's directory."""
+
+    def __init__(self, version: int, host: Host, text: str) -> None:
+        file = host.path(f"compose-{version}.yaml")
+        Path(file).write_text(text)
+        words = [f"{CACHE}/newer/usr/libexec/docker/cli-plugins/docker-compose"]
+        if version == 1:
+            environment = read_text(f"{CACHE}/environments").split()[0]
+            words = [os.path.join(HERE, environment, "bin/python"), "-m", "compose"]
+        super().__init__(words[0], host, *words[1:], "-f", file, "-p", "project")
+        self.environment.update(PYTHONPATH=f"{CACHE}/compose", PYTHONWARNINGS="ignore")
 
 
 def docker_clis() -> dict[str, str]:
@@ -1105,7 +1119,7 @@ def test_cli_import_images_history_rmi(docker: Docker, busybox: bytes, tmp_path:
 
 def test_cli_import_from_standard_input(docker: Docker, busybox: bytes) -> None:
     done = subprocess.run(
-        [docker.program, "import", "-", "piped"],
+        [*docker.command, "import", "-", "piped"],
         env=docker.environment,
         input=busybox,
         stdout=subprocess.PIPE,
@@ -7880,6 +7894,50 @@ def test_cycles_leave_nothing(networked: Networked) -> None:
     address = networked.docker("run", "--rm", "busybox", "hostname", "-i")
     assert wait_for(lambda: networked.docker("run", "--rm", "busybox", "hostname",
                                              "-i") == "172.17.0.2"), address
+
+
+COMPOSED = """
+version: "3.7"
+services:
+  web:
+    image: busybox
+    command: nc -ll -p 80 -e hostname
+    hostname: web
+    ports: ["8080:80"]
+    networks:
+      front: {aliases: [site]}
+      back: {ipv4_address: 10.98.0.80}
+  user: {image: busybox, command: "sleep 1000", networks: [front]}
+  base: {image: busybox, command: "sleep 1000", networks: [back]}
+networks:
+  front:
+  back:
+    internal: true
+    ipam: {config: [{subnet: 10.98.0.0/24}]}
+"""
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_compose_with_two_networks(networked: Networked, version: int) -> None:
+    """up, up again, restart and down: services reach each other by name and alias on their networks alone."""
+    docker, before = networked.docker, networked.state()
+    compose = Compose(version, networked.host, COMPOSED)
+    compose("up", "-d")
+    compose("up", "-d")
+    names = {service: compose("ps", "-q", service) for service in ("web", "user", "base")}
+    fetch = "nc -w 2 {} 80 < /dev/null"
+    for name, places in (("user", ("web", "site", "web.project_front")), ("base", ("web", "10.98.0.80"))):
+        for place in places:
+            assert docker("exec", names[name], "sh", "-c", fetch.format(place)) == "web", place
+    assert networked.shell(FETCH.format("127.0.0.1", 8080)) == "web\n"
+    docker("exec", names["base"], "nslookup", "-type=a", "user", status=1)
+    docker("exec", names["base"], "nslookup", "-type=a", "site", status=1)
+    compose("restart", "-t", "0", "web")
+    assert docker("exec", names["user"], "sh", "-c", fetch.format("web")) == "web"
+    compose("up", "-d", "--scale", "user=2")
+    compose("down", "-t", "0")
+    assert docker("network", "ls", "-q", "-f", "label=com.docker.compose.project=project") == ""
+    wait_for(lambda: networked.state() == before, "what the project left")
 
 
 def test_links_open_what_icc_closes(busybox: bytes) -> None:
