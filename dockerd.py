@@ -3759,13 +3759,20 @@ def write_tree(directory: Union[str, int, Callable[[], int]], write: Callable[[b
     whiteouts as .wh. files. Files that vanish meanwhile are left out.  The tree is read in a confined thread,
     `write(data)` is called in the caller's; what it raises ends the packing, OSError tells of what cannot be
     read."""
-    feed = Feed()
-    join = start_confined(directory, TreePacker(feed, idmap, whiteouts).run, failed=feed.finish)
-    try:
+    with packed(directory, TreePacker(Feed(), idmap, whiteouts)) as feed:
         while data := feed.read():
             write(data)
+
+
+@contextlib.contextmanager
+def packed(directory: Union[str, int, Callable[[], int]], packer: TreePacker) -> Iterator[Feed]:
+    """A block in which a thread confined to `directory` packs into the feed that is read here; see
+    write_tree()."""
+    join = start_confined(directory, packer.run, failed=packer.feed.finish)
+    try:
+        yield packer.feed
     finally:
-        feed.stop()
+        packer.feed.stop()
         with contextlib.suppress(Exception):  # the feed has told of it
             join()
 
@@ -3790,6 +3797,9 @@ class TreePacker:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it vanished meanwhile
                 if self._add(name):
                     names += [name + b"/" + child for child in sorted(os.listdir(name), reverse=True)]
+        self._finish()
+
+    def _finish(self) -> None:
         self._put(TAR_ZEROES * 2)
         self._flush()
         self.feed.finish()
@@ -3868,6 +3878,26 @@ class TreePacker:
                 self._put(data)
                 left -= len(data)
             self._put(bytes(-entry.size % TAR_BLOCK))
+
+
+class ChangesPacker(TreePacker):
+    """Packs those names of a tree that are among `changes`, as tree_changes() lists them, as a layer."""
+
+    def __init__(self, feed: Feed, idmap: IdMap, changes: list[dict[str, Any]]) -> None:
+        super().__init__(feed, idmap, "")
+        self.changes = changes
+
+    def run(self) -> None:
+        """Pack everything and finish the feed."""
+        for change in self.changes:
+            name = os.fsencode(change["Path"])[1:]
+            directory, base = os.path.split(name)
+            if change["Kind"] == 2:
+                self._put(tar_header(TarEntry(os.path.join(directory, WHITEOUT + base), mode=0)))
+            else:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it vanished meanwhile
+                    self._add(name)
+        self._finish()
 
 
 class CopyPacker(TreePacker):
@@ -4273,6 +4303,11 @@ class StorageDriver:
         trees = [confined(self.diff_dir(layer), tree_facts) for layer in (cache_id, parent) if layer]
         return tree_changes(trees[0], trees[1] if parent else {})
 
+    def diff(self, cache_id: str, parent: str) -> contextlib.AbstractContextManager[Feed]:
+        """What a writable layer changes of `parent`, as the tar stream of a layer."""
+        packer = ChangesPacker(Feed(), self.idmap, self.changes(cache_id, parent))
+        return packed(self.diff_dir(cache_id), packer)
+
     def metadata(self, cache_id: str) -> Optional[dict[str, str]]:
         """The GraphDriver.Data of inspect."""
         return None
@@ -4438,6 +4473,10 @@ class Overlay(StorageDriver):
             lower = confined(below, facts_below, upper, opaque)
         shown = {path: facts for path, facts in upper.items() if facts[:2] != WHITEOUT_FACTS}
         return tree_changes(shown, lower)
+
+    def diff(self, cache_id: str, parent: str) -> contextlib.AbstractContextManager[Feed]:
+        """The upper directory itself."""
+        return packed(self.diff_dir(cache_id), TreePacker(Feed(), self.idmap, self.whiteouts))
 
     @staticmethod
     def _mount_by_options(home: str, target: str, options: str) -> int:
@@ -5782,18 +5821,26 @@ class LayerStore:
         """What the driver tells of the container's layer (GraphDriver.Data)."""
         return self.driver.metadata(self._mount(container_id).mount_id)
 
+    def _below(self, mount: ReadWriteLayer) -> str:
+        """The driver's name of what lies under a writable layer, or ''."""
+        return mount.init_id or (self.get(mount.parent).cache_id if mount.parent else "")
+
     def rw_changes(self, container_id: str) -> list[dict[str, Any]]:
         """What the container has changed of its image."""
         mount = self._mount(container_id)
-        below = mount.init_id or (self.get(mount.parent).cache_id if mount.parent else "")
-        return self.driver.changes(mount.mount_id, below)
+        return self.driver.changes(mount.mount_id, self._below(mount))
+
+    def rw_diff(self, container_id: str) -> contextlib.AbstractContextManager[Feed]:
+        """What the container has changed of its image, as the tar stream of a layer."""
+        mount = self._mount(container_id)
+        return self.driver.diff(mount.mount_id, self._below(mount))
 
     def rw_size(self, container_id: str) -> tuple[int, int]:
         """(SizeRw, SizeRootFs): the bytes that the container wrote, and those with its image's."""
         mount = self._mount(container_id)
         files = confined(self.driver.diff_dir(mount.mount_id), _file_sizes)
         if self.driver.whiteouts != "overlay":  # the directory is a whole tree: take off what lies below
-            below = mount.init_id or (self.get(mount.parent).cache_id if mount.parent else "")
+            below = self._below(mount)
             files -= confined(self.driver.diff_dir(below), _file_sizes) if below else set()
         written = sum(size for _, size, _ in files)
         return written, written + self.size(mount.parent)
@@ -5850,6 +5897,15 @@ class LayerTransaction:
             if not published:
                 store.driver.remove(cache_id)
                 remove_tree(record)
+
+    def commit(self, container_id: str) -> str:
+        """Make a layer of what a container, which stays meanwhile, has changed of its image; its diff id, ''
+        where that is nothing."""
+        with self.store.rw_diff(container_id) as stream:
+            head = stream.read()
+            if head == TAR_ZEROES * 2:
+                return ""
+            return self.unpack(_Prefixed(head, stream), self.store.rw_parent(container_id)).diff_id
 
     def _publish(self, layer: Layer, record: str) -> bool:
         """Write the layer's record and put it into the store; False when its like was there."""
@@ -6384,6 +6440,17 @@ class Images:
             yield ProgressReader(response, lambda current: job.progress(
                 status="Importing", progressDetail={"current": current, "total": total}))
 
+    def commit(self, transaction: LayerTransaction, container_id: str, parent: Optional[Image],
+               synced: bool = True, **facts: Any) -> Image:
+        """Make an image of what a container has changed of `parent`: its image, or None.
+
+        `facts` are child_document()'s.  Without `synced` the caller syncs the transaction, and the image may
+        be lost in a power cut until then."""
+        diff_id = transaction.commit(container_id)
+        if synced:
+            transaction.sync()
+        return self.store.create(child_document(parent, diff_id, **facts), parent.id if parent else "")
+
     # Remove
 
     @job("image_delete")
@@ -6482,12 +6549,36 @@ def import_document(config: dict[str, Any], diff_id: str, platform: Platform, co
     """The configuration of an imported image, made at `created` (ns), byte for byte as moby writes it: keys
     sorted at the top, in the order of Go's structs below."""
     when = rfc3339nano(created)
-    document = {
-        "architecture": platform.architecture, "variant": platform.variant, "os": platform.os,
-        "comment": comment, "config": full_config(config), "container_config": full_config({}),
-        "created": when, "docker_version": VERSION, "history": [{"created": when, "comment": comment}],
-        "rootfs": {"type": "layers", "diff_ids": [diff_id]}}
-    return docker_json({key: document[key] for key in sorted(document) if document[key]})
+    return _document({
+        **platform._asdict(), "comment": comment, "config": full_config(config),
+        "container_config": full_config({}), "created": when, "docker_version": VERSION,
+        "history": [{"created": when, "comment": comment}],
+        "rootfs": {"type": "layers", "diff_ids": [diff_id]}})
+
+
+def child_document(parent: Optional[Image], diff_id: str, config: dict[str, Any],
+                   container_config: dict[str, Any], author: str = "", comment: str = "",
+                   container: str = "") -> bytes:
+    """The configuration of the image that a step makes of `parent` (None: of nothing), as import_document().
+
+    `diff_id` is the step's layer, '' for none; `container_config` is that of the container which took the
+    step, whose id is `container`, and its command becomes the history's."""
+    base = parent.document if parent else {}
+    platform = parent.platform if parent and parent.platform.architecture else host_platform()
+    when = rfc3339nano(time.time_ns())
+    step = {"created": when, "author": author, "created_by": " ".join(container_config.get("Cmd") or ()),
+            "comment": comment, "empty_layer": not diff_id}
+    diff_ids = [*((base.get("rootfs") or {}).get("diff_ids") or ()), *filter(None, [diff_id])]
+    return _document({
+        **{key: base.get(key) for key in ("os.version", "os.features")}, **platform._asdict(),
+        "author": author, "config": full_config(config), "container": container,
+        "container_config": full_config(container_config), "created": when, "docker_version": VERSION,
+        "history": [*(base.get("history") or ()), {key: step[key] for key in step if step[key]}],
+        "rootfs": {"type": "layers", **({"diff_ids": diff_ids} if diff_ids else {})}})
+
+
+def _document(members: dict[str, Any]) -> bytes:
+    return docker_json({key: members[key] for key in sorted(members) if members[key]})
 
 
 class ProgressReader:
@@ -17035,8 +17126,7 @@ class Container:
         place = self.parts.driver.root_place
         with contextlib.ExitStack() as held:
             with self.lock:
-                if self.process is None:
-                    self._await_clearing()
+                held.enter_context(self.undisturbed())
                 if self.process is not None:
                     places = {point["Destination"] for point in self.points}
                     places.update(self.host_config.get("Tmpfs") or ())
@@ -17051,13 +17141,40 @@ class Container:
                     seen = View(place, root, mounts, readonly=self.host_config["ReadonlyRootfs"])
                 held.callback(os.close, root)
                 held.callback(seen.close)
-                self._views += 1
-            try:
-                yield seen
-            finally:
-                with self.lock:
-                    self._views -= 1
-                    self.changed.notify_all()
+            yield seen
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """A block in which it does not start, nor go."""
+        with self.lock:
+            if self.process is None:
+                self._await_clearing()
+            self._views += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._views -= 1
+                self.changed.notify_all()
+
+    @contextlib.contextmanager
+    def unchanged(self, pause: bool) -> Iterator[None]:
+        """A block for the making of an image of it: it stays and, with `pause`, its processes are frozen."""
+        with contextlib.ExitStack() as held:
+            with self.lock:
+                if self.state.removing or self.state.dead:
+                    condition = "being removed" if self.state.removing else "Dead"
+                    raise Conflict(f"You cannot commit container {self.id} which is {condition}")
+                held.enter_context(self.undisturbed())
+                with contextlib.suppress(DockerError):  # it does not run, or is paused already
+                    if pause:
+                        self.pause()
+                        held.callback(self._unpause_again)
+            yield
+
+    def _unpause_again(self) -> None:
+        with contextlib.suppress(Conflict):  # somebody has, or it was killed
+            self.unpause()
 
     @contextlib.contextmanager
     def _finding(self, path: str) -> Iterator[None]:
@@ -17076,17 +17193,11 @@ class Container:
 
     def copy_out(self, path: str, ready: Callable[..., None], write: Callable[[bytes], Any]) -> None:
         """Write what is at `path` as a tar stream, after ready(stat=...)."""
-        feed = Feed()
-        with self._finding(path), self.view() as view:
-            join = start_confined(view, CopyPacker(feed, self.idmap, path).run, failed=feed.finish)
-            try:
-                ready(stat=json.loads(feed.read()))
-                while data := feed.read():
-                    write(data)
-            finally:
-                feed.stop()
-                with contextlib.suppress(Exception):  # the feed has told of it
-                    join()
+        packer = CopyPacker(Feed(), self.idmap, path)
+        with self._finding(path), self.view() as view, packed(view, packer) as feed:
+            ready(stat=json.loads(feed.read()))
+            while data := feed.read():
+                write(data)
         self.event("archive-path")
 
     def copy_in(self, path: str, stream: Any, keep_kind: bool, own: bool) -> None:
@@ -19093,6 +19204,27 @@ class ContainerJobs:
         """What it has changed of its image."""
         container = self.table.find(job.args[0])
         job.reply(container.parts.layers.rw_changes(container.id) or None)
+
+    @job("commit")
+    def commit(self, job: Job) -> None:
+        """Make an image of it.  env: repo, tag, author, comment, changes, pause; `body` is a configuration in
+        place of its own."""
+        container, env, comment = self.table.find(job.args[0]), job.env, str(job.env.get("comment") or "")
+        reference = parse_repo_tag(env.get("repo") or "", env.get("tag") or "")
+        body = env.get_json("body")
+        given = decode_struct(body, "ContainerConfigWrapper") if body else container.config
+        config = apply_changes(given, env.get_list("changes"))
+        _merge_image(config, container.config)
+        parent = self.images.resolve(container.image_id) if container.image_id else None
+        with container.unchanged(env.get_bool("pause")), self.images.layers.transaction() as transaction:
+            image = self.images.commit(
+                transaction, container.id, parent, config=config, container_config=container.config,
+                author=str(env.get("author") or ""), comment=comment, container=container.id)
+            if reference is not None:
+                self.images.set_tag(reference, image)
+        name = reference.with_default_tag().familiar if reference else ""
+        container.event("commit", comment=comment, imageID=image.id, imageRef=name)
+        job.reply({"Id": image.id})
 
     @job("export")
     def export(self, job: Job) -> None:

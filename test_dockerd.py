@@ -10220,6 +10220,110 @@ def test_a_containers_layer_is_mounted_measured_and_removed(rig: ImageRig) -> No
     rig.assert_whole()
 
 
+def test_commit_makes_a_layer_of_what_has_changed(rig: ImageRig) -> None:
+    rig.add("a", archive=tar_of({"same": b"1", "gone": b"2", "changed": b"3", "d": None, "d/f": b"4"}))
+    image = rig.images.resolve("a")
+    rig.layers.create_rw("c", image.chain_id, lambda directory: os.mkdir(f"{directory}/dev"))
+    with rig.layers.transaction() as transaction:
+        same = rig.images.commit(transaction, "c", image, config={}, container_config={"Cmd": ["true"]})
+    assert (same.chain_ids, same.parent) == (image.chain_ids, image.id)
+    assert same.document["history"][-1].items() >= {"created_by": "true", "empty_layer": True}.items()
+    fd = rig.layers.mount_rw("c")
+    root = Path(f"/proc/self/fd/{fd}")
+    (root / "gone").unlink()
+    (root / "changed").write_text("5")
+    shutil.rmtree(root / "d")
+    (root / "new").mkdir()
+    (root / "new" / "file").write_text("6")
+    os.close(fd)
+    with rig.layers.transaction() as transaction:
+        made = rig.images.commit(transaction, "c", image, synced=False, config={}, container_config={})
+    assert made.chain_ids[:-1] == image.chain_ids and rig.layers.get(made.chain_id).size == 2
+    rig.layers.remove_rw("c")
+    rig.layers.create_rw("c", made.chain_id)
+    fd = rig.layers.mount_rw("c")
+    found = {str(path.relative_to(f"/proc/self/fd/{fd}")): path.read_text() if path.is_file() else None
+             for path in Path(f"/proc/self/fd/{fd}").rglob("*")}
+    os.close(fd)
+    found.pop("dev", None)  # of the init layer: a whole tree shows it
+    assert found == {"same": "1", "changed": "5", "new": None, "new/file": "6"}
+    rig.layers.remove_rw("c")
+    rig.restart()
+    rig.assert_whole()
+
+
+def normal_document(host: Host, image: str) -> Any:
+    """An image's configuration as it stands on disk, without what differs from one daemon to another.
+
+    20.10 packs a file's kind into its mode, later ones and ours do not: a layer that is packed differs."""
+    path = host.path("data", "image", "overlay2", "imagedb", "content", "sha256", image.partition(":")[2])
+    return json.loads(read_text(path), object_pairs_hook=lambda pairs: [
+        (name, len(value) if name == "diff_ids" else value) for name, value in pairs
+        if name not in ("Hostname", "container", "created", "docker_version")])
+
+
+def test_commit_is_the_real_daemons(host: Host, peer: Host) -> None:
+    script = "cd /; mkdir -p d/e; echo hi >d/file; ln d/file d/hard; ln -s file d/link; chown 7:9 d/e; " \
+             "chmod 4711 d/file; echo x >>etc/passwd; touch -hd '2020-01-01 00:00:00' d/* d etc/passwd etc"
+    queries = ["&author=Me+%3Cme%3E&comment=why%26how&changes=" + urllib.parse.quote(
+        'ENV B="2 3"\nENTRYPOINT ["x"]\nLABEL l=m\nEXPOSE 80\nVOLUME /v'), "&pause=0"]
+    bodies = [None, {"Cmd": ["other"], "Env": ["C=4"], "WorkingDir": "/w"}]
+    made: list[list[Any]] = []
+    for each in (host, peer):
+        body = {"Image": "busybox", "Cmd": ["sh", "-c", script], "Env": ["A=1"], "Labels": {"a": "b"},
+                "Healthcheck": {"Test": ["NONE"]}, "HostConfig": {"NetworkMode": "none"}}
+        each.http("POST", "/v1.41/containers/create?name=source", body)
+        for step in ("start", "wait"):
+            each.http("POST", f"/v1.41/containers/source/{step}")
+        made.append([])
+        for query, given in zip(queries, bodies):
+            answer = each.http("POST", "/v1.41/commit?container=source&repo=made&tag=it" + query, given)
+            assert answer.status == 201, answer.body
+            made[-1] += [normal_document(each, answer.json["Id"])]
+        assert each.http("GET", "/v1.41/images/made:it/json").json["Parent"] == each.http(
+            "GET", "/v1.41/images/busybox/json").json["Id"]
+        history = each.http("GET", "/v1.41/images/made:it/history").json
+        made[-1].append([[step[key] for key in ("CreatedBy", "Comment", "Size", "Tags")] for step in history])
+        for text in ("?container=source&repo=UPPER", "?container=source&changes=RUN+x", "?container=nosuch",
+                     "?container=source&repo=a&tag=%3A"):
+            answer = each.http("POST", "/v1.41/commit" + text)
+            assert answer.status >= 400
+            made[-1].append(answer.json["message"])
+        each.http("DELETE", "/v1.41/containers/source")
+        each.http("DELETE", "/v1.41/images/made:it")
+    for ours, theirs in zip(*made):
+        assert ours == theirs
+
+
+def test_commit_of_a_running_container(docker: Docker, host: Host) -> None:
+    started(host, "busy", "sh", "-c", "while sleep 0.01; do echo line >>/file; done")
+    wait_for(lambda: "/file" in docker("diff", "busy"))
+    start = time.time()
+    image = docker("commit", "-m", "why", "busy", "made:run")
+    assert events_since(host, start) == [("pause", {}), ("unpause", {}), (
+        "commit", {"comment": "why", "imageID": image, "imageRef": "made:run"})]
+    assert docker("run", "--rm", "--network=none", "made:run", "head", "-n", "1", "/file") == "line"
+    docker("pause", "busy")
+    start = time.time()
+    docker("commit", "busy", "made:run")
+    assert [action for action, _ in events_since(host, start)] == ["commit"]
+    assert host.inspect("busy")["State"]["Paused"]
+    docker("rm", "-f", "busy")
+    docker("rmi", "made:run", image)
+
+
+def test_a_container_stays_until_its_image_is_made(host: Host) -> None:
+    started(host, "full", "sh", "-c", "dd if=/dev/zero of=/zeroes bs=1M count=200; sleep 1000")
+    wait_for(lambda: host.api("GET", "/containers/full/json?size=1")["SizeRw"] == 200 << 20)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        made = pool.submit(host.api, "POST", "/commit?container=full&pause=0")
+        wait_for(lambda: os.listdir(os.path.join(host.data_root, "image/overlay2/layerdb/tmp")))
+        host.api("DELETE", "/containers/full?force=1")
+        image = made.result()["Id"]
+    assert host.run("stat", "-c", "%s", "/zeroes", image=image) == (0, b"%d\n" % (200 << 20))
+    host.api("DELETE", f"/images/{image}")
+
+
 def test_a_containers_layer_that_fails_leaves_nothing(rig: ImageRig) -> None:
     rig.add("a")
 
