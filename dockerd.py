@@ -16284,6 +16284,13 @@ class Parts(NamedTuple):
 class State:
     """A container's state as moby keeps it; `changed` is notified at every change."""
 
+    # what inspect shows and config.v2.json keeps
+    FIELDS = {"Running": "running", "Paused": "paused", "Restarting": "restarting", "Dead": "dead",
+              "OOMKilled": "oom_killed", "Pid": "pid", "ExitCode": "exit_code", "Error": "error",
+              "StartedAt": "started_at", "FinishedAt": "finished_at"}
+    # the words for a state: the first that is true tells
+    WORDS = ("removing", "dead", "restarting", "paused", "running")
+
     def __init__(self, changed: threading.Condition) -> None:
         self.changed = changed
         self.running = self.paused = self.restarting = self.oom_killed = self.removing = self.dead = False
@@ -16299,32 +16306,13 @@ class State:
     @property
     def status(self) -> str:
         """Docker's word for the state."""
-        words = (
-            (self.removing, "removing"),
-            (self.dead, "dead"),
-            (self.restarting, "restarting"),
-            (self.paused, "paused"),
-            (self.running, "running"),
-            (self.started_at == ZERO_TIME, "created"),
-        )
-        return next((word for holds, word in words if holds), "exited")
+        return next((word for word in self.WORDS if getattr(self, word)),
+                    "created" if self.started_at == ZERO_TIME else "exited")
 
     def to_api(self) -> dict[str, Any]:
         """State as inspect shows it."""
-        return {
-            "Status": self.status,
-            "Running": self.running,
-            "Paused": self.paused,
-            "Restarting": self.restarting,
-            "OOMKilled": self.oom_killed,
-            "Dead": self.dead,
-            "Pid": self.pid,
-            "ExitCode": self.exit_code,
-            "Error": self.error,
-            "StartedAt": self.started_at,
-            "FinishedAt": self.finished_at,
-            **({"Health": self.health} if self.health else {}),
-        }
+        fields = {name: getattr(self, attribute) for name, attribute in self.FIELDS.items()}
+        return {"Status": self.status, **fields, **({"Health": self.health} if self.health else {})}
 
     def to_disk(self) -> dict[str, Any]:
         """State as config.v2.json keeps it."""
@@ -16334,11 +16322,9 @@ class State:
 
     def from_disk(self, disk: dict[str, Any]) -> None:
         """Take over what to_disk wrote."""
-        self.running, self.paused, self.restarting = disk["Running"], disk["Paused"], disk["Restarting"]
-        self.oom_killed, self.dead, self.pid = disk["OOMKilled"], disk["Dead"], disk["Pid"]
+        for name, attribute in self.FIELDS.items():
+            setattr(self, attribute, disk[name])
         self.removing, self.health = disk["RemovalInProgress"], disk.get("Health")
-        self.exit_code, self.error = disk["ExitCode"], disk["Error"]
-        self.started_at, self.finished_at = disk["StartedAt"], disk["FinishedAt"]
 
 
 def endpoint_settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -16405,6 +16391,19 @@ def link_environment(parent: str, alias: str, address: str, ports: list[tuple[in
     return values
 
 
+# A container's record as moby writes it, where nothing has happened yet; and the files that its network makes
+NEW_RECORD: dict[str, Any] = {
+    "StreamConfig": {}, "State": {}, "Managed": False, "OS": "linux", "MountLabel": "", "ProcessLabel": "",
+    "RestartCount": 0, "HasBeenStartedBefore": False, "HasBeenManuallyStopped": False, "ShmPath": "",
+    "SecretReferences": None, "ConfigReferences": None, "AppArmorProfile": "", "SeccompProfile": "",
+    "NoNewPrivileges": False,
+}
+NETWORK_FILES = {"HostnamePath": "hostname", "HostsPath": "hosts", "ResolvConfPath": "resolv.conf"}
+# What inspect shows as the record has it
+INSPECTED = ("Created", "Path", "Args", "Image", "ResolvConfPath", "HostnamePath", "HostsPath", "LogPath",
+             "Name", "RestartCount", "Driver", "MountLabel", "ProcessLabel", "AppArmorProfile")
+
+
 class Container:
     """One container: its record, its state machine, its streams.
 
@@ -16450,37 +16449,13 @@ class Container:
         directory = os.path.join(parts.config.data_root, "containers", container_id)
         command = (config.get("Entrypoint") or []) + (config.get("Cmd") or [])
         log_path = os.path.join(directory, f"{container_id}-json.log")
-        record = {
-            "StreamConfig": {},
-            "State": {},
-            "ID": container_id,
-            "Created": rfc3339nano(time.time_ns()),
-            "Managed": False,
-            "Path": command[0],
-            "Args": command[1:],
-            "Config": config,
-            "Image": image.id,
-            "NetworkSettings": {"Networks": networks, "Ports": {}},
-            "LogPath": log_path if host_config["LogConfig"]["Type"] == "json-file" else "",
-            "Name": "/" + name,
-            "Driver": parts.layers.driver.name,
-            "OS": "linux",
-            "MountLabel": "",
-            "ProcessLabel": "",
-            "RestartCount": 0,
-            "HasBeenStartedBefore": False,
-            "HasBeenManuallyStopped": False,
-            "MountPoints": {point["Destination"]: point for point in points},
-            "SecretReferences": None,
-            "ConfigReferences": None,
-            "AppArmorProfile": "",
-            "HostnamePath": os.path.join(directory, "hostname"),
-            "HostsPath": os.path.join(directory, "hosts"),
-            "ShmPath": "",
-            "ResolvConfPath": os.path.join(directory, "resolv.conf"),
-            "SeccompProfile": "",
-            "NoNewPrivileges": False,
-        }
+        record = {**copy.deepcopy(NEW_RECORD), "ID": container_id, "Created": rfc3339nano(time.time_ns()),
+                  "Path": command[0], "Args": command[1:], "Config": config, "Image": image.id,
+                  "NetworkSettings": {"Networks": networks, "Ports": {}}, "Name": "/" + name,
+                  "LogPath": log_path if host_config["LogConfig"]["Type"] == "json-file" else "",
+                  "Driver": parts.layers.driver.name,
+                  "MountPoints": {point["Destination"]: point for point in points},
+                  **{key: os.path.join(directory, file) for key, file in NETWORK_FILES.items()}}
         container = cls(parts, record, host_config)
         record["ProcessLabel"], record["MountLabel"] = container._selinux_labels()
         with contextlib.ExitStack() as undo:
@@ -16924,9 +16899,8 @@ class Container:
         """(uid, gid, groups, home) by the image's own files, read through the root's descriptor."""
         root = self._root_fd if root < 0 else root
         passwd, group = (_read_in_root(root, path) for path in ("/etc/passwd", "/etc/group"))
-        return lookup_user(
-            user or self.config.get("User") or "", passwd, group, self.host_config.get("GroupAdd") or []
-        )
+        return lookup_user(user or self.config.get("User") or "", passwd, group,
+                           self.host_config.get("GroupAdd") or [])
 
     def _with_devices(self) -> dict[str, Any]:
         """HostConfig with the devices that were asked for by name among the others."""
@@ -16950,12 +16924,8 @@ class Container:
     def _namespaces(self) -> int:
         """The CLONE_NEW* flags of what the container does not share with the host."""
         host = self.host_config
-        shared = {
-            CLONE_NEWPID: host["PidMode"],
-            CLONE_NEWIPC: host["IpcMode"],
-            CLONE_NEWUTS: host["UTSMode"],
-            CLONE_NEWNET: host["NetworkMode"],
-        }
+        shared = {CLONE_NEWPID: host["PidMode"], CLONE_NEWIPC: host["IpcMode"], CLONE_NEWUTS: host["UTSMode"],
+                  CLONE_NEWNET: host["NetworkMode"]}
         own = CLONE_NEWNS | (CLONE_NEWUSER if self.idmap else 0)
         return own | sum(flag for flag, mode in shared.items()
                          if mode != "host" and not mode.startswith("container:"))
@@ -17048,12 +17018,8 @@ class Container:
         """What is bound from the host: its shared memory where that is shared, and the three network
         files."""
         readonly = MOUNT_ATTR_RDONLY if self.host_config["ReadonlyRootfs"] else 0
-        places = {
-            "ResolvConfPath": "/etc/resolv.conf",
-            "HostnamePath": "/etc/hostname",
-            "HostsPath": "/etc/hosts",
-        }
-        files = [{"from": self.record[key], "to": to, "attributes": readonly} for key, to in places.items()]
+        files = [{"from": self.record[key], "to": "/etc/" + name, "attributes": readonly}
+                 for key, name in NETWORK_FILES.items()]
         for entry in files if self.record["MountLabel"] else ():
             os.setxattr(entry["from"], "security.selinux", self.record["MountLabel"].encode())
         ipc = self.host_config["IpcMode"].partition(":")[0]
@@ -17076,22 +17042,13 @@ class Container:
         capabilities = capability_sets(
             host.get("CapAdd") or [], host.get("CapDrop") or [], host["Privileged"], bounding_capabilities())
         seccomp, seccomp_mode = self._seccomp(options, capabilities)
-        return {
-            "uid": uid,
-            "gid": gid,
-            "groups": groups + self._edits.groups,
-            "capabilities": capabilities,
-            "root_fd": self._root_fd,
-            "cgroup_join": self.cgroup.join,
-            "labels": self._labels(options),
-            "cgroup_fd": self.cgroup.directory_fd,
-            "idmap": self.idmap,
-            "seccomp": seccomp,
-            "seccomp_flags": seccomp_mode,
-            "no_new_privileges": options.no_new_privileges or self.parts.config.no_new_privileges,
-            "rlimits": container_limits(host, self.parts.config),
-            "oom_score_adj": host["OomScoreAdj"] or None,
-        }
+        return {"uid": uid, "gid": gid, "groups": groups + self._edits.groups, "capabilities": capabilities,
+                "root_fd": self._root_fd, "cgroup_join": self.cgroup.join, "labels": self._labels(options),
+                "cgroup_fd": self.cgroup.directory_fd, "idmap": self.idmap, "seccomp": seccomp,
+                "seccomp_flags": seccomp_mode,
+                "no_new_privileges": options.no_new_privileges or self.parts.config.no_new_privileges,
+                "rlimits": container_limits(host, self.parts.config),
+                "oom_score_adj": host["OomScoreAdj"] or None}
 
     def _oci_resources(self) -> dict[str, Any]:
         """Cgroup, limits and filter as an OCI runtime is told of them."""
@@ -17272,34 +17229,24 @@ class Container:
         program = init_program(self.parts.config) if self._has_init else ""
         runtime = oci_runtime(self.parts.config, host["Runtime"])
         return Spec(
-            runtime=runtime,
-            resources=self._oci_resources() if runtime else {},
-            **self._confinement(user),
+            runtime=runtime, resources=self._oci_resources() if runtime else {}, **self._confinement(user),
             key=self.id,
             args=[*([INIT_PLACE, "--"] if program else []), self.record["Path"], *self.record["Args"]],
             resident=self._has_init and not program,
             env=self._environment(user[3], self.config["Tty"], self._edits.env),
-            cwd=self.config.get("WorkingDir") or "/",
-            tty=self.config["Tty"],
+            cwd=self.config.get("WorkingDir") or "/", tty=self.config["Tty"],
             console_size=tuple(host.get("ConsoleSize") or (0, 0)),
             hostname=self._hostname() if own_names else "",
-            domainname=(self.config.get("Domainname") or "") if own_names else "",
-            namespaces=namespaces,
-            join=join,
-            mount_label=self.record["MountLabel"],
-            cgroup_enter=self.cgroup.enter,
+            domainname=(self.config.get("Domainname") or "") if own_names else "", namespaces=namespaces,
+            join=join, mount_label=self.record["MountLabel"], cgroup_enter=self.cgroup.enter,
             network_enter=self._enter_network if self.sandbox and self.sandbox.endpoints else None,
             cgroup_namespace=host["CgroupnsMode"] == "private",
             cgroup_mounts=self.cgroup.mounts(host["CgroupnsMode"] == "private", not privileged),
-            mounts=self._mounts() + volumes,
-            devices=container_devices(self._with_devices()),
-            privileged=privileged,
-            readonly_root=host["ReadonlyRootfs"],
+            mounts=self._mounts() + volumes, devices=container_devices(self._with_devices()),
+            privileged=privileged, readonly_root=host["ReadonlyRootfs"],
             masked_paths=tuple(host.get("MaskedPaths") or ()),
-            readonly_paths=tuple(host.get("ReadonlyPaths") or ()),
-            sysctls=self._sysctls(namespaces),
-            shm_size=host["ShmSize"] if host["IpcMode"] in ("private", "shareable") else 0,
-        )
+            readonly_paths=tuple(host.get("ReadonlyPaths") or ()), sysctls=self._sysctls(namespaces),
+            shm_size=host["ShmSize"] if host["IpcMode"] in ("private", "shareable") else 0)
 
     def _close_root(self) -> None:
         if self._root_fd >= 0:
@@ -17542,8 +17489,7 @@ class Container:
                     self._signal(signal.SIGKILL, True, manually)
                 if not self._wait_end(10):
                     raise DockerError(
-                        f"cannot stop container {self.name}: it did not die of SIGKILL within 10 s"
-                    )
+                        f"cannot stop container {self.name}: it did not die of SIGKILL within 10 s")
             self.event("stop")
 
     def _stop_signal(self) -> int:
@@ -17636,8 +17582,7 @@ class Container:
             conditions: dict[str, Callable[[], bool]] = {
                 "not-running": lambda: not self.state.running or self.state.runs > runs or self.state.removed,
                 "next-exit": lambda: self.state.runs > runs or self.state.removed,
-                "removed": lambda: self.state.removed or bool(self.state.removal_error),
-            }
+                "removed": lambda: self.state.removed or bool(self.state.removal_error)}
             if condition not in conditions:
                 raise BadParameter(f"invalid condition: \"{condition}\"")
             job.on_cancel(self._notify)
@@ -17672,16 +17617,11 @@ class Container:
         if self.idmap and confinement["cgroup_fd"] is not None:  # whose root may not be born there
             confinement["cgroup_join"] += [[self.cgroup.of[""] + "/cgroup.procs", "0"]]
             confinement["cgroup_fd"] = None
-        return Spec(
-            **confinement,
-            key=key,
-            args=config["Cmd"],
-            env=self._environment(user[3], config["Tty"], config["Env"] or ()),
-            cwd=config["WorkingDir"] or self.config.get("WorkingDir") or "/",
-            tty=config["Tty"],
-            console_size=(size[0], size[1]),
-            namespaces=JOINED_NAMESPACES | (CLONE_NEWUSER if self.idmap else 0),
-        )
+        return Spec(**confinement, key=key, args=config["Cmd"],
+                    env=self._environment(user[3], config["Tty"], config["Env"] or ()),
+                    cwd=config["WorkingDir"] or self.config.get("WorkingDir") or "/", tty=config["Tty"],
+                    console_size=(size[0], size[1]),
+                    namespaces=JOINED_NAMESPACES | (CLONE_NEWUSER if self.idmap else 0))
 
     def _notify(self) -> None:
         with self.lock:
@@ -17792,31 +17732,12 @@ class Container:
     def inspect(self, size: bool) -> dict[str, Any]:
         """The container as GET /containers/ID/json of the newest API shows it."""
         record = self.record
-        shown = {
-            "Id": self.id,
-            "Created": record["Created"],
-            "Path": record["Path"],
-            "Args": record["Args"],
-            "State": self.state.to_api(),
-            "Image": record["Image"],
-            "ResolvConfPath": record["ResolvConfPath"],
-            "HostnamePath": record["HostnamePath"],
-            "HostsPath": record["HostsPath"],
-            "LogPath": record["LogPath"],
-            "Name": record["Name"],
-            "RestartCount": record["RestartCount"],
-            "Driver": record["Driver"],
-            "Platform": record["OS"],
-            "MountLabel": record["MountLabel"],
-            "ProcessLabel": record["ProcessLabel"],
-            "AppArmorProfile": record["AppArmorProfile"],
-            "ExecIDs": list(self.execs) or None,
-            "HostConfig": self.host_config,
-            "GraphDriver": {"Data": self.parts.layers.rw_metadata(self.id), "Name": record["Driver"]},
-            "Mounts": [shown_mount(point) for point in self.points],
-            "Config": self.config,
-            "NetworkSettings": network_settings(record["NetworkSettings"], self.sandbox, self.state.pid),
-        }
+        shown = {"Id": self.id, **{name: record[name] for name in INSPECTED}, "Platform": record["OS"],
+                 "State": self.state.to_api(), "ExecIDs": list(self.execs) or None,
+                 "HostConfig": self.host_config,
+                 "GraphDriver": {"Data": self.parts.layers.rw_metadata(self.id), "Name": record["Driver"]},
+                 "Mounts": [shown_mount(point) for point in self.points], "Config": self.config,
+                 "NetworkSettings": network_settings(record["NetworkSettings"], self.sandbox, self.state.pid)}
         if size:
             shown["SizeRw"], shown["SizeRootFs"] = self.parts.layers.rw_size(self.id)
         return shown
@@ -17837,21 +17758,13 @@ class Container:
         """The container as GET /containers/json of the newest API lists it."""
         record = self.record
         command = " ".join(_shell_word(word) for word in [record["Path"], *record["Args"]])
-        listed = {
-            "Id": self.id,
-            "Names": [record["Name"]],
-            "Image": image_name,
-            "ImageID": record["Image"],
-            "Command": command,
-            "Created": parse_timestamp(record["Created"]) // 10**9,
-            "Ports": [],
-            "Labels": self.config.get("Labels") or {},
-            "State": self.state.status,
-            "Status": status_text(self.state.to_api(), time.time_ns()),
-            "HostConfig": {"NetworkMode": self.host_config["NetworkMode"]},
-            "NetworkSettings": {"Networks": record["NetworkSettings"]["Networks"]},
-            "Mounts": [shown_mount(point) for point in self.points],
-        }
+        listed = {"Id": self.id, "Names": [record["Name"]], "Image": image_name, "ImageID": record["Image"],
+                  "Command": command, "Created": parse_timestamp(record["Created"]) // 10**9, "Ports": [],
+                  "Labels": self.config.get("Labels") or {}, "State": self.state.status,
+                  "Status": status_text(self.state.to_api(), time.time_ns()),
+                  "HostConfig": {"NetworkMode": self.host_config["NetworkMode"]},
+                  "NetworkSettings": {"Networks": record["NetworkSettings"]["Networks"]},
+                  "Mounts": [shown_mount(point) for point in self.points]}
         if size:
             listed["SizeRw"], listed["SizeRootFs"] = self.parts.layers.rw_size(self.id)
         return listed
@@ -18191,24 +18104,13 @@ class ExecInstance:
         """The instance as GET /exec/ID/json of the newest API shows it."""
         config = self.config
         return {
-            "ID": self.id,
-            "Running": self.running,
-            "ExitCode": self.exit_code,
-            "ProcessConfig": {
-                "tty": config["Tty"],
-                "entrypoint": config["Cmd"][0],
-                "arguments": config["Cmd"][1:],
-                "privileged": config["Privileged"],
-                **({"user": config["User"]} if config["User"] else {}),
-            },
-            "OpenStdin": config["AttachStdin"],
-            "OpenStderr": config["AttachStderr"],
-            "OpenStdout": config["AttachStdout"],
-            "CanRemove": self.age() > EXEC_KEPT,
-            "ContainerID": self.container.id,
-            "DetachKeys": base64.b64encode(self.keys if config["DetachKeys"] else b"").decode(),
-            "Pid": self.pid,
-        }
+            "ID": self.id, "Running": self.running, "ExitCode": self.exit_code, "Pid": self.pid,
+            "ProcessConfig": {"tty": config["Tty"], "entrypoint": config["Cmd"][0],
+                              "arguments": config["Cmd"][1:], "privileged": config["Privileged"],
+                              **({"user": config["User"]} if config["User"] else {})},
+            **{"Open" + stream: config["Attach" + stream] for stream in ("Stdin", "Stdout", "Stderr")},
+            "CanRemove": self.age() > EXEC_KEPT, "ContainerID": self.container.id,
+            "DetachKeys": base64.b64encode(self.keys if config["DetachKeys"] else b"").decode()}
 
     def age(self) -> float:
         """Seconds since its end; 0 before."""
@@ -18473,8 +18375,7 @@ def container_limits(host_config: dict[str, Any], config: Any) -> list[tuple[int
 
     limits = {
         **{name: (limit["Soft"], limit["Hard"]) for name, limit in (config.default_ulimits or {}).items()},
-        **{limit["Name"]: (limit["Soft"], limit["Hard"]) for limit in host_config.get("Ulimits") or []},
-    }
+        **{limit["Name"]: (limit["Soft"], limit["Hard"]) for limit in host_config.get("Ulimits") or []}}
     bounded = CAPABILITIES.index("CAP_SYS_RESOURCE") not in bounding_capabilities()
     taken = []
     for name, (soft, hard) in sorted(limits.items()):
@@ -18509,17 +18410,12 @@ def _all_host_devices(taken: set[str]) -> list[dict[str, Any]]:
     given = {"/dev/" + name for name, _, _ in DEVICE_NODES} | {"/dev/console", "/dev/ptmx"} | taken
     nodes = []
     for directory, names, files in os.walk("/dev"):
-        names[:] = [
-            name
-            for name in names
-            if name not in ("pts", "shm", "mqueue", "fd", ".lxc", ".lxd-mounts", ".udev")
-        ]
+        names[:] = [name for name in names
+                    if name not in ("pts", "shm", "mqueue", "fd", ".lxc", ".lxd-mounts", ".udev")]
         for path in (os.path.join(directory, name) for name in files):
             with contextlib.suppress(OSError):
                 information = os.lstat(path)
-                if path not in given and (
-                    stat.S_ISCHR(information.st_mode) or stat.S_ISBLK(information.st_mode)
-                ):
+                if path not in given and stat.S_IFMT(information.st_mode) in (stat.S_IFCHR, stat.S_IFBLK):
                     nodes.append(device_node(path, information))
     return nodes
 
@@ -18731,21 +18627,12 @@ class Events:
     def publish(self, kind: str, action: str, actor: str, attributes: dict[str, str]) -> None:
         """Record one event of the API's newest shape and hand it to the listeners."""
         now = time.time_ns()
-        event: dict[str, Any] = {
-            "Type": kind,
-            "Action": action,
-            "Actor": {"ID": actor, "Attributes": dict(sorted(attributes.items()))},
-            "scope": "local",
-            "time": now // 10**9,
-            "timeNano": now,
-        }
+        event: dict[str, Any] = {"Type": kind, "Action": action,
+                                 "Actor": {"ID": actor, "Attributes": dict(sorted(attributes.items()))},
+                                 "scope": "local", "time": now // 10**9, "timeNano": now}
         if kind in ("container", "image"):
-            event = {
-                "status": action,
-                "id": actor,
-                **({"from": attributes["image"]} if "image" in attributes else {}),
-                **event,
-            }
+            event = {"status": action, "id": actor,
+                     **({"from": attributes["image"]} if "image" in attributes else {}), **event}
         with self._lock:
             self._past.append(event)
             for listener in self._listeners:
@@ -18810,9 +18697,8 @@ class Events:
         while True:
             with self._lock:
                 remaining = max(0.0, (until - time.time_ns()) / 1e9) if until else None
-                self._lock.wait_for(
-                    lambda: listener or cancelled.is_set() or not self._listens(listener), remaining
-                )
+                self._lock.wait_for(lambda: listener or cancelled.is_set() or not self._listens(listener),
+                                    remaining)
                 batch = list(listener)
                 listener.clear()
                 over = cancelled.is_set() or not self._listens(listener)
@@ -18856,10 +18742,8 @@ def event_matches(event: dict[str, Any], filters: dict[str, list[str]]) -> bool:
         "daemon": lambda value: kind == "daemon" and value in (actor, name),
         "event": lambda value: value == action or action.startswith(value + ":"),
         "image": lambda value: kind in ("container", "image") and value in (actor, image, untagged),
-        "scope": lambda value: value == event["scope"],
-        "type": lambda value: value == kind,
-        **{key: of_kind(key) for key in ("container", "network", "volume")},
-    }
+        "scope": lambda value: value == event["scope"], "type": lambda value: value == kind,
+        **{key: of_kind(key) for key in ("container", "network", "volume")}}
     return matches_labels(filters.get("label", ()), attributes) and all(
         any(map(one, filters[key])) for key, one in matches.items() if filters.get(key))
 
@@ -18940,9 +18824,8 @@ class ContainerTable:
     def all(self) -> list[Container]:
         """All containers, the newest first."""
         with self._lock:
-            return sorted(
-                self._by_id.values(), key=lambda container: container.record["Created"], reverse=True
-            )
+            return sorted(self._by_id.values(), key=lambda container: container.record["Created"],
+                          reverse=True)
 
 
 class ContainerJobs:
@@ -19086,9 +18969,8 @@ class ContainerJobs:
     def _stop_arguments(job: Job) -> tuple[Optional[int], Optional[int]]:
         wanted = job.env.get("signal")
         timeout = job.env.get("t")
-        return parse_signal(wanted) if wanted else None, None if timeout in (None, "") else job.env.get_int(
-            "t", 10
-        )
+        seconds = None if timeout in (None, "") else job.env.get_int("t", 10)
+        return parse_signal(wanted) if wanted else None, seconds
 
     @job("kill")
     def kill(self, job: Job) -> None:
@@ -19522,6 +19404,22 @@ class NetworkJobs:
         container.disconnect(network)
 
 
+# What info tells that is always the same, and what it has from the configuration
+INFO: dict[str, Any] = {
+    "OSType": "linux", "IndexServerAddress": "https://index.docker.io/v1/", "GenericResources": None,
+    "ServerVersion": VERSION, "Isolation": "", "ContainerdCommit": {"ID": ""}, "RuncCommit": {"ID": ""},
+    "InitCommit": {"ID": ""},
+    "Swarm": {"NodeID": "", "NodeAddr": "", "LocalNodeState": "inactive", "ControlAvailable": False,
+              "Error": "", "RemoteManagers": None},
+}
+INFO_OF_CONFIG = {
+    "Debug": "debug", "DefaultRuntime": "default_runtime", "DockerRootDir": "data_root",
+    "ExperimentalBuild": "experimental", "HttpProxy": "http_proxy", "HttpsProxy": "https_proxy",
+    "Labels": "labels", "LiveRestoreEnabled": "live_restore", "LoggingDriver": "log_driver",
+    "NoProxy": "no_proxy",
+}
+
+
 class SystemJobs:
     """The jobs about the daemon itself: info and version."""
 
@@ -19538,103 +19436,39 @@ class SystemJobs:
         release = _os_release()
         cdi_directories = config.cdi_spec_dirs or CDI_DIRECTORIES
         forwards = read_text("/proc/sys/net/ipv4/ip_forward").strip() == "1"
-        job.reply(
-            {
-                "ID": daemon.id,
-                "Containers": len(containers),
-                "ContainersRunning": states.count("running"),
-                "ContainersPaused": states.count("paused"),
-                "ContainersStopped": len(states) - states.count("running") - states.count("paused"),
-                "Images": daemon.images.count(),
-                "Driver": daemon.layers.driver.name,
-                "DriverStatus": daemon.layers.driver.status(),
-                "Plugins": {
-                    "Volume": ["local"],
-                    "Network": list(NETWORK_DRIVERS),
-                    "Authorization": None,
-                    "Log": [name for name in LOG_DRIVERS if name != "none"],
-                },
-                **daemon.cgroups.info(),
-                "IPv4Forwarding": forwards,
-                "Debug": config.debug,
-                "NFd": len(os.listdir("/proc/self/fd")),
-                "NGoroutines": threading.active_count(),
-                "SystemTime": rfc3339nano(time.time_ns()),
-                "LoggingDriver": config.log_driver,
-                "NEventsListener": daemon.events.count,
-                "KernelVersion": uname.release,
-                "OperatingSystem": release.get("PRETTY_NAME", "Linux"),
-                "OSVersion": release.get("VERSION_ID", ""),
-                "OSType": "linux",
-                "Architecture": uname.machine,
-                "IndexServerAddress": "https://index.docker.io/v1/",
-                "RegistryConfig": _registry_config(config),
-                "NCPU": len(os.sched_getaffinity(0)),
-                "MemTotal": machine_memory(),
-                "GenericResources": None,
-                "DockerRootDir": config.data_root,
-                "HttpProxy": config.http_proxy,
-                "HttpsProxy": config.https_proxy,
-                "NoProxy": config.no_proxy,
-                "Name": uname.nodename,
-                "Labels": list(config.labels),
-                "ExperimentalBuild": config.experimental,
-                "ServerVersion": VERSION,
-                "Runtimes": {"runc": {"path": "native"}, **config.runtimes},
-                "DefaultRuntime": config.default_runtime,
-                "Swarm": {
-                    "NodeID": "",
-                    "NodeAddr": "",
-                    "LocalNodeState": "inactive",
-                    "ControlAvailable": False,
-                    "Error": "",
-                    "RemoteManagers": None,
-                },
-                "LiveRestoreEnabled": config.live_restore,
-                "Isolation": "",
-                "InitBinary": config.init_path or "docker-init",
-                "ContainerdCommit": {"ID": ""},
-                "RuncCommit": {"ID": ""},
-                "InitCommit": {"ID": ""},
-                "SecurityOptions": daemon.security_options,
-                "CDISpecDirs": list(cdi_directories),
-                "FirewallBackend": {"Driver": daemon.networks.firewall.name},
-                "DiscoveredDevices": [{"Source": "cdi", "ID": name} for name in cdi_devices(cdi_directories)],
-                "Warnings": daemon.cgroups.warnings() + (
-                    [] if forwards else ["WARNING: IPv4 forwarding is disabled"]),
-            }
-        )
+        stopped = len(states) - states.count("running") - states.count("paused")
+        job.reply({
+            **INFO, **{name: getattr(config, attribute) for name, attribute in INFO_OF_CONFIG.items()},
+            **daemon.cgroups.info(), "ID": daemon.id, "Containers": len(containers),
+            "ContainersRunning": states.count("running"), "ContainersPaused": states.count("paused"),
+            "ContainersStopped": stopped, "Images": daemon.images.count(),
+            "Driver": daemon.layers.driver.name, "DriverStatus": daemon.layers.driver.status(),
+            "Plugins": {"Volume": ["local"], "Network": list(NETWORK_DRIVERS), "Authorization": None,
+                        "Log": [name for name in LOG_DRIVERS if name != "none"]},
+            "IPv4Forwarding": forwards, "NFd": len(os.listdir("/proc/self/fd")),
+            "NGoroutines": threading.active_count(), "SystemTime": rfc3339nano(time.time_ns()),
+            "NEventsListener": daemon.events.count, "KernelVersion": uname.release,
+            "OperatingSystem": release.get("PRETTY_NAME", "Linux"),
+            "OSVersion": release.get("VERSION_ID", ""), "Architecture": uname.machine,
+            "RegistryConfig": _registry_config(config), "NCPU": len(os.sched_getaffinity(0)),
+            "MemTotal": machine_memory(), "Name": uname.nodename,
+            "Runtimes": {"runc": {"path": "native"}, **config.runtimes},
+            "InitBinary": config.init_path or "docker-init", "SecurityOptions": daemon.security_options,
+            "CDISpecDirs": list(cdi_directories),
+            "FirewallBackend": {"Driver": daemon.networks.firewall.name},
+            "DiscoveredDevices": [{"Source": "cdi", "ID": name} for name in cdi_devices(cdi_directories)],
+            "Warnings": daemon.cgroups.warnings() + (
+                [] if forwards else ["WARNING: IPv4 forwarding is disabled"])})
 
     @job("version")
     def version(self, job: Job) -> None:
         """GET /version of the newest API; Docker 1.2.0's fields are among them."""
         uname = os.uname()
-        details = {
-            "ApiVersion": API_VERSION,
-            "Arch": _go_architecture(),
-            "BuildTime": "",
-            "Experimental": "false",
-            "GitCommit": GIT_COMMIT,
-            "GoVersion": _runtime_version(),
-            "KernelVersion": uname.release,
-            "MinAPIVersion": MIN_API_VERSION,
-            "Os": "linux",
-        }
-        job.reply(
-            {
-                "Platform": {"Name": "dockerd.py"},
-                "Components": [{"Name": "Engine", "Version": VERSION, "Details": details}],
-                "Version": VERSION,
-                "ApiVersion": API_VERSION,
-                "MinAPIVersion": MIN_API_VERSION,
-                "GitCommit": GIT_COMMIT,
-                "GoVersion": details["GoVersion"],
-                "Os": "linux",
-                "Arch": details["Arch"],
-                "KernelVersion": uname.release,
-                "BuildTime": "",
-            }
-        )
+        both = {"ApiVersion": API_VERSION, "Arch": _go_architecture(), "BuildTime": "", "Os": "linux",
+                "GitCommit": GIT_COMMIT, "GoVersion": _runtime_version(), "KernelVersion": uname.release,
+                "MinAPIVersion": MIN_API_VERSION}
+        engine = {"Name": "Engine", "Version": VERSION, "Details": {**both, "Experimental": "false"}}
+        job.reply({**both, "Platform": {"Name": "dockerd.py"}, "Components": [engine], "Version": VERSION})
 
 
 def _runtime_version() -> str:
@@ -19656,18 +19490,10 @@ def _os_release() -> dict[str, str]:
 def _registry_config(config: Any) -> dict[str, Any]:
     hub = {"Name": "docker.io", "Mirrors": list(config.registry_mirrors), "Secure": True, "Official": True}
     networks = [entry for entry in config.insecure_registries if "/" in entry]
-    return {
-        "InsecureRegistryCIDRs": ["::1/128", "127.0.0.0/8", *networks],
-        "Mirrors": list(config.registry_mirrors),
-        "IndexConfigs": {
-            "docker.io": hub,
-            **{
-                host: {"Name": host, "Mirrors": [], "Secure": False, "Official": False}
-                for host in config.insecure_registries
-                if host not in networks
-            },
-        },
-    }
+    others = {host: {"Name": host, "Mirrors": [], "Secure": False, "Official": False}
+              for host in config.insecure_registries if host not in networks}
+    return {"InsecureRegistryCIDRs": ["::1/128", "127.0.0.0/8", *networks],
+            "Mirrors": list(config.registry_mirrors), "IndexConfigs": {"docker.io": hub, **others}}
 
 
 class Survey:
@@ -19843,24 +19669,10 @@ class Daemon:
         self.networks: Networks = engine.variables["networks"]
         self.volumes = Volumes(config.data_root, functools.partial(self.events.publish, "volume"), self.idmap)
         self.volumes.renamed = self._volume_renamed
-        self.parts = Parts(
-            config,
-            self.layers,
-            self.driver,
-            self.cgroups,
-            LogPump(),
-            self._seccomp_profile(),
-            self.events.container_event,
-            self.events.network_event,
-            self.workers.submit,
-            self.workers.later,
-            self.networks,
-            self.containers.discard,
-            self.containers.find,
-            self.idmap,
-            self.containers.all,
-            self.volumes,
-        )
+        self.parts = Parts(config, self.layers, self.driver, self.cgroups, LogPump(), self._seccomp_profile(),
+                           self.events.container_event, self.events.network_event, self.workers.submit,
+                           self.workers.later, self.networks, self.containers.discard, self.containers.find,
+                           self.idmap, self.containers.all, self.volumes)
         self._load_containers()
         self.networks.proxy.forget_strangers()
         self.driver.open()
@@ -19869,17 +19681,10 @@ class Daemon:
 
     def install(self) -> None:
         """Register every part's jobs with the engine, and leave the daemon where old parts look for it."""
-        for part in (
-            self.events,
-            self.images,
-            self.volumes,
-            ContainerJobs(self.parts, self.images, self.containers, self.events),
-            NetworkJobs(self.networks, self.containers, self.events),
-            Statistics(self.containers),
-            ExecJobs(self.containers),
-            SystemJobs(self),
-            Pulls(Registry(self.config), self.images),
-        ):
+        for part in (self.events, self.images, self.volumes,
+                     ContainerJobs(self.parts, self.images, self.containers, self.events),
+                     NetworkJobs(self.networks, self.containers, self.events), Statistics(self.containers),
+                     ExecJobs(self.containers), SystemJobs(self), Pulls(Registry(self.config), self.images)):
             self.engine.install(part)
         self.engine.variables["httpapi.daemon"] = self
 
@@ -20085,9 +19890,8 @@ class Daemon:
         os.ftruncate(self._lock_file, 0)
 
     def _stop_all(self, running: Iterable[Container]) -> None:
-        threads = [
-            threading.Thread(target=self._stop_one, args=(container,), daemon=True) for container in running
-        ]
+        threads = [threading.Thread(target=self._stop_one, args=(container,), daemon=True)
+                   for container in running]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -20104,10 +19908,7 @@ class Daemon:
 
     def shutdown_timeout(self) -> float:
         """How long shutdown may take, in seconds: --shutdown-timeout, or the longest stop timeout and 5 s."""
-        longest = max(
-            (container.stop_timeout for container in self.containers.all() if container.state.running),
-            default=0,
-        )
+        longest = max((one.stop_timeout for one in self.containers.all() if one.state.running), default=0)
         return max(10, self.config.shutdown_timeout, longest + 5)
 
 
@@ -20136,14 +19937,11 @@ def check_host_system() -> None:
     enough."""
     uname = os.uname()
     if uname.sysname != "Linux" or uname.machine not in SYSCALLS:
-        raise DockerError(
-            f"dockerd.py runs on Linux on {' and '.join(SYSCALLS)}, not on {uname.sysname} {uname.machine}"
-        )
+        raise DockerError(f"dockerd.py runs on Linux on {' and '.join(SYSCALLS)}, not on {uname.sysname} "
+                          f"{uname.machine}")
     if os.geteuid() != 0:
-        raise DockerError(
-            "dockerd needs to be started with root privileges. To see how to run dockerd in rootless mode "
-            "with unprivileged user, see the documentation"
-        )
+        raise DockerError("dockerd needs to be started with root privileges. To see how to run dockerd in "
+                          "rootless mode with unprivileged user, see the documentation")
     version = tuple(int(number) for number in re.findall(r"\d+", uname.release)[:2])
     if version < MINIMUM_KERNEL:
         raise DockerError(f"the kernel {uname.release} is too old: dockerd.py needs "
@@ -22285,17 +22083,15 @@ def hold_pidfile(path: str) -> None:
         if (pid.isdigit() and int(pid) != os.getpid() and os.path.exists(f"/proc/{pid}")
                 and _is_daemon(int(pid))):
             raise DockerError(
-                f"process with PID {pid} is still running: is another daemon using the pid file {path}?"
-            )
+                f"process with PID {pid} is still running: is another daemon using the pid file {path}?")
     except FileNotFoundError:
         pass
     try:
         os.makedirs(os.path.dirname(os.path.abspath(path)), 0o755, exist_ok=True)
         write_state(path, b"%d" % os.getpid(), mode=0o644, durable=False)
     except OSError as error:
-        raise DockerError(
-            f"failed to start daemon, ensure docker is not running or delete {path}: {error.strerror}"
-        ) from None
+        raise DockerError("failed to start daemon, ensure docker is not running or delete "
+                          f"{path}: {error.strerror}") from None
 
 
 def _is_daemon(pid: int) -> bool:
