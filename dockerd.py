@@ -14020,6 +14020,12 @@ class Volumes:
         with self._lock:
             return [volume for _, volume in sorted(self._volumes.items())]
 
+    def usage(self) -> list[dict[str, Any]]:
+        """All volumes with what they take, as `system df` shows them; those with options, whose files need
+        not be here, are left out, as in Docker."""
+        return [{**volume.shape(), "UsageData": {"RefCount": len(volume.users), "Size": volume_size(volume)}}
+                for volume in self.all() if not volume.facts["Options"]]
+
     @job("volume_inspect")
     def inspect(self, job: Job) -> None:
         """The volume named by the argument."""
@@ -14065,7 +14071,8 @@ class Volumes:
 
     @job("volume_prune")
     def prune(self, job: Job) -> None:
-        """Remove what no container refers to: anonymous ones, with the filter `all` all; by label, label!."""
+        """Remove what no container refers to: anonymous ones, with the filter `all` all, but none that has
+        options, whose files may be another host's, as in Docker; by label, label!."""
         filters = self._filters(job, "invalid", ("label", "label!", "all"))
         everything = any(word.lower() in ("1", "true") for word in filters.get("all", ()))
         if not self._pruning.acquire(blocking=False):
@@ -14075,7 +14082,8 @@ class Volumes:
             stack.callback(self._pruning.release)
             for volume in self.all():
                 labels = volume.facts["Labels"]
-                if volume.users or not (everything or volume.anonymous) or job.cancelled.is_set() \
+                if volume.users or not (everything or volume.anonymous) or volume.facts["Options"] \
+                        or job.cancelled.is_set() \
                         or not matches_labels(filters.get("label", ()), labels) \
                         or any(matches_labels([text], labels) for text in filters.get("label!", ())):
                     continue
@@ -14089,8 +14097,10 @@ class Volumes:
 
 
 def volume_size(volume: Volume) -> int:
-    """The bytes of a volume's files, a hard-linked one counted once."""
-    return sum(size for _, size, _ in confined(volume.data, _file_sizes))
+    """The bytes of a volume's files, a hard-linked one counted once; 0 when it has gone meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(size for _, size, _ in confined(volume.data, _file_sizes))
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------

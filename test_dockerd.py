@@ -8175,7 +8175,8 @@ def test_volumes_are_listed_filtered_renamed_pruned_and_survive(new_host: Callab
     assert host.api("POST", "/volumes/prune")["VolumesDeleted"] == [anonymous]
     host.api("DELETE", f"/containers/{name}?v=1")
     everything = urllib.parse.quote(json.dumps({"all": ["1"]}))
-    assert host.api("POST", f"/volumes/prune?filters={everything}")["VolumesDeleted"] == ["mem", "two"]
+    assert host.api("POST", f"/volumes/prune?filters={everything}")["VolumesDeleted"] == ["two"]
+    host.api("DELETE", "/volumes/mem")  # with options it may be another host's: prune spares it
     assert os.listdir(os.path.join(host.data_root, "volumes")) == []
     assert os.stat(os.path.join(host.data_root, "volumes")).st_mode & 0o777 == 0o701  # CVE-2021-41091
 
