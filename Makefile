@@ -20,9 +20,10 @@ COMPOSE_PACKAGES := docker-compose==1.29.2 attrs==23.2.0 certifi charset-normali
 	requests==2.31.0 six texttable urllib3==1.26.20 websocket-client==0.59.0
 COMPOSE_STAMP := .cache/compose/.complete-$(shell echo "$(COMPOSE_PACKAGES)" | md5sum | cut -c 1-8)
 # What the tests call, and the package that has it.
-TOOLS := cc:gcc debootstrap:debootstrap ip:iproute2 iptables-restore:iptables ldd:libc-bin nft:nftables nsenter:util-linux \
-	openssl:openssl ps:procps ss:iproute2 unshare:util-linux
-VM_TOOLS := mkfs.ext4:e2fsprogs qemu-system-x86_64:qemu-system-x86
+TOOLS := cc:gcc debootstrap:debootstrap ip:iproute2 iptables-restore:iptables ldd:libc-bin mkfs.btrfs:btrfs-progs \
+	mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs nft:nftables nsenter:util-linux openssl:openssl ps:procps ss:iproute2 \
+	unshare:util-linux
+VM_TOOLS := qemu-system-x86_64:qemu-system-x86
 
 # "MINOR INTERPRETER" of every usable Python 3.9 or newer in PATH and under pyenv, oldest first.  Each names itself,
 # so that a shim is never taken for an interpreter.
@@ -34,10 +35,10 @@ LIST_PYTHONS = for directory in $$(echo "$$PATH" | tr : ' ') $$HOME/.pyenv/versi
 	print(sys.version_info[1], sys.executable)' 2>/dev/null; \
 	done; done | sort -u -n -k 1,1
 # What the machine of `make vmtest` has beside Debian's base: a kernel, systemd, AppArmor, and what tests call.
-VM_PACKAGES := apparmor busybox-static ca-certificates dbus debootstrap e2fsprogs gcc git initramfs-tools iproute2 \
+VM_PACKAGES := apparmor btrfs-progs busybox-static ca-certificates dbus debootstrap e2fsprogs gcc git initramfs-tools iproute2 \
 	iptables libc6-dev libdevmapper1.02.1 libseccomp2 linux-image-$(shell dpkg --print-architecture) make openssl \
 	procps python3 python3-cffi python3-dev python3-docker python3-ply python3-pytest python3-pytest-timeout \
-	python3-setuptools python3-venv python3-yaml runc systemd systemd-sysv
+	python3-setuptools python3-venv python3-yaml runc systemd systemd-sysv xfsprogs
 # The virtual environments of the oldest and of the newest Python.
 OLDEST = $$(head -n 1 $(CACHE)/environments)
 NEWEST = $$(tail -n 1 $(CACHE)/environments)

@@ -142,16 +142,23 @@ OPEN_TREE_CLOEXEC = os.O_CLOEXEC
 OPEN_TREE_CLONE = 1
 
 # <linux/btrfs.h>
+BTRFS_IOC_QGROUP_LIMIT = 0x8030942B
+BTRFS_IOC_QUOTA_CTL = 0xC0109428
 BTRFS_IOC_SNAP_CREATE_V2 = 0x50009417
 BTRFS_IOC_SNAP_DESTROY = 0x5000940F
 BTRFS_IOC_SUBVOL_CREATE = 0x5000940E
+BTRFS_QGROUP_LIMIT_MAX_RFER = 1
+BTRFS_QUOTA_CTL_ENABLE = 1
 
 # <linux/fs.h>
 FICLONE = 0x40049409
 FS_APPEND_FL = 0x20
 FS_IMMUTABLE_FL = 0x10
+FS_IOC_FSGETXATTR = 0x801C581F
+FS_IOC_FSSETXATTR = 0x401C5820
 FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
+FS_XFLAG_PROJINHERIT = 0x200
 
 # <linux/ioctl.h> families: <asm-generic/ioctls.h>, <linux/sockios.h>
 SIOCGSKNS = 0x894C
@@ -167,6 +174,14 @@ RESOLVE_NO_SYMLINKS = 0x04
 
 # <linux/capability.h>
 LINUX_CAPABILITY_VERSION_3 = 0x20080522
+
+# <linux/quota.h>, <linux/dqblk_xfs.h>
+FS_QUOTA_PDQ_ENFD = 1 << 5
+PRJQUOTA = 2
+QIF_BLIMITS = 1
+Q_GETQUOTA = 0x800007
+Q_SETQUOTA = 0x800008
+Q_XGETQSTAT = 0x5805
 
 # <linux/magic.h>
 BTRFS_SUPER_MAGIC = 0x9123683E
@@ -284,6 +299,7 @@ SYSCALL_MOUNT_SETATTR = 442
 SYSCALL_MOVE_MOUNT = 429
 SYSCALL_OPENAT2 = 437
 SYSCALL_OPEN_TREE = 428
+SYSCALL_QUOTACTL_FD = 443
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -617,6 +633,13 @@ def close_fds(fds: Iterable[int]) -> None:
     """Close all these descriptors."""
     for fd in fds:
         os.close(fd)
+
+
+def quotactl(fd: int, command: int, identity: int, data: Union[bytes, bytearray]) -> None:
+    """One command (Q_*) on the project quotas of the file system behind `fd`, which fills a bytearray;
+    quotactl_fd(2), since Linux 5.14."""
+    buffer = data if isinstance(data, bytes) else (ctypes.c_char * len(data)).from_buffer(data)
+    _syscall(SYSCALL_QUOTACTL_FD, fd, command << 8 | PRJQUOTA, identity, buffer)
 
 
 def receive_fds(connection: socket.socket, size: int, most: int) -> tuple[bytes, list[int]]:
@@ -1254,6 +1277,15 @@ def parse_size(text: str, base: int = 1024) -> int:
         raise BadParameter(f"invalid suffix: '{suffix}'")
     exponent = " kmgtp".find(suffix[:1]) if suffix not in ("", "b") else 0
     return int(float(match.group(1)) * base ** exponent)
+
+
+def human_size(size: float) -> str:
+    """1.235MB, as go-units' HumanSize writes it."""
+    units = ["B", "kB", "MB", "GB", "TB", "PB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        del units[0]
+    return f"{size:.4g}{units[0]}"
 
 
 ULIMITS = ("core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice", "nofile", "nproc", "rss",
@@ -4155,6 +4187,57 @@ def make_directory(path: str, mode: int, uid: int = 0, gid: int = 0) -> None:
     os.chown(path, uid, gid)
 
 
+# Limits of directories
+
+FSXATTR = struct.Struct("=5I8x")     # struct fsxattr of <linux/fs.h>: flags and project are the 1st and 4th
+IF_DQBLK = struct.Struct("=8QI4x")   # struct if_dqblk of <linux/quota.h>: limits in KiB, use in bytes
+NO_QUOTA = "Filesystem does not support, or has not enabled quotas"
+
+
+def has_project_quota(directory: str) -> bool:
+    """Whether the file system of a directory enforces limits of projects: xfs mounted with pquota, ext4 made
+    and mounted with prjquota."""
+    state = bytearray(80)  # struct fs_quota_stat of <linux/dqblk_xfs.h>
+    with contextlib.suppress(OSError), opened(directory) as fd:
+        quotactl(fd, Q_XGETQSTAT, 0, state)
+    return bool(struct.unpack_from("=H", state, 2)[0] & FS_QUOTA_PDQ_ENFD)
+
+
+def limit_directory(path: str, size: int) -> None:
+    """Let all that will ever be in an empty directory take at most `size` bytes, as a project of its own.
+    OSError."""
+    with opened(path) as fd:
+        project = 0
+        while not project:
+            number, used = secrets.randbelow(1 << 30) + (1 << 30), bytearray(IF_DQBLK.size)
+            with contextlib.suppress(FileNotFoundError):  # xfs knows nothing of it
+                quotactl(fd, Q_GETQUOTA, number, used)
+            project = 0 if any(used[:-8]) else number
+        _limit_project(fd, project, size)
+        facts = bytearray(FSXATTR.size)
+        fcntl.ioctl(fd, FS_IOC_FSGETXATTR, facts)
+        flags, *others = FSXATTR.unpack(facts)
+        others[2] = project
+        fcntl.ioctl(fd, FS_IOC_FSSETXATTR, FSXATTR.pack(flags | FS_XFLAG_PROJINHERIT, *others))
+
+
+def _limit_project(fd: int, project: int, size: int) -> None:
+    blocks = -(-size // 1024)
+    quotactl(fd, Q_SETQUOTA, project, IF_DQBLK.pack(blocks, blocks, 0, 0, 0, 0, 0, 0, QIF_BLIMITS))
+
+
+def unlimit_directory(path: str) -> None:
+    """Take the limit away that a directory, which is about to be removed, may have of its own."""
+    projects = []
+    with contextlib.suppress(OSError), opened(os.path.dirname(path)) as above, opened(path) as fd:
+        for each in (fd, above):
+            facts = bytearray(FSXATTR.size)
+            fcntl.ioctl(each, FS_IOC_FSGETXATTR, facts)
+            projects.append(FSXATTR.unpack(facts)[3])
+        if projects[0] != projects[1]:
+            _limit_project(fd, projects[0], 0)
+
+
 # The drivers
 
 FILE_SYSTEMS = {  # f_type of statfs(2): the name that Docker shows
@@ -4191,7 +4274,9 @@ class StorageDriver:
     whiteouts = "apply"
     options: tuple[str, ...] = ()  # those it takes
     unknown_option = "unknown option {} for {}"
-    no_size = "the storage driver {} has no size limits: leave out --storage-opt size"
+    no_size = NO_QUOTA
+    limits = False  # whether a layer can have a size
+    size = 0        # that of a writable one which asks for none
 
     def __init__(self, root: str, options: Optional[list[str]], idmap: IdMap) -> None:
         self.home, self.idmap = os.path.join(root, self.name), idmap
@@ -4203,6 +4288,9 @@ class StorageDriver:
                 raise BadParameter(self.unknown_option.format(key, self.name))
             self.take_option(key, value)
         self.detect(self._existing())
+        self.limits = self.limits or has_project_quota(self._existing())
+        if self.size and not self.limits:
+            raise BadParameter(f"the storage option size is not supported: {NO_QUOTA}")
         make_directory(self.home, 0o710, 0, idmap.root[1])
         make_directory(self.layers(), 0o710, 0, idmap.root[1])
 
@@ -4212,6 +4300,8 @@ class StorageDriver:
 
     def take_option(self, key: str, value: str) -> None:
         """One of `options`; BadParameter when its value cannot be had."""
+        if key.endswith("size"):
+            self.size = parse_size(value)
 
     def detect(self, directory: str) -> None:
         """DriverNotSupported when layers cannot be kept on the file system of `directory`."""
@@ -4248,21 +4338,22 @@ class StorageDriver:
         limit).
 
         DockerError or OSError, and then nothing of it is there."""
-        if size:
-            raise BadParameter(self.no_size.format(self.name))
+        if size and not self.limits:
+            raise DockerError(self.no_size)
         if parent is not None and not self.exists(parent):
             raise NotFound(f"parent layer {parent} does not exist")
         if self.exists(cache_id):
             raise Conflict(f"layer {cache_id} already exists")
         try:
             failpoint("layer-create")
-            self.make(cache_id, parent)
+            self.make(cache_id, parent, size or (self.size if writable else 0))
         except BaseException:
             self.remove(cache_id)
             raise
 
-    def make(self, cache_id: str, parent: Optional[str]) -> None:
-        """Make the layer's directories; create() undoes what a failure leaves."""
+    def make(self, cache_id: str, parent: Optional[str], size: int) -> None:
+        """Make the layer's directories, limited to `size` bytes if any; create() undoes what a failure
+        leaves."""
         raise NotImplementedError
 
     def remove(self, cache_id: str) -> None:
@@ -4274,14 +4365,15 @@ class StorageDriver:
             os.rename(path, doomed)
         except FileNotFoundError:
             return
-        except OSError as error:  # a mount that another daemon left in it
-            if error.errno != errno.EBUSY:
+        except OSError as error:  # a mount that another daemon left in it; a limited directory in another
+            if error.errno not in (errno.EBUSY, errno.EXDEV):
                 raise
             doomed = path
         self.destroy(doomed)
 
     def destroy(self, path: str) -> None:
         """Remove a layer's directory."""
+        unlimit_directory(path)
         remove_tree(path)
 
     def leftovers(self) -> list[Damage]:
@@ -4313,6 +4405,14 @@ class StorageDriver:
         return None
 
 
+def storage_size(options: dict[str, str]) -> int:
+    """The bytes that a container's --storage-opt allow it, 0 where they tell nothing; BadParameter."""
+    for key in options:
+        if key.lower() != "size":
+            raise BadParameter(f"unknown option {key}")
+    return parse_size(next(iter(options.values()), "0"))
+
+
 def parse_storage_option(option: str) -> tuple[str, str]:
     """A --storage-opt as (key in lower case, value); BadParameter."""
     key, equals, value = option.partition("=")
@@ -4332,18 +4432,14 @@ class Overlay(StorageDriver):
     whiteouts = "overlay"
     options = ("overlay2.override_kernel_check", "overlay2.size")
     unknown_option = "{1}: unknown option {0}"
-    no_size = "--storage-opt is supported only for overlay over xfs with 'pquota' mount option"
+    no_size = ("--storage-opt is supported only for overlay over xfs with 'pquota' mount option, "
+               "or over ext4 with 'prjquota'")
     OFF = ("index", "metacopy", "redirect_dir")  # features that tie a layer to its neighbours
 
     def __init__(self, root: str, options: Optional[list[str]], idmap: IdMap) -> None:
         super().__init__(root, options, idmap)
         if options is not None:
             make_directory(os.path.join(self.home, "l"), 0o700)
-
-    def take_option(self, key: str, value: str) -> None:
-        if key == "overlay2.size":
-            raise BadParameter("Storage Option overlay2.size only supported for backingFS XFS with project "
-                               f"quota, which is not supported yet. Found {self.backing}")
 
     def detect(self, directory: str) -> None:
         """Mount an overlay of two layers for real: what it says holds for nested overlays and for users'
@@ -4390,9 +4486,11 @@ class Overlay(StorageDriver):
     def diff_dir(self, cache_id: str) -> str:
         return os.path.join(self._path(cache_id), "diff")
 
-    def make(self, cache_id: str, parent: Optional[str]) -> None:
+    def make(self, cache_id: str, parent: Optional[str], size: int) -> None:
         path, (uid, gid) = self._path(cache_id), self.idmap.root
         make_directory(path, 0o710, 0, gid)
+        if size:
+            limit_directory(path, size)
         make_directory(os.path.join(path, "diff"), 0o755, uid, gid)
         short = base64.b32encode(secrets.token_bytes(17)).decode()[:26]
         write_state(os.path.join(path, "link"), short.encode(), 0o644, durable=False)  # for destroy
@@ -4429,7 +4527,7 @@ class Overlay(StorageDriver):
             short = read_state(os.path.join(path, "link")).decode()
         with contextlib.suppress(OSError):
             umount(os.path.join(path, "merged"), MNT_DETACH)
-        remove_tree(path)
+        super().destroy(path)
         if re.fullmatch("[A-Z0-9]+", short):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(self.home, "l", short))
@@ -4502,7 +4600,13 @@ class Btrfs(StorageDriver):
     """btrfs: a subvolume a layer, made as a snapshot of the one below."""
 
     name = "btrfs"
+    options = ("btrfs.min_space",)
     unknown_option = "unknown option {}"
+    limits = True
+    least = 0  # bytes of a limit
+
+    def take_option(self, key: str, value: str) -> None:
+        self.least = parse_size(value)
 
     def detect(self, directory: str) -> None:
         if statfs_type(directory) != BTRFS_SUPER_MAGIC:
@@ -4514,7 +4618,10 @@ class Btrfs(StorageDriver):
     def layers(self) -> str:
         return os.path.join(self.home, "subvolumes")
 
-    def make(self, cache_id: str, parent: Optional[str]) -> None:
+    def make(self, cache_id: str, parent: Optional[str], size: int) -> None:
+        """The size limits what the layer has, its parent's part too; quotas are enabled by the first."""
+        if 0 < size < self.least:
+            raise BadParameter(f"btrfs: storage size cannot be less than {human_size(self.least)}")
         if parent is None:
             self._ioctl(BTRFS_IOC_SUBVOL_CREATE, struct.pack("=q4088s", 0, cache_id.encode()))
         else:
@@ -4523,9 +4630,13 @@ class Btrfs(StorageDriver):
                 self._ioctl(BTRFS_IOC_SNAP_CREATE_V2, struct.pack("=q48x4040s", source, cache_id.encode()))
         if parent is None or self.idmap:
             make_directory(self._path(cache_id), 0o755, *self.idmap.root)
+        if size:  # struct btrfs_ioctl_qgroup_limit_args: 0 for this subvolume's, flags, the limits
+            self._ioctl(BTRFS_IOC_QUOTA_CTL, struct.pack("=QQ", BTRFS_QUOTA_CTL_ENABLE, 0))
+            limit = struct.pack("=6Q", 0, BTRFS_QGROUP_LIMIT_MAX_RFER, size, 0, 0, 0)
+            self._ioctl(BTRFS_IOC_QGROUP_LIMIT, limit, cache_id)
 
-    def _ioctl(self, number: int, argument: bytes) -> None:
-        with opened(self.layers()) as fd:
+    def _ioctl(self, number: int, argument: bytes, below: str = "") -> None:
+        with opened(os.path.join(self.layers(), below)) as fd:
             fcntl.ioctl(fd, number, bytearray(argument))
 
     def destroy(self, path: str) -> None:
@@ -4540,12 +4651,15 @@ class Vfs(StorageDriver):
     """vfs: a directory a layer, a copy of the one below; blocks are shared where the file system can."""
 
     name = "vfs"
+    options = ("size",)
 
     def layers(self) -> str:
         return os.path.join(self.home, "dir")
 
-    def make(self, cache_id: str, parent: Optional[str]) -> None:
+    def make(self, cache_id: str, parent: Optional[str], size: int) -> None:
         make_directory(self._path(cache_id), 0o755, *self.idmap.root)
+        if size:
+            limit_directory(self._path(cache_id), size)
         if parent is not None:
             copy_tree(self._path(parent), self._path(cache_id))
 
@@ -7199,15 +7313,6 @@ class Blobs:
 
 
 # Progress
-
-def human_size(size: float) -> str:
-    """1.235MB, as go-units' HumanSize writes it."""
-    units = ["B", "kB", "MB", "GB", "TB", "PB"]
-    while size >= 1000 and len(units) > 1:
-        size /= 1000
-        del units[0]
-    return f"{size:.4g}{units[0]}"
-
 
 def progress_bar(current: int, total: int) -> dict[str, Any]:
     """The members of a progress line that tell how far something is."""
@@ -13881,7 +13986,7 @@ class Volumes:
         for name in os.listdir(self.root):
             path = os.path.join(self.root, name)
             if name.startswith("."):  # half-made, or half-removed
-                remove_tree(path)
+                self._discard(path)
             elif VOLUME_NAME.match(name) and os.path.isdir(os.path.join(path, "_data")):
                 self._volumes[name] = Volume(path, name, self._facts(path))
 
@@ -13912,7 +14017,7 @@ class Volumes:
         BadParameter, NotFound for a driver that is not there."""
         if not name:
             name, labels = secrets.token_hex(32), {**(labels or {}), ANONYMOUS_VOLUME: ""}
-        self._check(name, driver, options or {})
+        size = self._check(name, driver, options or {})
         with self._lock:
             known = self._volumes.get(name)
             if known:
@@ -13926,11 +14031,13 @@ class Volumes:
         try:
             make_directory(path, 0o701)
             make_directory(os.path.join(path, "_data"), 0o755, *self.idmap.root)
+            if size:
+                limit_directory(os.path.join(path, "_data"), size)
             write_state(os.path.join(path, "volume.json"), facts)
             if options:
                 write_state(os.path.join(path, "opts.json"), {
                     "MountType": options.get("type", ""), "MountOpts": options.get("o", ""),
-                    "MountDevice": options.get("device", ""), "Quota": {"Size": 0}})
+                    "MountDevice": options.get("device", ""), "Quota": {"Size": size}})
             with self._lock:
                 if name not in self._volumes:
                     os.rename(path, volume.path)
@@ -13938,34 +14045,47 @@ class Volumes:
                 known = self._volumes[name]
                 known.users |= {user} - {""}
         finally:
-            remove_tree(path)
+            self._discard(path)
         if known is volume:
             _sync_file(self.root)
             self.event("create", name, {"driver": "local"})
         return known
 
-    @staticmethod
-    def _check(name: str, driver: str, options: dict[str, str]) -> None:
-        """What a volume may not be."""
+    def _check(self, name: str, driver: str, options: dict[str, str]) -> int:
+        """BadParameter for what a volume may not be, NotFound for another driver; its size in bytes, 0 for no
+        limit."""
         if driver not in ("", "local"):
             raise NotFound(f"create {name}: error looking up volume plugin {driver}: plugin "
                            f"{go_quote(driver)} not found")
-        if len(name) == 1:
-            raise BadParameter(f"create {name}: volume name is too short, names should be at least two "
-                               "alphanumeric characters")
-        if not VOLUME_NAME.match(name):
-            raise BadParameter(
-                f"create {name}: {go_quote(name)} includes invalid characters for a local volume name, only "
-                '"[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you intended to pass a host directory, use '
-                "absolute path")
-        for key in options:
-            if key not in LOCAL_OPTIONS:
-                raise BadParameter(f"create {name}: invalid option: {go_quote(key)}")
-        if options.get("size"):
-            raise BadParameter(f"create {name}: quota size requested but no quota support")
-        for needed in (needed for key in options for needed in LOCAL_OPTIONS[key]):
-            if not options.get(needed):
-                raise BadParameter(f"create {name}: missing required option: {go_quote(needed)}")
+        try:
+            if len(name) == 1:
+                raise BadParameter("volume name is too short, names should be at least two alphanumeric "
+                                   "characters")
+            if not VOLUME_NAME.match(name):
+                raise BadParameter(
+                    f'{go_quote(name)} includes invalid characters for a local volume name, only '
+                    '"[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you intended to pass a host directory, use '
+                    "absolute path")
+            for key in options:
+                if key not in LOCAL_OPTIONS:
+                    raise BadParameter(f"invalid option: {go_quote(key)}")
+            size = parse_size(options.get("size", "0"))
+            if size and not has_project_quota(self.root):
+                raise BadParameter("quota size requested but no quota support")
+            if size and "device" in options:
+                raise BadParameter("the size is that of the volume's own directory: leave out device")
+            for needed in (needed for key in options for needed in LOCAL_OPTIONS[key]):
+                if not options.get(needed):
+                    raise BadParameter(f"missing required option: {go_quote(needed)}")
+        except BadParameter as error:
+            raise BadParameter(f"create {name}: {error}") from None
+        return size
+
+    @staticmethod
+    def _discard(path: str) -> None:
+        """Remove a volume's directory, with the limit that it may have."""
+        unlimit_directory(os.path.join(path, "_data"))
+        remove_tree(path)
 
     def remove(self, name: str) -> None:
         """Remove a volume; NotFound, Conflict when a container refers to it."""
@@ -13980,7 +14100,7 @@ class Volumes:
                 umount(volume.data, MNT_DETACH)
             os.rename(volume.path, doomed)
             del self._volumes[name]
-        remove_tree(doomed)
+        self._discard(doomed)
         self.event("destroy", name, {"driver": "local"})
 
     def release(self, name: str, user: str, remove: bool) -> None:
@@ -15972,8 +16092,6 @@ RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
      "invalid console size {ConsoleSize}"),
     (lambda c: any(request["Count"] and request["DeviceIDs"] for request in c["DeviceRequests"] or ()),
      "cannot set both Count and DeviceIDs on device request"),
-    (lambda c: c["StorageOpt"],
-     "--storage-opt is supported only for overlay over xfs with 'pquota' mount option"),
     (lambda c: not c["Entrypoint"] and not c["Cmd"], "No command specified"),
 )
 
@@ -16472,7 +16590,8 @@ class Container:
             undo.callback(remove_tree, directory)
             os.mkdir(directory, 0o710)
             parts.layers.create_rw(container_id, image.chain_id,
-                                   functools.partial(_fill_init_layer, owner=parts.idmap.root))
+                                   functools.partial(_fill_init_layer, owner=parts.idmap.root),
+                                   storage_size(host_config.get("StorageOpt") or {}))
             undo.callback(parts.layers.remove_rw, container_id)
             container._make_volumes(undo)
             container._save_host_config()

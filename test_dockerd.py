@@ -8200,6 +8200,25 @@ def test_propagation_and_recursive_read_only(host: Host) -> None:
     host.enter("umount", "-R", source).wait()
 
 
+def test_a_container_of_a_limited_size(new_host: Callable[..., Host], host: Host, busybox: bytes,
+                                       tmp_path: Path) -> None:
+    """--storage-opt size=, on a data root that can, and Docker's refusal on one that cannot."""
+    with loop_file_system("btrfs", tmp_path) as root:
+        limited = new_host("-s", "btrfs", "-g", str(root))
+        limited.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        script = "dd if=/dev/urandom of=/big bs=64k count=640 2>&1; stat -c %s /big"
+        _, output = limited.run("sh", "-c", script, HostConfig={"StorageOpt": {"size": "10m"}})
+        assert b"Disk quota exceeded" in output and int(output.split()[-1]) < 10 << 20
+        assert limited.run("sh", "-c", script)[1].endswith(b"\n41943040\n")
+    for program in docker_clis().values():
+        for option, text in (("size=1g", "--storage-opt is supported only for overlay over xfs with 'pquota' "
+                                         "mount option, or over ext4 with 'prjquota'"),
+                             ("size=x", "invalid size: 'x'"), ("bogus=1", "unknown option bogus")):
+            done = Docker(program, host).run("create", "--storage-opt", option, "--net=none", "busybox",
+                                             status=1)
+            assert done.stderr.strip() == f"Error response from daemon: {text}"
+
+
 def test_binds_with_mapped_owners(host: Host) -> None:
     source = host.path("mapped")
     os.makedirs(source, exist_ok=True)
@@ -9068,8 +9087,6 @@ def test_config_that_is_no_object():
      "unknown log opt 'bogus' for json-file log driver"),
     ({"ExtraHosts": ["x"]}, 'bad format for add-host: "x"'),
     ({"ExtraHosts": ["a:b"]}, "b is not an ip address"),
-    ({"StorageOpt": {"size": "1G"}},
-     "--storage-opt is supported only for overlay over xfs with 'pquota' mount option"),
     ({"DeviceRequests": [{"Driver": "cdi", "Count": 1, "DeviceIDs": ["a/b=c"]}]},
      "cannot set both Count and DeviceIDs on device request"),
     ({"Ulimits": [{"Name": "bogus", "Soft": 1, "Hard": 1}]}, "invalid ulimit type: bogus"),
@@ -12003,17 +12020,35 @@ def mounted(driver: Any, cache_id: str, readonly: bool = False) -> Iterator[Path
         os.close(fd)
 
 
+MAKE_FILE_SYSTEM = {"btrfs": ["mkfs.btrfs", "-q"], "xfs": ["mkfs.xfs", "-q"],
+                    "ext4": ["mkfs.ext4", "-q", "-O", "quota,project", "-E", "quotatype=prjquota"]}
+
+
+@contextlib.contextmanager
+def loop_file_system(kind: str, directory: Path) -> Iterator[Path]:
+    """A file system of our own, on a loop device, with quotas of projects where it and the kernel have
+    them."""
+    image, target = directory / f"{kind}.img", directory / kind
+    with open(image, "wb") as file:
+        file.truncate((256 if kind == "btrfs" else 320) << 20)
+    target.mkdir()
+    subprocess.run([*MAKE_FILE_SYSTEM[kind], str(image)], check=True, stderr=subprocess.DEVNULL)
+    if kind == "btrfs" or subprocess.run(["mount", "-o", "loop,prjquota", str(image), str(target)],
+                                         stderr=subprocess.DEVNULL).returncode:
+        if kind == "ext4":  # this kernel refuses the very feature
+            subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+        subprocess.run(["mount", "-o", "loop", str(image), str(target)], check=True)
+    try:
+        yield target
+    finally:
+        subprocess.run(["umount", "-l", str(target)], check=True)
+
+
 @pytest.fixture
 def btrfs(tmp_path: Path) -> Iterator[Path]:
-    """A btrfs of our own, on a loop device."""
-    image, target = tmp_path / "btrfs.img", tmp_path / "btrfs"
-    with open(image, "wb") as file:
-        file.truncate(256 << 20)
-    target.mkdir()
-    subprocess.run(["mkfs.btrfs", "-q", str(image)], check=True)
-    subprocess.run(["mount", "-o", "loop", str(image), str(target)], check=True)
-    yield target
-    subprocess.run(["umount", "-l", str(target)], check=True)
+    """A btrfs of our own."""
+    with loop_file_system("btrfs", tmp_path) as path:
+        yield path
 
 
 @pytest.fixture(params=["overlay2", "btrfs", "vfs"])
@@ -12121,9 +12156,78 @@ def test_a_hostile_id_or_a_missing_parent_makes_nothing(driver: dockerd.StorageD
             driver.remove(cache_id)
     with pytest.raises(DockerError, match="does not exist"):
         driver.create(new_id(), new_id())
-    with pytest.raises(BadParameter, match="--storage-opt"):
-        driver.create(new_id(), size=1 << 20, writable=True)
     assert driver.ids() == []
+
+
+def fill(path: Path) -> int:
+    """Write to a new file until the kernel refuses, without CAP_SYS_RESOURCE, to which ext4's limits do not
+    apply; the bytes that it took, up to 64 MiB."""
+
+    def write() -> int:
+        effective, permitted, inheritable = dockerd.capget()
+        dockerd.capset(effective & ~(1 << 24), permitted, inheritable)
+        written = 0
+        with contextlib.suppress(OSError), open(path, "wb", 0) as file:
+            while written < 64 << 20:
+                written += file.write(os.urandom(1 << 18))
+        return written
+
+    return int(dockerd.in_thread(write))
+
+
+def has_project_quota(path: Path) -> bool:
+    """Whether the kernel says that a file system is mounted with quotas of projects."""
+    return any(line.split()[1] == str(path) and "prjquota" in line.split()[3].split(",")
+               for line in read_text("/proc/mounts").splitlines())
+
+
+@pytest.mark.parametrize("kind, name", [("ext4", "overlay2"), ("ext4", "vfs"), ("xfs", "overlay2"),
+                                        ("btrfs", "btrfs")])
+def test_a_limited_layer_takes_no_more(tmp_path: Path, kind: str, name: str) -> None:
+    """Where the file system has quotas, and a clear error where not: in `make vmtest` all have them."""
+    with loop_file_system(kind, tmp_path) as root:
+        driver, layer, limit = select_driver(str(root), name, [], IdMap()), new_id(), 8 << 20
+        base = make_layer(driver, lower="1")
+        if kind != "btrfs" and not has_project_quota(root):
+            with pytest.raises(DockerError, match="Filesystem does not support, or has not enabled quotas|"
+                                                  "over xfs with 'pquota' mount option, or over ext4 with"):
+                driver.create(layer, base, writable=True, size=limit)
+            with pytest.raises(DockerError, match="the storage option size is not supported"):
+                select_driver(str(root), name, ["overlay2.size=1g" if name == "overlay2" else "size=1g"],
+                              IdMap())
+            assert driver.ids() == [base]
+            return
+        driver.create(layer, base, writable=True, size=limit)
+        with mounted(driver, layer) as top:
+            assert 0 < fill(top / "big") <= limit and (top / "lower").read_text() == "1"
+            if kind != "btrfs":
+                assert os.statvfs(top).f_blocks * os.statvfs(top).f_frsize == limit
+            (top / "big").unlink()
+            os.rename(top / "lower", top / "moved")  # within one project
+        driver.create(other := new_id(), base, writable=True)
+        with mounted(driver, other) as top:
+            assert fill(top / "big") == 64 << 20
+        driver.remove(layer)
+        driver.remove(other)
+
+
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_limited_volume_takes_no_more(tmp_path: Path, kind: str) -> None:
+    with loop_file_system(kind, tmp_path) as root:
+        volumes = dockerd.Volumes(str(root), lambda *event: None)
+        for size, text in (("x", "invalid size: 'x'"), ("", "invalid size: ''")):
+            with pytest.raises(BadParameter, match=f"^create one: {text}$"):
+                volumes.create("one", options={"size": size})
+        if not has_project_quota(root):
+            with pytest.raises(BadParameter, match="^create one: quota size requested but no quota support$"):
+                volumes.create("one", options={"size": "1m"})
+            assert os.listdir(root / "volumes") == []
+            return
+        one = volumes.create("one", options={"size": "2m"})
+        assert 0 < fill(Path(one.data, "big")) <= 2 << 20
+        assert fill(Path(volumes.create("two").data, "big")) == 64 << 20
+        assert json.loads(Path(one.path, "opts.json").read_text())["Quota"] == {"Size": 2 << 20}
+        volumes.remove("one")
 
 
 def test_what_a_failed_or_killed_creation_and_removal_leave(driver: dockerd.StorageDriver,
