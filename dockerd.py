@@ -19214,7 +19214,7 @@ class ContainerJobs:
     def changes(self, job: Job) -> None:
         """What it has changed of its image."""
         container = self.table.find(job.args[0])
-        job.reply(container.parts.layers.rw_changes(container.id) or None)
+        job.reply(container.parts.layers.rw_changes(container.id))
 
     @job("commit")
     def commit(self, job: Job) -> None:

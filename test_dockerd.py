@@ -10314,7 +10314,10 @@ def test_commit_is_the_real_daemons(host: Host, peer: Host) -> None:
 
 
 def test_commit_of_a_running_container(docker: Docker, host: Host) -> None:
-    started(host, "busy", "sh", "-c", "while sleep 0.01; do echo line >>/file; done")
+    started(host, "busy", "sh", "-c", "until [ -e /tmp/go ]; do sleep 0.01; done; while sleep 0.01; do "
+            "echo line >>/file; done", HostConfig={"Tmpfs": {"/tmp": ""}})
+    assert docker("diff", "busy") == ""
+    docker("exec", "busy", "touch", "/tmp/go")
     wait_for(lambda: "/file" in docker("diff", "busy"))
     start = time.time()
     image = docker("commit", "-m", "why", "busy", "made:run")
