@@ -358,35 +358,46 @@ def http_status(error: BaseException) -> int:
     return next((HTTP_STATUS[kind] for kind in type(error).__mro__ if kind in HTTP_STATUS), 500)
 
 
+def reason(error: BaseException) -> str:
+    """What an error says, as Go words it: the system's in lower case, without its number and file."""
+    return (getattr(error, "strerror", None) or "").lower() or str(error)
+
+
+@contextlib.contextmanager
+def reworded(kind: Callable[[str], Exception], text: str, *errors: type[Exception]) -> Iterator[None]:
+    """Any of `errors` (OSError where none is named) that the block raises becomes `kind` with this text; one
+    that ends with a blank, or is empty, is followed by the error's reason."""
+    try:
+        yield
+    except (errors or OSError) as error:  # noqa: B030
+        raise kind(text + reason(error) if text[-1:] in (" ", "") else text) from None
+
+
 def _parse_failpoints(text: str) -> dict[str, tuple[str, int]]:
-    """NAME=ACTION[@N],... as {NAME: (ACTION, N)}: the action happens at the Nth passage, by default the
-    first."""
+    """NAME=ACTION[@N],... as {NAME: (ACTION, N)}: the action happens at the Nth passage from now on, by
+    default the first."""
     points = {}
     for item in filter(None, text.split(",")):
         name, _, action = item.partition("=")
-        action, _, count = action.partition("@")
-        points[name] = (action, int(count or 1))
+        action, _, passage = action.partition("@")
+        points[name] = (action, int(passage or 1))
     return points
 
 
 FAILPOINTS = _parse_failpoints(os.environ.get("DOCKERD_FAILPOINTS", ""))
-_failpoint_passages: dict[str, int] = {}
 
 
 def failpoint(name: str) -> None:
     """A step that a test can make fail: `kill` ends the process on the spot, `enospc` and `eio` raise
     OSError."""
-    if name not in FAILPOINTS:
-        return
-    action, at = FAILPOINTS[name]
-    passage = _failpoint_passages[name] = _failpoint_passages.get(name, 0) + 1
-    if passage != at:
-        return
-    if action == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    number = {"enospc": errno.ENOSPC, "eio": errno.EIO}.get(action)
-    if number:
-        raise OSError(number, os.strerror(number), name)
+    if name in FAILPOINTS:
+        action, left = FAILPOINTS[name]
+        FAILPOINTS[name] = action, left - 1
+        if left == 1 and action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        number = {"enospc": errno.ENOSPC, "eio": errno.EIO}.get(action)
+        if left == 1 and number:
+            raise OSError(number, os.strerror(number), name)
 
 
 def defended(name: str) -> bool:
@@ -792,10 +803,8 @@ class ZstdDecoder:
 
     def __init__(self) -> None:
         """NotSupported where there is no libzstd."""
-        try:
+        with reworded(NotSupported, "zstd needs Python 3.14 or libzstd.so.1: install libzstd1"):
             self._library = ctypes.CDLL("libzstd.so.1")
-        except OSError:
-            raise NotSupported("zstd needs Python 3.14 or libzstd.so.1: install libzstd1") from None
         self._library.ZSTD_createDStream.restype = ctypes.c_void_p
         self._library.ZSTD_decompressStream.restype = ctypes.c_size_t
         self._library.ZSTD_getErrorName.restype = ctypes.c_char_p
@@ -1235,10 +1244,8 @@ def parse_bool(text: str) -> bool:
 
 def parse_int(text: str) -> int:
     """A decimal or 0x, 0o, 0b integer; BadParameter for all else."""
-    try:
+    with reworded(BadParameter, f'strconv.ParseInt: parsing "{text}": invalid syntax', ValueError):
         return int(text, 0)
-    except ValueError:
-        raise BadParameter(f'strconv.ParseInt: parsing "{text}": invalid syntax') from None
 
 
 _DURATION_UNITS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0,
@@ -1319,10 +1326,8 @@ def parse_ulimit(text: str) -> dict[str, Any]:
 
 def parse_ip(text: str) -> str:
     """The address in canonical form, '' for none; BadParameter for what is no IP address."""
-    try:
+    with reworded(BadParameter, f"{text} is not an ip address", ValueError):
         return str(ipaddress.ip_address(text.strip())) if text else ""
-    except ValueError:
-        raise BadParameter(f"{text} is not an ip address") from None
 
 
 def _parse_pair(text: str) -> dict[str, Any]:
@@ -1469,10 +1474,9 @@ def _check_ulimits(limits: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_pool(pool: dict[str, Any]) -> dict[str, Any]:
-    try:
-        base = ipaddress.ip_network(str(pool.get("base")), strict=False)
-    except ValueError:
-        raise BadParameter("invalid base prefix in default-address-pools: " + str(pool.get("base"))) from None
+    text = str(pool.get("base"))
+    with reworded(BadParameter, f"invalid base prefix in default-address-pools: {text}", ValueError):
+        base = ipaddress.ip_network(text, strict=False)
     size = pool.get("size", 0)
     if not isinstance(size, int) or not base.prefixlen <= size <= base.max_prefixlen:
         raise BadParameter(f"invalid default address pool {base}: size {size} is below the prefix's length")
@@ -1906,7 +1910,7 @@ def _read_config_file(flags: dict[str, tuple[str, Any]]) -> dict[str, tuple[str,
     except OSError as error:
         if isinstance(error, FileNotFoundError) and "config-file" not in flags:
             return {}
-        fault = f"open {path}: {(error.strerror or '').lower()}"
+        fault = f"open {path}: {reason(error)}"
     except (BadParameter, ValueError, RecursionError) as error:
         fault = str(error)
     raise ConfigError(f"unable to configure the Docker daemon with file {path}: {fault}")
@@ -3389,11 +3393,8 @@ class Unpacker:
         os.umask(0)  # of this thread alone: confined() has unshared CLONE_FS
         for entry in self.reader:
             self._count()
-            try:
+            with reworded(DockerError, f"failed to unpack {quoted(entry.name)}: "):
                 self._unpack(entry)
-            except OSError as error:
-                reason = (error.strerror or str(error)).lower()
-                raise DockerError(f"failed to unpack {quoted(entry.name)}: {reason}") from error
         self._set_directory_times()
         self.reader.drain()
         return LayerStats(self.size, self.entries)
@@ -3620,10 +3621,8 @@ class Extractor(Unpacker):
 
     def run(self) -> LayerStats:
         """Unpack everything; DockerError where the place does not take it."""
-        try:
+        with reworded(BadParameter, "extraction point is not a directory", NotADirectoryError):
             os.chdir("." + self.path)
-        except NotADirectoryError:
-            raise BadParameter("extraction point is not a directory") from None
         if os.statvfs(".").f_flag & os.ST_RDONLY:
             inside = os.stat(".").st_dev == os.stat("/").st_dev
             raise DockerError(f"{'container rootfs' if inside else 'mounted volume'} is marked read-only")
@@ -4458,7 +4457,7 @@ class Overlay(StorageDriver):
             os.close(self._try_mount(paths))  # which loads the module; its parameters are there from then on
             self.off = [name for name in self.OFF if os.path.exists(parameters + name)]
         except OSError as error:
-            raise DriverNotSupported(f"failed to mount overlay: {error.strerror or error}") from error
+            raise DriverNotSupported(f"failed to mount overlay: {reason(error)}") from error
         finally:
             remove_tree(check)
 
@@ -4742,10 +4741,8 @@ def select_driver(root: str, name: str, options: list[str], idmap: IdMap) -> Sto
     """The storage driver `name`; for '' the one whose layers are there, else the first that the host can run.
 
     DockerError with Docker's text when it cannot be used, or when the layers of several are there."""
-    try:
+    with reworded(DockerError, "error initializing graphdriver: ", DockerError, OSError):
         driver = _select(root, name or os.environ.get("DOCKER_DRIVER", ""), options, idmap)
-    except (DockerError, OSError) as error:
-        raise DockerError(f"error initializing graphdriver: {error}") from error
     mend_what_is_safe(driver.leftovers())
     return driver
 
@@ -4932,10 +4929,8 @@ def parse_filters(value: Any, accepted: Optional[Iterable[str]] = None) -> dict[
 
     `value` is JSON text or the decoded object.  BadParameter when it is no such object, or names one that is
     not in `accepted`."""
-    try:
+    with reworded(BadParameter, "invalid filter: ", ValueError, RecursionError):
         filters = json.loads(value or "{}") if isinstance(value, (str, bytes)) else value or {}
-    except (ValueError, RecursionError) as error:
-        raise BadParameter(f"invalid filter: {error}") from None
     if not isinstance(filters, dict):
         raise BadParameter("invalid filter")
     for name, values in filters.items():
@@ -4949,10 +4944,9 @@ def until_filter(filters: dict[str, list[str]]) -> int:
     texts = filters.get("until") or []
     if len(texts) > 1:
         raise BadParameter("more than one until filter specified")
-    try:
+    shown = go_quote("".join(texts))
+    with reworded(BadParameter, f"failed to parse value as time or duration: {shown}", BadParameter):
         return parse_timestamp(texts[0]) if texts else 1 << 63
-    except BadParameter:
-        raise BadParameter(f"failed to parse value as time or duration: {go_quote(texts[0])}") from None
 
 
 def matches_labels(wanted: Iterable[str], labels: Optional[dict[str, str]]) -> bool:
@@ -4996,10 +4990,8 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         rest = rest[part.end():]
     between = "".join(f"(?=(?P<p{number}>[^/]*?{text}))(?P=p{number})"
                       for number, text in enumerate(parts[1:-1]))
-    try:
+    with reworded(BadParameter, "syntax error in pattern", re.error):
         return re.compile("[^/]*".join([parts[0] + between, *parts[1:][-1:]]), re.DOTALL)
-    except re.error:
-        raise BadParameter("syntax error in pattern") from None
 
 
 # References
@@ -5269,10 +5261,8 @@ class ShellWord:
     def __init__(self, text: str, environment: list[str], escape: str) -> None:
         self.text, self.escape, self.at = text, escape, 0
         self.environment = dict(item.partition("=")[::2] for item in environment)
-        try:
+        with reworded(BadParameter, f"failed to process {go_quote(text)}: ", BadParameter):
             self._parsed = self._pieces("")
-        except BadParameter as error:
-            raise BadParameter(f"failed to process {go_quote(text)}: {error}") from None
 
     def expand(self) -> str:
         """The word with its quotes removed and its variables replaced."""
@@ -6064,7 +6054,8 @@ class Image:
 
     def __init__(self, path: str, raw: bytes, parent: str) -> None:
         """Check a configuration: ValueError when it is none."""
-        try:
+        with reworded(ValueError, "invalid image JSON: ",
+                      AttributeError, TypeError, DockerError, RecursionError):
             document = json.loads(raw)
             rootfs, history = document.get("rootfs"), document.get("history") or []
             if rootfs is None:
@@ -6079,8 +6070,6 @@ class Image:
             self.platform = Platform(*(str(document.get(name) or "") for name in _PLATFORM_KEYS))
             self.created: str = document.get("created") or ""
             self.created_ns = parse_timestamp(self.created) if self.created else 0
-        except (AttributeError, TypeError, DockerError, RecursionError) as error:
-            raise ValueError(f"invalid image JSON: {error}") from None
         self.id = "sha256:" + hashlib.sha256(raw).hexdigest()
         self.parent, self._path = parent, path
         self.chain_ids = chain_ids(diff_ids)
@@ -6163,10 +6152,8 @@ class ImageStore:
 
         BadParameter when it is no image's configuration, DockerError when a layer is missing."""
         path = os.path.join(self._content, hashlib.sha256(raw).hexdigest())
-        try:
+        with reworded(BadParameter, "", ValueError):
             image = Image(path, raw, parent)
-        except ValueError as error:
-            raise BadParameter(str(error)) from None
         self._layers.lineage(image.chain_id)
         with self._writer:
             if image.id in self._images:
@@ -6964,11 +6951,9 @@ class RegistryClient:
 
     def _read(self, response: Any, address: str, limit: int) -> tuple[bytes, Any]:
         import http.client
-        try:
+        with reworded(Unreachable, f'Get "{address}": ', OSError, http.client.HTTPException):
             with response:
                 data = response.read(limit + 1)
-        except (OSError, http.client.HTTPException) as error:
-            raise Unreachable(f'Get "{address}": {error}') from None
         if len(data) > limit:
             raise DockerError(f"the answer to {address} is larger than {limit} bytes")
         return data, response.headers
@@ -7070,10 +7055,8 @@ def _digest(data: bytes, like: str = "") -> str:
 
 
 def _json_object(data: bytes, what: str) -> dict[str, Any]:
-    try:
+    with reworded(DockerError, f"the registry's {what} is no JSON: ", ValueError, RecursionError):
         document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DockerError(f"the registry's {what} is no JSON: {error}") from None
     if not isinstance(document, dict):
         raise DockerError(f"the registry's {what} is no object")
     return document
@@ -7089,12 +7072,11 @@ class Descriptor(NamedTuple):
 
 def descriptor(value: Any) -> Descriptor:
     """The descriptor `value` of a manifest; DockerError when it is none."""
-    try:
+    with reworded(DockerError, "the manifest has an invalid descriptor: ",
+                  AttributeError, LookupError, TypeError, ValueError, DockerError):
         found = Descriptor(str(value.get("mediaType") or ""), parse_digest(value["digest"]), value["size"])
         if type(found.size) is not int or not 0 <= found.size < 1 << 50:
             raise ValueError("its size is no number of bytes")
-    except (AttributeError, LookupError, TypeError, ValueError, DockerError) as error:
-        raise DockerError(f"the manifest has an invalid descriptor: {error}") from None
     return found
 
 
@@ -7532,11 +7514,9 @@ class Pulls:
     @staticmethod
     def _layers(raw: bytes, manifest: dict[str, Any]) -> list[PulledLayer]:
         """The layers of an image from the bottom; DockerError when configuration and manifest disagree."""
-        try:
+        with reworded(DockerError, "invalid rootfs in image configuration: ", ValueError, LookupError):
             facts = Image("", raw, "")
             diff_ids = json.loads(raw)["rootfs"].get("diff_ids") or []
-        except (ValueError, LookupError) as error:
-            raise DockerError(f"invalid rootfs in image configuration: {error}") from None
         if facts.platform.os not in ("", "linux"):
             raise DockerError(f"image operating system {go_quote(facts.platform.os)} cannot be used on this "
                               "platform: operating system is not supported")
@@ -8366,10 +8346,9 @@ def compile_seccomp(profile: Union[str, dict[str, Any], None], capabilities: Ite
     text = profile if profile is None or isinstance(profile, str) else json.dumps(profile)
     if machine not in _MACHINES:
         return b""
-    try:
+    with reworded(BadParameter, "Decoding seccomp profile failed: ",
+                  AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return _compiled(text, frozenset(capabilities), machine, kernel)
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise BadParameter(f"Decoding seccomp profile failed: {error}") from None
 
 
 def oci_seccomp(profile: Optional[dict[str, Any]], capabilities: Iterable[str]) -> dict[str, Any]:
@@ -8596,10 +8575,8 @@ def host_devices(devices: Optional[list[dict[str, Any]]]) -> list[tuple[str, os.
         text = f"error gathering device information while adding custom device \"{device['PathOnHost']}\": "
         nodes, below = [], (os.path.join(top, name) for top, _, names in os.walk(source) for name in names)
         for path in [source, *below]:
-            try:
+            with reworded(DockerError, text):
                 facts = os.lstat(path)
-            except OSError as error:
-                raise DockerError(text + (error.strerror or "").lower()) from None
             if stat.S_ISCHR(facts.st_mode) or stat.S_ISBLK(facts.st_mode):
                 inside = device.get("PathInContainer") or device["PathOnHost"]
                 access = device.get("CgroupPermissions") or "rwm"
@@ -8670,10 +8647,8 @@ def _device_lines(entries: Optional[list[dict[str, Any]]], key: str) -> list[tup
     """("MAJOR:MINOR", value) of HostConfig's limits by device path."""
     lines = []
     for entry in entries or ():
-        try:
+        with reworded(DockerError, f"stat {entry['Path']}: "):
             number = os.stat(entry["Path"]).st_rdev
-        except OSError as error:
-            raise DockerError(f"stat {entry['Path']}: {(error.strerror or '').lower()}") from None
         lines.append((f"{os.major(number)}:{os.minor(number)}", entry[key]))
     return lines
 
@@ -9263,10 +9238,9 @@ def _check_list(asked: str, key: str, what: str, available: str) -> None:
     """BadParameter when a list such as "0-3,7" is none, or names more than is available."""
     if not asked:
         return
-    try:
+    with reworded(BadParameter, f"Invalid value {asked} for cpuset {key[6:].lower()}: invalid format: "
+                  f"{asked}", ValueError):
         missing = _number_set(asked) - _number_set(available)
-    except ValueError:
-        raise BadParameter(f"Invalid value {asked} for cpuset {key[6:].lower()}: invalid format: {asked}")
     if missing:
         raise BadParameter(f"Requested {what} are not available - requested {asked}, available: {available}")
 
@@ -9392,7 +9366,7 @@ class Systemd:
             self._connection.sendall(b"BEGIN\r\n")
         except OSError as error:
             self._connection.close()
-            raise DockerError(f"cannot talk to systemd at {path}: {error.strerror or error}") from None
+            raise DockerError(f"cannot talk to systemd at {path}: {reason(error)}") from None
 
     def __enter__(self) -> Systemd:
         return self
@@ -9404,12 +9378,10 @@ class Systemd:
     def call(self, member: str, signature: str, *values: Any) -> list[Any]:
         """Call a method of the manager; what it returns."""
         serial, fields = next(self._serial), {}  # type: int, dict[str, Any]
-        try:
+        with reworded(DockerError, f"systemd does not answer {member}: "):
             self._connection.sendall(dbus_call(serial, member, signature, values))
             while fields.get("reply") != serial:
                 fields, body = self._receive()
-        except OSError as error:
-            raise DockerError(f"systemd does not answer {member}: {error}") from None
         if "error" in fields:
             raise DockerError(f"systemd refuses {member}: {(body or [fields['error']])[0]}")
         return body
@@ -9417,11 +9389,9 @@ class Systemd:
     def finish(self, job: str) -> None:
         """Wait until systemd has done the job of this path; DockerError when it has failed."""
         fields, body = {}, []  # type: dict[str, Any], list[Any]
-        try:
+        with reworded(DockerError, "systemd does not finish its job: "):
             while fields.get("member") != "JobRemoved" or body[1] != job:
                 fields, body = self._receive()
-        except OSError as error:
-            raise DockerError(f"systemd does not finish its job: {error}") from None
         if body[3] != "done":
             raise DockerError(f"systemd could not start {body[2]}: {body[3]}")
 
@@ -9472,10 +9442,8 @@ class Scope(Cgroup):
         with Systemd() as systemd:
             job, = systemd.call("StartTransientUnit", "ssa(sv)a(sa(sv))", unit, "fail", properties, ())
             systemd.finish(job)
-        try:
+        with reworded(DockerError, "cannot make the container's cgroups: "):
             super()._make(rules, settings)
-        except OSError as error:
-            raise DockerError(f"cannot make the container's cgroups: {error}")
 
     def _make_directory(self, directory: str) -> None:
         os.makedirs(directory, 0o755, exist_ok=True)
@@ -9573,15 +9541,6 @@ class InitError(Exception):
         self.code = code
 
 
-@contextlib.contextmanager
-def _init_step(what: str) -> Iterator[None]:
-    """An OSError of the block becomes an InitError that says what was being done."""
-    try:
-        yield
-    except OSError as error:
-        raise InitError(f"{what}: {(error.strerror or str(error)).lower()}") from None
-
-
 def _open_in_root(root: int, path: str, flags: int = os.O_PATH, links: bool = True) -> int:
     """A descriptor of `path` inside the container's root: links lead nowhere else, and magic links
     nowhere."""
@@ -9632,11 +9591,12 @@ class Init:
     def prepare(self) -> None:
         """What needs the host's own /proc and /sys: the out-of-memory score, descriptors of the cgroups."""
         for path, _ in self.plan["cgroup_join"]:
-            with _init_step(f"cannot join the cgroup {path}"):
+            with reworded(InitError, f"cannot join the cgroup {path}: "):
                 self.cgroups.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
         if self.plan.get("oom_score_adj") is not None:
-            with _init_step("cannot set oom_score_adj"), open("/proc/self/oom_score_adj", "wb", 0) as file:
-                file.write(str(self.plan["oom_score_adj"]).encode())
+            with reworded(InitError, "cannot set oom_score_adj: "):
+                with open("/proc/self/oom_score_adj", "wb", 0) as file:
+                    file.write(str(self.plan["oom_score_adj"]).encode())
         self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         if self.plan.get("remapped"):  # while it may raise them
             self._set_limits()
@@ -9644,7 +9604,7 @@ class Init:
     def _set_limits(self) -> None:
         import resource
         for number, soft, hard in self.plan["rlimits"]:
-            with _init_step(f"error setting rlimit type {number}"):
+            with reworded(InitError, f"error setting rlimit type {number}: "):
                 resource.setrlimit(number, (soft, hard))
 
     def run(self) -> None:
@@ -9663,17 +9623,17 @@ class Init:
         if plan.get("cgroup_namespace"):
             unshare(CLONE_NEWCGROUP)
         if plan.get("hostname"):
-            with _init_step("sethostname"):
+            with reworded(InitError, "sethostname: "):
                 socket.sethostname(plan["hostname"])
         if plan.get("domainname"):
             setdomainname(plan["domainname"])
         if plan["loopback"]:
-            with _init_step("cannot bring the loopback up"):
+            with reworded(InitError, "cannot bring the loopback up: "):
                 link_up(1)
         self._mount_all()
         if plan["tty"]:
             self._open_terminal()
-            with _init_step("cannot make /dev/console"):
+            with reworded(InitError, "cannot make /dev/console: "):
                 _attach(open_tree(self.slave, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC),
                         self.root, "/dev/console")
         self._enter_root()
@@ -9682,14 +9642,14 @@ class Init:
         self._set_sysctls()
         self._protect_paths()
         if plan["readonly_root"]:
-            with _init_step("cannot make the root read-only"):
+            with reworded(InitError, "cannot make the root read-only: "):
                 mount_setattr(AT_FDCWD, "/", 0, set=MOUNT_ATTR_RDONLY)
         self._become()
 
     def _run_bare(self) -> None:
         """Execute a program of the host, an OCI runtime, that finds the root at its place and shares that
         mount with nobody."""
-        with _init_step("cannot attach the root file system"):
+        with reworded(InitError, "cannot attach the root file system: "):
             mount("", "/", "", MS_REC | MS_SLAVE)
             self.root = self.fds["root"]
             self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -9716,18 +9676,18 @@ class Init:
     def _be_root(self) -> None:
         """Be the root of a user namespace, whose map is there by now."""
         if self.plan.get("remapped"):
-            with _init_step("cannot become the user namespace's root"):
+            with reworded(InitError, "cannot become the user namespace's root: "):
                 os.setgroups([])
                 os.setresgid(0, 0, 0)
                 os.setresuid(0, 0, 0)
 
     def _enter_cgroups(self) -> None:
         for fd, (path, text) in zip(self.cgroups, self.plan["cgroup_join"]):
-            with _init_step(f"cannot join the cgroup {path}"):
+            with reworded(InitError, f"cannot join the cgroup {path}: "):
                 os.write(fd, text.encode())
                 os.close(fd)
         for name, text in self.plan["labels"]:  # by the host's /proc: a container's may lie (CVE-2019-16884)
-            with _init_step(f"cannot write {text!r} to /proc/self/attr/{name}"):
+            with reworded(InitError, f"cannot write {text!r} to /proc/self/attr/{name}: "):
                 fd = os.open(f"self/attr/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=self.proc)
                 os.write(fd, text.encode())
                 os.close(fd)
@@ -9736,17 +9696,17 @@ class Init:
         """Join the namespaces behind the descriptors `names`, of another container or the host; the mounts'
         is for a mount of its own."""
         for name in set(names) - {"mnt"}:
-            with _init_step(f"cannot join the namespace {name}"):
+            with reworded(InitError, f"cannot join the namespace {name}: "):
                 setns(self.fds[name])
 
     def _mount_all(self) -> None:
         """Put the root at its place in a mount namespace that no longer tells the host, and all else below
         it."""
-        with _init_step("cannot make the mounts private"):
+        with reworded(InitError, "cannot make the mounts private: "):
             mount("", "/", "", MS_REC | MS_SLAVE)
         place = self.plan["root_place"]
         self.root = self.fds.pop("root")
-        with _init_step("cannot attach the root file system"):
+        with reworded(InitError, "cannot attach the root file system: "):
             self.host_root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             move_mount(self.root, "", AT_FDCWD, place, MOVE_MOUNT_F_EMPTY_PATH)
             mount_setattr(self.root, "", AT_EMPTY_PATH, propagation=MS_PRIVATE)
@@ -9754,7 +9714,7 @@ class Init:
             self._mount(entry)
         for entry in self.plan["mounts"]:
             if entry.get("readonly_last"):
-                with _init_step(f"cannot make {entry['to']} read-only"):
+                with reworded(InitError, f"cannot make {entry['to']} read-only: "):
                     place = _open_in_root(self.root, entry["to"])
                     mount_setattr(place, "", AT_EMPTY_PATH, set=MOUNT_ATTR_RDONLY)
                     os.close(place)
@@ -9762,7 +9722,7 @@ class Init:
     def _mount(self, entry: dict[str, Any]) -> None:
         to = entry["to"]
         source = entry.get("from", entry.get("type", ""))
-        with _init_step(f'error mounting "{source}" to rootfs at "{to}"'):
+        with reworded(InitError, f'error mounting "{source}" to rootfs at "{to}": '):
             if "node" in entry or "link" in entry:
                 with contextlib.suppress(FileExistsError):  # --device comes before the default ones
                     self._make_node(to, entry)
@@ -9822,7 +9782,7 @@ class Init:
 
     def _open_devpts(self) -> None:
         """The running container's devpts, unless something else stands in its place by now (pitfall 11)."""
-        with _init_step("cannot open /dev/pts"):
+        with reworded(InitError, "cannot open /dev/pts: "):
             self.devpts = openat2(AT_FDCWD, "/dev/pts", os.O_PATH | os.O_DIRECTORY, 0, RESOLVE_NO_SYMLINKS)
             if statfs_type(self.devpts) != DEVPTS_SUPER_MAGIC:
                 raise OSError(errno.ENODEV, "it is not a devpts file system")
@@ -9830,7 +9790,7 @@ class Init:
     def _open_terminal(self) -> None:
         """A terminal of the container's own devpts: the daemon gets the master, we the slave, which comes
         from the master and not from a path."""
-        with _init_step("cannot open the terminal"):
+        with reworded(InitError, "cannot open the terminal: "):
             master = os.open("ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=self.devpts)
             fcntl.ioctl(master, TIOCSPTLCK, struct.pack("i", 0))
             self.slave = fcntl.ioctl(master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
@@ -9844,7 +9804,7 @@ class Init:
             os.close(master)
 
     def _enter_root(self) -> None:
-        with _init_step("pivot_root"):
+        with reworded(InitError, "pivot_root: "):
             os.fchdir(self.root)
             pivot_root(".", ".")
             os.fchdir(self.host_root)
@@ -9855,7 +9815,7 @@ class Init:
         """Make the read-only paths read-only and hide the masked ones, each where it exists (CVE-2025-31133:
         the mask is the null device itself, checked by its number, whatever /dev/null may have become)."""
         for path in self.plan["readonly_paths"]:
-            with _init_step(f"cannot make {path} read-only"):
+            with reworded(InitError, f"cannot make {path} read-only: "):
                 self._cover(path)
         flags = os.O_PATH | os.O_CLOEXEC | (os.O_NOFOLLOW if defended("mask-check") else 0)
         null = os.open("/dev/null", flags)
@@ -9864,7 +9824,7 @@ class Init:
                 stat.S_IFCHR, os.makedev(1, 3)):
             raise InitError("cannot mask paths: /dev/null in the container is not the null device")
         for path in self.plan["masked_paths"]:
-            with _init_step(f"cannot mask {path}"):
+            with reworded(InitError, f"cannot mask {path}: "):
                 self._cover(path, null)
         os.close(null)
 
@@ -9889,7 +9849,7 @@ class Init:
     def _set_sysctls(self) -> None:
         for key, value in self.plan["sysctls"]:
             place = "/proc/sys/" + key.replace(".", "/")
-            with _init_step(f"cannot set the sysctl {key}"), open(place, "r+b", 0) as file:
+            with reworded(InitError, f"cannot set the sysctl {key}: "), open(place, "r+b", 0) as file:
                 file.write(value.encode())
 
     def _become(self) -> None:
@@ -9916,7 +9876,7 @@ class Init:
         when only its user may enter it."""
         cwd = self.plan["cwd"]
         if self.root >= 0 and not os.path.isdir(cwd):
-            with _init_step(f"mkdir {cwd}"):
+            with reworded(InitError, f"mkdir {cwd}: "):
                 root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
                 os.close(_mount_point(root, cwd, True))
                 os.close(root)
@@ -9951,7 +9911,7 @@ class Init:
             if not capabilities["bounding"] >> number & 1:
                 prctl(PR_CAPBSET_DROP, number)
         prctl(PR_SET_KEEPCAPS, 1)
-        with _init_step("cannot change the user"):
+        with reworded(InitError, "cannot change the user: "):
             os.setgroups(plan["groups"])
             os.setresgid(plan["gid"], plan["gid"], plan["gid"])
             os.setresuid(plan["uid"], plan["uid"], plan["uid"])
@@ -9959,9 +9919,9 @@ class Init:
         if seccomp:  # without no_new_privs only CAP_SYS_ADMIN may load a filter: now, or never
             permitted = capget()[1]
             capset(permitted, permitted, 0)
-            with _init_step("cannot load the seccomp filter"):
+            with reworded(InitError, "cannot load the seccomp filter: "):
                 seccomp_load(seccomp, plan.get("seccomp_flags", 0))
-        with _init_step("unable to apply caps"):
+        with reworded(InitError, "unable to apply caps: "):
             capset(capabilities["effective"], capabilities["permitted"], 0)
         with contextlib.suppress(OSError):
             prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
@@ -9978,7 +9938,7 @@ class Init:
 
     def _change_directory(self) -> None:
         cwd = self.plan["cwd"]
-        with _init_step(f"chdir to cwd (\"{cwd}\") set in config.json failed"):
+        with reworded(InitError, f"chdir to cwd (\"{cwd}\") set in config.json failed: "):
             os.chdir(cwd)
             inside = os.getcwd() if defended("fd-close") else "/"
         if not inside.startswith("/"):
@@ -9992,7 +9952,7 @@ class Init:
         program = _find_program(plan["args"][0], environment.get(b"PATH", b""))
         os.umask(0o022)
         if seccomp:
-            with _init_step("cannot load the seccomp filter"):
+            with reworded(InitError, "cannot load the seccomp filter: "):
                 seccomp_load(seccomp, plan.get("seccomp_flags", 0))
         if plan.get("resident"):
             self._stay()
@@ -10000,7 +9960,7 @@ class Init:
             os.execve(program, arguments, environment)
         except OSError as error:
             code = 126 if error.errno in (errno.EACCES, errno.ENOEXEC) else 127
-            raise InitError(f"exec {os.fsdecode(program)}: {str(error.strerror).lower()}", code) from None
+            raise InitError(f"exec {os.fsdecode(program)}: {reason(error)}", code) from None
 
     def _stay(self) -> None:
         """Go on in a child, a process group of its own; this process stays as pid 1: it passes signals on,
@@ -10034,10 +9994,8 @@ def _find_program(name: str, path: bytes) -> bytes:
 
     Raises InitError with Go's os/exec texts, by which the CLI chooses exit code 126 or 127."""
     if "/" in name:
-        try:
+        with reworded(lambda text: InitError(text, 127), f"exec: \"{name}\": stat {name}: "):
             found = os.stat(name)
-        except OSError as error:
-            raise InitError(f"exec: \"{name}\": stat {name}: {str(error.strerror).lower()}", 127) from None
         if stat.S_ISDIR(found.st_mode) or not found.st_mode & 0o111:
             raise InitError(f"exec: \"{name}\": permission denied", 126)
         return os.fsencode(name)
@@ -10099,7 +10057,7 @@ def _join_main(plan: dict[str, Any], fds: dict[str, int], flags: int) -> None:
         _let_go(fds)
         init = Init(plan, fds)
         init.prepare()
-        with _init_step("cannot join the container's namespaces"):
+        with reworded(InitError, "cannot join the container's namespaces: "):
             setns(fds["target"], flags)
             pid = clone3(CLONE_PARENT, fds.get("cgroup"))[0]
         if pid:
@@ -10516,7 +10474,7 @@ EXEC_FAILED = "OCI runtime exec failed: exec failed: unable to start container p
 class StartError(DockerError):
     """The process did not come to execve; `code` is the exit code that Docker records (126, 127 or 128)."""
 
-    def __init__(self, text: str, code: int) -> None:
+    def __init__(self, text: str, code: int = 128) -> None:
         super().__init__(text)
         self.code = code
 
@@ -10706,7 +10664,7 @@ def open_sources(mounts: list[dict[str, Any]]) -> dict[str, int]:
                 entry.pop("node", None)
     except OSError as error:
         close_fds(opened.values())
-        raise StartError(f'error mounting "{path}": {(error.strerror or "").lower()}', 128) from None
+        raise StartError(f'error mounting "{path}": {reason(error)}', 128) from None
     return opened
 
 
@@ -11276,7 +11234,7 @@ class ExecutionDriver:
         if not spec.idmap:
             return
         import resource
-        try:
+        with reworded(StartError, "cannot set the user namespace up: ", OSError, ValueError):
             for path, _ in spec.cgroup_join:
                 _write_file(path, str(pid))
             for number, soft, hard in spec.rlimits:
@@ -11285,8 +11243,6 @@ class ExecutionDriver:
                 _write_file(f"/proc/{pid}/oom_score_adj", str(spec.oom_score_adj))
             for name, ranges in (("uid_map", spec.idmap.uids), ("gid_map", spec.idmap.gids)):
                 _write_file(f"/proc/{pid}/{name}", "".join(f"{a} {b} {count}\n" for a, b, count in ranges))
-        except (OSError, ValueError) as error:
-            raise StartError(f"cannot set the user namespace up: {error}", 128) from None
 
     def _enter(self, process: Process, sync: socket.socket, enter: Callable[[int], None],
                failed: str) -> None:
@@ -11561,7 +11517,7 @@ class PortAllocator:
                 self.give_back(protocol, hosts, port)
                 if error.errno != errno.EADDRINUSE or (first == last and first):
                     raise DockerError(f"failed to bind host port for {where}/{protocol}: "
-                                      f"{(error.strerror or str(error)).lower()}") from None
+                                      f"{reason(error)}") from None
                 continue
             if not first:
                 self._next = port + 1
@@ -11853,10 +11809,8 @@ class Iptables(Firewall):
 def run_tool(command: list[str], text: str = "") -> str:
     """The output of one of the host's programs; DockerError with its words when it fails."""
     import subprocess
-    try:
+    with reworded(DockerError, f"{command[0]}: ", OSError, subprocess.TimeoutExpired):
         done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise DockerError(f"{command[0]}: {error}") from None
     if done.returncode:
         raise DockerError(f"{command[0]}: {' '.join(done.stderr.split())[:500]}")
     return done.stdout
@@ -12653,11 +12607,9 @@ class Sandbox:
         for name, host, first, last in sorted(asked, key=lambda each: each[2] == 0):
             hosts = self.networks.host_addresses(host, gate.network)
             protocol = name.partition("/")[2] or "tcp"
-            try:
+            with reworded(DockerError, "failed to set up container networking: driver failed programming "
+                          f"external connectivity on endpoint {self.name} ({gate.id}): ", DockerError):
                 port, bound = self.networks.patiently(self.networks.ports.take, protocol, hosts, first, last)
-            except DockerError as error:
-                raise DockerError("failed to set up container networking: driver failed programming external "
-                                  f"connectivity on endpoint {self.name} ({gate.id}): {error}") from None
             self.published.append(Published(name, hosts, port))
             for each in bound:
                 self.sockets[ipaddress.ip_address(each.getsockname()[0]), protocol, port] = each
@@ -12886,10 +12838,8 @@ class Sandbox:
 def _port_range(text: str) -> tuple[int, int]:
     """(first, last) of a host port or a range of them, (0, 0) for any."""
     first, _, last = text.partition("-")
-    try:
+    with reworded(BadParameter, f"invalid port specification: {go_quote(text)}", ValueError):
         return int(first or 0), int(last or first or 0)
-    except ValueError:
-        raise BadParameter(f"invalid port specification: {go_quote(text)}") from None
 
 
 class Networks:
@@ -13025,7 +12975,7 @@ class Networks:
                 self._take_down(network)
                 if isinstance(error, OSError):
                     raise DockerError(f"cannot make the links of the {driver} network {name}: "
-                                      f"{error.strerror or error}") from None
+                                      + reason(error)) from None
                 raise
         return network
 
@@ -13220,10 +13170,8 @@ class Networks:
         """The host's addresses that a published port is bound to: the one named, else the network's or the
         daemon's default, which is every address of both IP versions."""
         text = text.strip("[]") or network.options.get(BRIDGE_OPTION + "host_binding_ipv4") or self.config.ip
-        try:
+        with reworded(BadParameter, f"invalid IP address {go_quote(text)}", ValueError):
             host = ipaddress.ip_address(text)
-        except ValueError:
-            raise BadParameter(f"invalid IP address {go_quote(text)}") from None
         both = str(host) == "0.0.0.0" and read_text("/proc/net/if_inet6")
         return [host, ipaddress.ip_address("::")] if both else [host]
 
@@ -13319,20 +13267,17 @@ def _is_inside(inner: IPNetwork, outer: IPNetwork) -> bool:
 def _check_ipam(settings: dict[str, Any]) -> None:
     """BadParameter with Docker's text where a subnet, range, gateway or auxiliary address is wrong."""
     text = settings.get("Subnet", "")
-    try:
+    with reworded(BadParameter, f"invalid network config:\ninvalid subnet {text}: invalid CIDR block "
+                  "notation", ValueError):
         subnet = ipaddress.ip_network(text, strict=False)
-    except ValueError:
-        raise BadParameter(f"invalid network config:\ninvalid subnet {text}: invalid CIDR block "
-                           "notation") from None
     if "/" not in text or str(subnet) != str(ipaddress.ip_interface(text)):
         raise BadParameter(f"invalid network config:\ninvalid subnet {text}: it should be {subnet}")
     values = [("ip-range", settings.get("IPRange")), ("gateway", settings.get("Gateway"))]
     values += [("auxiliary address", value) for value in (settings.get("AuxiliaryAddresses") or {}).values()]
     for what, value in values:
-        try:
+        with reworded(BadParameter, f"invalid network config:\ninvalid {what} {value}: invalid address",
+                      ValueError):
             inside = not value or _is_inside(ipaddress.ip_network(value, strict=False), subnet)
-        except ValueError:
-            raise BadParameter(f"invalid network config:\ninvalid {what} {value}: invalid address") from None
         if not inside:
             raise BadParameter(f"invalid network config:\ninvalid {what} {value}: parent subnet {subnet} "
                                "doesn't "
@@ -13680,10 +13625,8 @@ def parse_bind(text: str, driver: str) -> tuple[dict[str, Any], str]:
               **({"DriverConfig": {"Name": driver}} if driver and kind == "volume" else {})}
     mount = {"Type": kind, "Source": source, "Target": target, "ReadOnly": "ro" in words,
              "BindOptions": propagation and {"Propagation": propagation[0]}, "VolumeOptions": volume}
-    try:
+    with reworded(BadParameter, f"{refusal}: ", BadParameter):
         return check_mount({key: value for key, value in mount.items() if value}), mode
-    except BadParameter as error:
-        raise BadParameter(f"{refusal}: {error}") from None
 
 
 def mount_point(mount: dict[str, Any], mode: str = "") -> dict[str, Any]:
@@ -13813,12 +13756,9 @@ def open_below(directory: Union[str, int], subpath: str) -> int:
     """A detached mount of what is below a volume or an image, without a link that leads out of it."""
     with contextlib.ExitStack() as held:
         top = held.enter_context(opened(directory)) if isinstance(directory, str) else directory
-        try:
+        with reworded(BadParameter, f"invalid subpath {go_quote(subpath)}: "):
             rules = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS
             place = openat2(top, subpath.strip("/") or ".", os.O_PATH, 0, rules)
-        except OSError as error:
-            reason = (error.strerror or "").lower()
-            raise BadParameter(f"invalid subpath {go_quote(subpath)}: {reason}") from None
         with closing_fd(place):
             return open_tree(place, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)
 
@@ -13945,12 +13885,9 @@ class Volume:
                 words = options.get("o", "").split(",")
                 flags = functools.reduce(int.__or__, [MOUNT_FLAGS.get(word, 0) for word in words])
                 data = ",".join(word for word in words if word not in MOUNT_FLAGS)
-                try:
+                with reworded(DockerError, f"error while mounting volume '{self.data}': failed to mount "
+                              f"local volume: mount {options['device']}:{self.data}: "):
                     mount(options["device"], self.data, options["type"], flags, self._resolved(data))
-                except OSError as error:
-                    reason = f"mount {options['device']}:{self.data}: {(error.strerror or '').lower()}"
-                    raise DockerError(f"error while mounting volume '{self.data}': failed to mount local "
-                                      f"volume: {reason}") from None
             self.active.add(user)
         return self.data
 
@@ -13958,10 +13895,8 @@ class Volume:
     def _resolved(data: str) -> str:
         """The kernel takes the address of an NFS or CIFS server as a number only."""
         name = re.search(r"(?:\A|,)addr=([^,]+)", data)
-        try:
+        with reworded(DockerError, "error resolving passed in network volume address: "):
             return data.replace(name[1], socket.gethostbyname(name[1])) if name else data
-        except OSError as error:
-            raise DockerError(f"error resolving passed in network volume address: {error}") from None
 
     def unmount(self, user: str = "") -> None:
         """`user` needs it no more."""
@@ -14658,11 +14593,9 @@ class FileLog:
             attributes["tag"] = info.tag()
         with self.condition:
             self._form = self.form(attributes)
-            try:
+            with reworded(DockerError, f"open {self.path}: "):
                 os.makedirs(os.path.dirname(self.path), 0o700, exist_ok=True)
                 self._open_file()
-            except OSError as error:
-                raise DockerError(f"open {self.path}: {(error.strerror or '').lower()}") from None
             self.closed = False
 
     def _open_file(self) -> None:
@@ -14915,9 +14848,9 @@ def dial(protocol: str, address: Any) -> socket.socket:
     except socket.gaierror:
         raise DockerError(f"dial {protocol}: lookup {address[0]}: no such host") from None
     except OSError as error:
-        timeout, shown = isinstance(error, socket.timeout), address if unix else ":".join(map(str, address))
-        reason = "i/o timeout" if timeout else f"connect: {(error.strerror or '').lower()}"
-        raise DockerError(f"dial {protocol} {shown}: {reason}") from None
+        shown = address if unix else ":".join(map(str, address))
+        why = "i/o timeout" if isinstance(error, socket.timeout) else f"connect: {reason(error)}"
+        raise DockerError(f"dial {protocol} {shown}: {why}") from None
 
 
 class LogServer:
@@ -15023,11 +14956,8 @@ class Syslog(LogServer):
         import ssl
         authority, certificate, key = (
             self.options.get(f"syslog-tls-{name}") or None for name in ("ca-cert", "cert", "key"))
-        try:
+        with reworded(DockerError, f'could not read CA certificate "{authority}": open {authority}: '):
             context = ssl.create_default_context(cafile=authority)
-        except OSError as error:
-            raise DockerError(f'could not read CA certificate "{authority}": open {authority}: '
-                              f"{(error.strerror or str(error)).lower()}") from None
         if "syslog-tls-skip-verify" in self.options:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
@@ -15161,13 +15091,11 @@ class Fluentd(LogServer):
         address = given.get("address", "")
         match = _TRANSPORT.fullmatch(address)
         protocol, place = match.groups() if match else ("tcp", address)
-        try:
+        with reworded(BadParameter, f"invalid fluentd-address {address}: ", BadParameter):
             self.target: Any = protocol, place
             if not protocol.startswith("unix"):
                 host, port = host_and_port(place, 24224)
                 self.target = protocol, (host or "127.0.0.1", port)
-        except BadParameter as error:
-            raise BadParameter(f"invalid fluentd-address {address}: {error}") from None
         self.limit, self.retry_wait, asynchronous, later, self.acknowledged, self.precise = (
             parse(given[name]) if name in given else default for name, parse, default in _FLUENTD_OPTIONS)
         self.asynchronous = asynchronous or later
@@ -15232,10 +15160,8 @@ class Journald(LogServer):
 
     def dial(self) -> Any:
         """A connected socket; DockerError in Docker's words."""
-        try:
+        with reworded(DockerError, "journald is not enabled on this host", DockerError):
             return dial("unixgram", "/run/systemd/journal/socket")
-        except DockerError:
-            raise DockerError("journald is not enabled on this host") from None
 
     def message(self, record: LogRecord, line: bytes) -> bytes:
         """The bytes that tell of one line."""
@@ -15428,10 +15354,8 @@ def check_log_options(kind: str, options: dict[str, str]) -> None:
     if "max-buffer-size" in options:
         if mode != "non-blocking":
             raise BadParameter("logger: max-buffer-size option is only supported with 'mode=non-blocking'")
-        try:
+        with reworded(BadParameter, "error parsing option max-buffer-size: ", BadParameter):
             parse_size(options["max-buffer-size"])
-        except BadParameter as error:
-            raise BadParameter(f"error parsing option max-buffer-size: {error}") from None
     _cache_disabled(options)
     if kind not in LOG_DRIVERS:
         raise BadParameter(f"logger: no log driver named '{kind}' is registered")
@@ -15444,10 +15368,9 @@ def check_log_options(kind: str, options: dict[str, str]) -> None:
 
 
 def _cache_disabled(options: dict[str, str]) -> bool:
-    try:
-        return parse_bool(options.get("cache-disabled") or "false")
-    except BadParameter:
-        raise BadParameter(f"invalid value for option cache-disabled: {options['cache-disabled']}") from None
+    text = options.get("cache-disabled") or "false"
+    with reworded(BadParameter, f"invalid value for option cache-disabled: {text}", BadParameter):
+        return parse_bool(text)
 
 
 def container_log(log_config: dict[str, Any], directory: str, container_id: str) -> Optional[FileLog]:
@@ -16005,10 +15928,8 @@ def _parse_profile(text: str) -> Any:
     """A seccomp profile's document; "unconfined" as it is and None for "builtin"."""
     if text in ("unconfined", "builtin"):
         return None if text == "builtin" else text
-    try:
+    with reworded(BadParameter, "Decoding seccomp profile failed: ", ValueError, RecursionError):
         profile = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadParameter(f"Decoding seccomp profile failed: {error}") from None
     if not isinstance(profile, dict):
         raise BadParameter("Decoding seccomp profile failed: it must be a JSON object")
     return profile
@@ -16786,10 +16707,8 @@ class Container:
             self.host_config["LogConfig"]["Config"] or {}, self.id, record["Name"], record["Image"],
             self.config["Image"], record["Created"], " ".join([record["Path"], *record["Args"]]),
             self.config["Labels"] or {}, self.config["Env"] or [])
-        try:
+        with reworded(DockerError, "failed to initialize logging driver: ", DockerError):
             driver.open(info, connect)
-        except DockerError as error:
-            raise DockerError(f"failed to initialize logging driver: {error}") from None
 
     # Networks
 
@@ -17080,7 +16999,8 @@ class Container:
     def namespaces(self, names: Iterable[str], undo: contextlib.ExitStack) -> dict[str, int]:
         """Descriptors, which `undo` closes, of this container's namespaces by the names of /proc/PID/ns."""
         process, fds = self.process, {}
-        try:
+        with reworded(DockerError, f"container {self.id} is not running",
+                      FileNotFoundError, ProcessLookupError):
             if process is None:
                 raise ProcessLookupError
             if "ipc" in names and self.host_config["IpcMode"] in ("private", "none"):
@@ -17089,8 +17009,6 @@ class Container:
                 fds[name] = os.open(f"/proc/{process.pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
                 undo.callback(os.close, fds[name])
             process.send_signal(0)  # it has not ended meanwhile: the pid was its own
-        except (FileNotFoundError, ProcessLookupError):
-            raise DockerError(f"container {self.id} is not running") from None
         return fds
 
     @property
@@ -17267,10 +17185,9 @@ class Container:
         """Docker's words for a path of cp that is not there."""
         if not path:
             raise BadParameter("bad parameter: path cannot be empty")
-        try:
+        with reworded(NotFound, f"Could not find the file {path} in container {self.name}",
+                      FileNotFoundError):
             yield
-        except FileNotFoundError:
-            raise NotFound(f"Could not find the file {path} in container {self.name}") from None
 
     def path_stat(self, path: str) -> dict[str, Any]:
         """What is at a path in it."""
@@ -17311,11 +17228,8 @@ class Container:
                      if volatile or point["Type"] != "tmpfs"}, **tmpfs}
         for place in sorted(places, key=lambda place: (os.path.normpath(place).count("/"), place)):
             asked = places[place]
-            try:
+            with reworded(lambda text: StartError(START_FAILED.format(text)), f'error mounting "{place}": '):
                 fd = new_tmpfs(parse_tmpfs(asked)) if place in tmpfs else self._open_mount(asked)
-            except OSError as error:
-                raise StartError(START_FAILED.format(
-                    f'error mounting "{place}": {(error.strerror or "").lower()}'), 128) from None
             held.callback(os.close, fd)
             opened.append({"from": f"volume:{len(opened)}", "to": place, "volume": True, "fd": fd})
         return opened
@@ -18979,10 +18893,8 @@ class ContainerJobs:
         for key in ("IpcMode", "NetworkMode", "PidMode"):
             kind, _, other = host_config[key].partition(":")
             if other:
-                try:
+                with reworded(BadParameter, "", NotFound):
                     host_config[key] = f"{kind}:{self.table.find(other).id}"
-                except NotFound as error:
-                    raise BadParameter(str(error)) from None
         points = self._mount_points(config, host_config, job.env.get_bool("defaultReadOnlyNonRecursive"))
         container_id = secrets.token_hex(32)
         if not config.get("Hostname"):
@@ -19006,10 +18918,8 @@ class ContainerJobs:
         links = []
         for link in host_config["Links"] or []:
             target, _, alias = link.partition(":")
-            try:
+            with reworded(BadParameter, f"could not get container for {target}: ", NotFound):
                 child = self.table.find(target.lstrip("/"))
-            except NotFound as error:
-                raise BadParameter(f"could not get container for {target}: {error}") from None
             links.append(f"/{child.name}:/{name}/{alias.rpartition('/')[2] or child.name}")
         host_config["Links"] = links or host_config["Links"]
 
@@ -19060,10 +18970,8 @@ class ContainerJobs:
         if not name:
             raise BadParameter("volumes-from specification cannot be an empty string")
         words = check_mode(mode)
-        try:
+        with reworded(BadParameter, "", NotFound):
             other = self.table.find(name)
-        except NotFound as error:
-            raise BadParameter(str(error)) from None
         for point in other.points:
             if point["Type"] in ("bind", "volume"):
                 yield {**point, "RW": point["RW"] and "ro" not in words, "ID": "shared"}
@@ -19104,10 +19012,8 @@ class ContainerJobs:
     @job("kill")
     def kill(self, job: Job) -> None:
         """Send it a signal: the second argument, by default KILL."""
-        try:
+        with reworded(NotFound, f"Cannot kill container: {job.args[0]}: ", NotFound):
             container = self.table.find(job.args[0])
-        except NotFound as error:
-            raise NotFound(f"Cannot kill container: {job.args[0]}: {error}") from None
         container.kill(parse_signal(job.args[1]) if len(job.args) > 1 and job.args[1] else signal.SIGKILL)
 
     @job("pause")
@@ -19859,13 +19765,11 @@ class Daemon:
             return None
         if name == "unconfined":
             return name
-        try:
+        with reworded(DockerError, f"opening seccomp profile ({name}) failed: ", OSError, ValueError):
             with open(name, encoding="utf-8") as file:
                 profile = json.load(file)
             compile_seccomp(profile, set())
             return profile
-        except (OSError, ValueError) as error:
-            raise DockerError(f"opening seccomp profile ({name}) failed: {error}") from None
 
     @property
     def security_options(self) -> list[str]:
@@ -20046,10 +19950,8 @@ def check_configuration(config: Config) -> None:
     servers of the host are on its loopback."""
     if config.bridge and config.bip:
         raise DockerError("You specified -b & --bip, mutually exclusive options. Please specify only one.")
-    try:
+    with reworded(DockerError, "failed to set log opts: ", BadParameter):
         check_log_options(config.log_driver, config.log_opts or {})
-    except BadParameter as error:
-        raise DockerError(f"failed to set log opts: {error}") from None
     if not config.iptables and not config.icc:
         raise DockerError("You specified --iptables=false with --icc=false. ICC uses iptables to function. "
                           "Please set --icc or --iptables to true.")
@@ -20278,13 +20180,11 @@ def parse_json(data: bytes) -> Any:
         nesting = nesting.replace(b"[]", b"").replace(b"{}", b"")
     if nesting:
         raise BadParameter(f"invalid JSON: unbalanced, or nested deeper than {JSON_DEPTH} levels")
-    try:
+    with reworded(BadParameter, "invalid JSON: ", ValueError):
         value = json.loads(data, parse_constant=lambda name: json.loads("?"))
         if _SURROGATE.search(data):
             text = json.dumps(value, ensure_ascii=False)
             value = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-    except ValueError as error:
-        raise BadParameter(f"invalid JSON: {error}") from None
     return value
 
 
@@ -20743,10 +20643,8 @@ class Request:
         if not self._query_string:
             return {}
         from urllib.parse import parse_qs
-        try:
+        with reworded(BadParameter, "invalid query: ", ValueError):
             return parse_qs(self._query_string, keep_blank_values=True, max_num_fields=1000)
-        except ValueError as error:
-            raise BadParameter(f"invalid query: {error}") from None
 
     def parameters(self, names: str) -> dict[str, Any]:
         """The query's parameters that `names` lists ("all:bool limit:int since"), converted; absent and
@@ -20758,10 +20656,8 @@ class Request:
             values = self.query.get(name)
             if not values or (values == [""] and kind != "bool"):
                 continue
-            try:
+            with reworded(BadParameter, f"invalid value {values[0][:100]!r} of parameter {name}", ValueError):
                 found[name] = values if kind == "list" else _CONVERSIONS[kind](values[0])
-            except ValueError:
-                raise BadParameter(f"invalid value {values[0][:100]!r} of parameter {name}") from None
         return found
 
     @functools.cached_property
@@ -21789,10 +21685,8 @@ def listen_unix(path: str, group: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         os.fchmod(listener.fileno(), 0o600)  # bind(2) gives the file this mode: it is never open to others
-        try:
+        with reworded(DockerError, f"can't listen on unix://{path}: "):
             listener.bind(path)
-        except OSError as error:
-            raise DockerError(f"can't listen on unix://{path}: {error}") from None
         os.chown(path, -1, gid)
         os.chmod(path, 0o660)
         listener.listen(socket.SOMAXCONN)
@@ -21809,14 +21703,12 @@ def listen_tcp(address: str, tls: bool, verified: bool) -> socket.socket:
     if not colon or not port.isdigit():
         host, port = address, "2376" if tls else "2375"
     host = host.strip("[]")
-    try:
+    with reworded(DockerError, f"can't listen on tcp://{address}: ", OSError, OverflowError):
         found = socket.getaddrinfo(host or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, target = min(found, key=lambda item: item[0] != socket.AF_INET6 if not host else 0)
         dual = not host and family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         listener = socket.create_server(target[:2], family=family, backlog=socket.SOMAXCONN,
                                         dualstack_ipv6=dual)
-    except (OSError, OverflowError) as error:
-        raise DockerError(f"can't listen on tcp://{address}: {error}") from None
     if not verified and not ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback:
         log.warning("/!\\ DON'T BIND ON ANOTHER IP ADDRESS THAN 127.0.0.1 IF YOU DON'T KNOW WHAT YOU'RE "
                     "DOING /!\\")
@@ -21860,10 +21752,8 @@ def tls_context(env: Env) -> Any:
                           "Key encrypted?") from None
     if env.get_bool("TlsVerify"):
         context.verify_mode = ssl.CERT_REQUIRED
-        try:
+        with reworded(DockerError, f"Couldn't read CA certificate {authority}: "):
             context.load_verify_locations(authority)
-        except OSError as error:
-            raise DockerError(f"Couldn't read CA certificate {authority}: {error}") from None
     return context
 
 
@@ -22215,12 +22105,9 @@ def hold_pidfile(path: str) -> None:
                 f"process with PID {pid} is still running: is another daemon using the pid file {path}?")
     except FileNotFoundError:
         pass
-    try:
+    with reworded(DockerError, f"failed to start daemon, ensure docker is not running or delete {path}: "):
         os.makedirs(os.path.dirname(os.path.abspath(path)), 0o755, exist_ok=True)
         write_state(path, b"%d" % os.getpid(), mode=0o644, durable=False)
-    except OSError as error:
-        raise DockerError("failed to start daemon, ensure docker is not running or delete "
-                          f"{path}: {error.strerror}") from None
 
 
 def _is_daemon(pid: int) -> bool:
