@@ -1731,9 +1731,11 @@ def test_namespaces_of_another_container(host: Host) -> None:
         assert (answer.status, answer.json["message"]) == (status, text)
 
 
-def test_an_init_of_the_host_or_our_own(new_host: Callable[..., Host], host: Host, busybox: bytes) -> None:
+def test_an_init_of_the_host_or_our_own(new_host: Callable[..., Host], busybox: bytes) -> None:
     ours = new_host("--init", "--init-path", "/nonexistent")
-    ours.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    host = new_host(environment={"PATH": f"{PEER}/usr/bin:{PATH}"})
+    for daemon in (ours, host):
+        daemon.import_image("busybox", busybox, *BUSYBOX_CHANGES)
     code, printed = host.run("cat", "/proc/1/cmdline", HostConfig={"Init": True})
     assert (code, printed) == (0, b"/sbin/docker-init\0--\0cat\0/proc/1/cmdline\0")
     orphan = "sh -c 'sleep 0 & exec sleep 0.2' & wait; while ps -o stat | grep -q Z; do sleep 0.02; done"
