@@ -7,7 +7,8 @@ comma := ,
 space := $(subst ,, )
 PIP_PACKAGES := cffi docker mypy pytest pytest-timeout PyYAML ruff setuptools
 # The real daemon to compare with, unpacked beside the project: never installed, never started on the machine itself.
-PEER_PACKAGES := busybox-static containerd crun docker.io libdevmapper1.02.1 libseccomp2 libyajl2 runc tini
+PEER_PACKAGES := busybox-static conmon containerd crun docker-registry docker.io libassuan0 libdevmapper1.02.1 libgpgme11 \
+	libseccomp2 libsubid4 libyajl2 podman runc skopeo tini umoci
 # It is fetched anew when this list has changed.
 PEER_STAMP := .cache/peer/.complete-$(shell echo "$(PEER_PACKAGES)" | md5sum | cut -c 1-8)
 # Newer clients, from a later Debian than the machine's may be; unpacked beside the project too.
