@@ -5774,6 +5774,11 @@ class LayerStore:
         """What the driver tells of a chain's top layer."""
         return self.driver.metadata(self.get(chain).cache_id) if chain else None
 
+    def tar(self, chain: str) -> contextlib.AbstractContextManager[Feed]:
+        """The tar stream of a layer."""
+        directory = self.driver.diff_dir(self.get(chain).cache_id)
+        return packed(directory, TreePacker(Feed(), self.idmap, self.driver.whiteouts))
+
     def transaction(self) -> contextlib.closing[LayerTransaction]:
         """A block in which layers are made; those that no image names at its end are removed again."""
         return contextlib.closing(LayerTransaction(self))
@@ -6246,6 +6251,11 @@ class TagStore:
     def references(self, image_id: str) -> list[Reference]:
         """All references to an image, in the order of their full names."""
         return list(self._references.get(image_id, ()))
+
+    def repository(self, reference: Reference) -> list[Reference]:
+        """All references of a repository."""
+        return sorted(known for references in self._references.values() for known in references
+                      if known.name == reference.name)
 
     def images(self) -> list[str]:
         """The ids of all images that have a reference."""
@@ -6724,6 +6734,15 @@ def _dial_error(error: BaseException, address: str) -> str:
     return str(reason)
 
 
+@functools.cache
+def system_tls() -> Any:
+    """TLS with the system's certificate authorities, which take 25 ms to read."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_default_certs()
+    return context
+
+
 def http_request(address: str, timeout: float = 30, method: str = "GET",
                  headers: Optional[dict[str, str]] = None, data: Any = None, authorization: str = "",
                  context: Any = None) -> Any:
@@ -6742,7 +6761,7 @@ def http_request(address: str, timeout: float = 30, method: str = "GET",
     direct = re.match(r"(localhost|127\.[0-9.]+|\[::1\])([:/]|\Z)", rest)  # as Go does
     opener = request.OpenerDirector()
     for handler in (request.ProxyHandler({} if direct else None), request.UnknownHandler(),
-                    request.HTTPHandler(), request.HTTPSHandler(context=context),
+                    request.HTTPHandler(), request.HTTPSHandler(context=context or system_tls()),
                     request.HTTPDefaultErrorHandler(), request.HTTPRedirectHandler(),
                     request.HTTPErrorProcessor()):
         opener.add_handler(handler)
@@ -6783,6 +6802,7 @@ IMAGE_MANIFESTS = ("application/vnd.docker.distribution.manifest.v2+json",
                    "application/vnd.oci.image.manifest.v1+json")
 MANIFEST_LISTS = ("application/vnd.docker.distribution.manifest.list.v2+json",
                   "application/vnd.oci.image.index.v1+json")
+IMAGE_LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 IMAGE_CONFIGS = ("application/vnd.docker.container.image.v1+json", "application/vnd.oci.image.config.v1+json",
                  "application/octet-stream")
 _LOGIN_HINT = "repository does not exist or may require 'docker login'"
@@ -6797,6 +6817,7 @@ class RegistryError(DockerError):
     def __init__(self, code: str, message: str, status: int) -> None:
         super().__init__(f"{code.lower().replace('_', ' ')}: {message}" if code else message)
         self.code, self.status = code, status
+        self.passing = status >= 500 or status == 429  # another attempt may succeed
 
 
 class Cancelled(DockerError):
@@ -6821,8 +6842,12 @@ class RegistryHost(NamedTuple):
         if not self.base.startswith("https:"):
             return None
         import ssl
-        context = ssl.create_default_context()
-        if not self.verify:
+        if self.verify and not self.authorities and not self.certificates:
+            return system_tls()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if self.verify:
+            context.load_default_certs()
+        else:
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         for path in self.authorities:
             context.load_verify_locations(path)
@@ -6913,13 +6938,16 @@ class RegistryClient:
     """Speaks to one endpoint about one repository, or about none.
 
     `credentials` are those of the API's X-Registry-Auth, `actions` what a token must allow ("pull,push").
-    Credentials go to the endpoint and to its token server, never to where either redirects."""
+    Credentials go to the endpoint and to its token server, never to where either redirects.  Threads may
+    share one."""
 
     def __init__(self, endpoint: RegistryHost, path: str = "", credentials: Any = None, actions: str = "pull",
                  timeout: float = 30) -> None:
         self.endpoint, self.timeout, self._context = endpoint, timeout, endpoint.context()
         self.repository = f"{endpoint.base}/{path}"
+        self._origin = "/".join(endpoint.base.split("/")[:3]) + "/"
         self._scope = f"repository:{path}:{actions}" if path else ""
+        self._authorizing = threading.Lock()
         known: dict[str, str] = credentials if isinstance(credentials, dict) and not endpoint.mirror else {}
         user, password = known.get("username", ""), known.get("password", "")
         with contextlib.suppress(ValueError):
@@ -6931,18 +6959,22 @@ class RegistryClient:
 
     def request(self, method: str, address: str, headers: Optional[dict[str, str]] = None,
                 data: Any = None) -> Any:
-        """The successful response to a request; `data` is bytes.
+        """The successful response to a request; `data` is bytes, or yields them and can be sent but once.
 
         RegistryError when it is refused, Unreachable when there is no answer."""
+        used = self._authorization
         response = self._send(method, address, headers, data)
-        if response.code == 401:  # no token yet, or one that has expired
-            with response:
-                self._authorize(method, address, response)
+        ours = response.geturl().startswith(self._origin)  # else who is redirected to asks for our secrets
+        if response.code == 401 and ours and isinstance(data, (bytes, type(None))):
+            with response, self._authorizing:
+                if self._authorization == used:  # no token yet, or one that has expired
+                    self._authorize(method, address, response)
             response = self._send(method, address, headers, data)
         return self._checked(response)
 
     def _send(self, method: str, address: str, headers: Optional[dict[str, str]], data: Any) -> Any:
-        return http_request(address, self.timeout, method, headers, data, self._authorization, self._context)
+        known = self._authorization if address.startswith(self._origin) else ""
+        return http_request(address, self.timeout, method, headers, data, known, self._context)
 
     def fetch(self, address: str, headers: Optional[dict[str, str]] = None, limit: int = MANIFEST_LIMIT) \
             -> tuple[bytes, Any]:
@@ -7035,6 +7067,56 @@ class RegistryClient:
             raise DockerError(f"the manifest {digest} is of two types at once")
         return kind, document, raw, digest
 
+    def ping(self) -> None:
+        """Unreachable when nobody answers there."""
+        self._send("GET", self.endpoint.base + "/", None, None).close()
+
+    def blob_size(self, digest: str) -> Optional[int]:
+        """The bytes of a blob of the repository; None where it has no such blob."""
+        try:
+            with self.request("HEAD", f"{self.repository}/blobs/{digest}") as response:
+                return int(response.headers["Content-Length"])
+        except RegistryError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    def start_upload(self, **query: str) -> str:
+        """Where a new upload goes; "" when the blob `mount` could be taken from the repository `from`."""
+        from urllib.parse import urlencode
+        address = f"{self.repository}/blobs/uploads/"
+        response = self.request("POST", f"{address}?{urlencode(query)}" if query else address, data=b"")
+        with response:
+            return self._location(response) if response.code == 202 else ""
+
+    def upload(self, data: Iterable[bytes], digest: Callable[[], str]) -> None:
+        """Send a blob, and then its digest."""
+        from urllib.parse import quote
+        place = self.start_upload()
+        try:
+            octets = {"Content-Type": "application/octet-stream"}
+            with self.request("PATCH", place, octets, data) as response:
+                place = self._location(response)
+            mark = "&" if "?" in place else "?"
+            self.request("PUT", f"{place}{mark}digest={quote(digest())}", octets, b"").close()
+        except BaseException:
+            self.cancel_upload(place)
+            raise
+
+    def cancel_upload(self, place: str) -> None:
+        """Let the registry forget an upload; it does so by itself if it does not hear of this."""
+        with contextlib.suppress(DockerError):
+            self.request("DELETE", place).close()
+
+    @staticmethod
+    def _location(response: Any) -> str:
+        """Where the registry wants an upload to go on."""
+        from urllib.parse import urljoin
+        place = response.headers.get("Location")
+        if not place:
+            raise DockerError("the registry does not say where an upload goes")
+        return urljoin(response.geturl(), place)
+
     def tags(self) -> list[str]:
         """The repository's tags."""
         from urllib.parse import urljoin
@@ -7115,15 +7197,38 @@ _STAGES = ("Pulling fs layer", "Waiting", "Downloading", "Verifying Checksum", "
            "Extracting", "Pull complete")
 
 
+class Room:
+    """Room for as many transfers at a time as an option of `config` says (0: any number)."""
+
+    def __init__(self, config: Any, option: str) -> None:
+        self._config, self._option = config, option
+        self._changed, self._running = threading.Condition(), 0
+
+    @contextlib.contextmanager
+    def taken(self, waiting: Callable[[], Any]) -> Iterator[None]:
+        """A block that takes one place; while there is none, `waiting()` is called again and again."""
+        with self._changed:
+            while 0 < getattr(self._config, self._option) <= self._running:
+                waiting()
+                self._changed.wait(0.2)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+
 class Download:
-    """A blob on its way into an unnamed file, for all the pulls that want it; `users` counts them and its
-    thread."""
+    """A blob on its way into an unnamed file, for all the pulls that want it; `users` counts its thread, who
+    began it, and the others."""
 
     def __init__(self, blobs: Blobs, client: RegistryClient, blob: Descriptor) -> None:
         import tempfile
         self.blobs, self.client, self.blob = blobs, client, blob
         self.file = tempfile.TemporaryFile(dir=blobs.directory)
-        self.stage, self.received, self.delay, self.users = _WAITING, 0, 0, 1
+        self.stage, self.received, self.delay, self.users = _WAITING, 0, 0, 2
         self.error: Optional[BaseException] = None
         self.changed = threading.Condition()
         self.unpacking = threading.Lock()  # whoever wants the layer unpacks it, one at a time
@@ -7133,14 +7238,14 @@ class Download:
         """Fetch the blob: again from where it broke off, and after a pause where nothing came, for as many
         times as --max-download-attempts says."""
         try:
-            with self.blobs.room():
+            with self.blobs.room.taken(self._check_wanted):
                 failures = 0
                 while not self._complete():
                     before = self.received
                     try:
                         self._fetch()
                     except (OSError, Unreachable, RegistryError) as error:
-                        if isinstance(error, RegistryError) and error.status < 500 and error.status != 429:
+                        if isinstance(error, RegistryError) and not error.passing:
                             raise
                         failures = 1 if self.received > before else failures + 1
                         log.info("download of %s failed: %s", self.blob.digest, error)
@@ -7248,22 +7353,24 @@ class BlobReader:
 
 
 class Blobs:
-    """The downloads under way, each blob once; --max-concurrent-downloads of them at a time (0: all)."""
+    """The downloads under way, each blob once."""
 
     def __init__(self, config: Any) -> None:
         self.config, self.directory = config, os.path.join(config.data_root, "tmp")
+        self.room = Room(config, "max_concurrent_downloads")
         self._table: dict[str, Download] = {}
-        self._changed, self._running = threading.Condition(), 0
+        self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def wanted(self, client: RegistryClient, blob: Descriptor) -> Iterator[Download]:
         """The download of a blob, begun if need be; it goes on while a block needs it."""
-        with self._changed:
+        with self._lock:
             download = self._table.get(blob.digest)
             if download is None or download.error is not None:
                 download = self._table[blob.digest] = Download(self, client, blob)
                 threading.Thread(target=download.run, name="download", daemon=True).start()
-            download.users += 1
+            else:
+                download.users += 1
         try:
             yield download
         finally:
@@ -7271,7 +7378,7 @@ class Blobs:
 
     def release(self, download: Download) -> None:
         """One user less; the last one's leave frees the blob's space."""
-        with self._changed:
+        with self._lock:
             download.users -= 1
             alone = download.users <= (download.stage != _DOWNLOADED)  # but for a thread that stops now
             if alone and self._table.get(download.blob.digest) is download:
@@ -7279,22 +7386,13 @@ class Blobs:
             if download.users == 0:
                 download.file.close()
 
-    @contextlib.contextmanager
-    def room(self) -> Iterator[None]:
-        """A block that --max-concurrent-downloads may run at a time."""
-        with self._changed:
-            while 0 < self.config.max_concurrent_downloads <= self._running:
-                self._changed.wait()
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
-
 
 # Progress
+
+def retry_status(seconds: int) -> str:
+    """What a client is told while an attempt has to wait."""
+    return f"Retrying in {seconds} second{'s' if seconds > 1 else ''}"
+
 
 def progress_bar(current: int, total: int) -> dict[str, Any]:
     """The members of a progress line that tell how far something is."""
@@ -7321,8 +7419,7 @@ class PulledLayer:
         stage = self.stage if download.stage == _DOWNLOADED and self.stage else download.stage
         if download.delay and self._told != (stage, -download.delay):
             self._told = stage, -download.delay
-            plural = "s" if download.delay > 1 else ""
-            job.progress(status=f"Retrying in {download.delay} second{plural}", progressDetail={}, id=self.id)
+            job.progress(status=retry_status(download.delay), progressDetail={}, id=self.id)
         if download.delay or download.error is not None:
             return
         current = {_DOWNLOADING: download.received, _EXTRACTING: self.reader.at}.get(stage, 0)
@@ -7574,6 +7671,192 @@ class Pulls:
                 if made.diff_id != layer.diff_id:
                     raise DockerError("layers from manifest don't match image configuration")
         layer.stage = _PULLED
+
+
+class Upload:
+    """A layer on its way into the repository `name`, and the lines that tell the client of it.
+
+    `stop` is set when the push is to end, and by the upload itself when it fails."""
+
+    ATTEMPTS, PAUSE = 5, 5  # moby's: attempts, and seconds after the first, twice that after the second, ...
+    CANDIDATES = 3  # blobs that are looked for elsewhere
+
+    def __init__(self, job: Job, client: RegistryClient, images: Images, reference: Reference, layer: Layer,
+                 stop: threading.Event) -> None:
+        self.job, self.client, self.images, self.reference = job, client, images, reference
+        self.layer, self.stop = layer, stop
+        self._told = ""
+        self._size, self._hash = 0, hashlib.sha256()
+
+    def tell(self, status: str, **detail: Any) -> None:
+        """Write a line, unless it is the last one again."""
+        if detail or status != self._told:
+            self._told = status
+            detail = detail or {"progressDetail": {}}
+            self.job.progress(status=status, **detail, id=self.layer.diff_id[7:19])
+
+    def run(self, room: Room) -> dict[str, Any]:
+        """Have the layer in the repository; its descriptor."""
+        try:
+            with room.taken(self._wait):
+                digest, size = self._there() or self._mounted() or self._sent()
+        except Unauthorized as error:
+            self.stop.set()
+            raise Unauthorized(str(error).rpartition(": ")[2]) from error
+        except BaseException:
+            self.stop.set()
+            raise
+        self.images.note_blob(self.layer.diff_id, digest, self.reference.name)
+        return {"mediaType": IMAGE_LAYER, "size": size, "digest": digest}
+
+    def _wait(self, status: str = "Waiting") -> None:
+        if self.stop.is_set():
+            raise Cancelled
+        self.tell(status)
+
+    def _known(self) -> list[tuple[str, str]]:
+        """(digest, repository) of the blobs that the layer has been, those of this repository and the latest
+        first."""
+        facts = [(fact["Digest"], fact["SourceRepository"])
+                 for fact in reversed(self.images.blobs_of(self.layer.diff_id))]
+        return sorted(facts, key=lambda fact: fact[1] != self.reference.name)
+
+    def _there(self) -> Optional[tuple[str, int]]:
+        """The blob that the repository has of the layer."""
+        digests = dict.fromkeys(digest for digest, _ in self._known())
+        for digest in list(digests)[:self.CANDIDATES]:
+            size = self.client.blob_size(digest)
+            if size is not None:
+                self.tell("Layer already exists")
+                return digest, size
+        return None
+
+    def _mounted(self) -> Optional[tuple[str, int]]:
+        """The blob that the registry takes from another repository of its own."""
+        sources = [(digest, name.partition("/")[2]) for digest, name in self._known()
+                   if name.startswith(self.reference.domain + "/") and name != self.reference.name]
+        for digest, path in sources[:self.CANDIDATES]:
+            with contextlib.suppress(RegistryError):  # it may be another user's
+                place = self.client.start_upload(**{"mount": digest, "from": path})
+                if place:
+                    self.client.cancel_upload(place)
+                elif size := self.client.blob_size(digest):
+                    self.tell("Mounted from " + path)
+                    return digest, size
+        return None
+
+    def _sent(self) -> tuple[str, int]:
+        """Send the layer, as often as it takes."""
+        for attempt in itertools.count(1):
+            try:
+                self.client.upload(self._packed(), lambda: "sha256:" + self._hash.hexdigest())
+                break
+            except (Unreachable, RegistryError) as error:
+                if attempt == self.ATTEMPTS or isinstance(error, RegistryError) and not error.passing:
+                    raise DockerError(str(error)) from error
+                log.info("upload of %s failed: %s", self.layer.diff_id, error)
+            for seconds in range(self.PAUSE * attempt, 0, -1):
+                self._wait(retry_status(seconds))
+                self.stop.wait(1)
+        self.tell("Pushed")
+        return "sha256:" + self._hash.hexdigest(), self._size
+
+    def _packed(self) -> Iterator[bytes]:
+        """The layer's tar stream, compressed."""
+        compressor, plain, told = zlib.compressobj(wbits=31), hashlib.sha256(), 0.0
+        self._hash, self._size, done = hashlib.sha256(), 0, 0
+        with self.images.layers.tar(self.layer.chain_id) as stream:
+            for data in itertools.chain(iter(stream.read, b""), [b""]):
+                plain.update(data)
+                piece = compressor.compress(data) if data else compressor.flush()
+                self._hash.update(piece)
+                self._size, done = self._size + len(piece), done + len(data)
+                if self.stop.is_set():
+                    raise Cancelled
+                if time.monotonic() > told + 0.1 or not data:
+                    told = time.monotonic()
+                    self.tell("Pushing", **progress_bar(done, self.layer.size))
+                yield piece
+        if "sha256:" + plain.hexdigest() != self.layer.diff_id:
+            raise DockerError(f"the files of the layer {self.layer.diff_id} are no longer what they were")
+
+
+class Pushes:
+    """The job push."""
+
+    def __init__(self, registry: Registry, images: Images) -> None:
+        self.registry, self.images = registry, images
+        self.room = Room(registry.config, "max_concurrent_uploads")
+
+    @job("push")
+    def push(self, job: Job) -> None:
+        """Send the image named by the argument to its registry.
+
+        env: tag ('', where the name has none: all tags), authConfig, platform."""
+        reference = parse_reference(job.args[0])
+        if job.env.get("tag"):
+            reference = reference.with_tag(str(job.env["tag"]))
+        platform = self.images._platform(job)
+        job.ready()
+        job.progress(status=f"The push refers to repository [{reference.name}]")
+        if reference.digest:
+            raise BadParameter("cannot push a digest reference")
+        names = self.images.tags.repository(reference)
+        if not names:
+            raise NotFound("An image does not exist locally with the tag: " + reference.familiar_name)
+        names = [name for name in names if name.tag and reference.tag in ("", name.tag)]
+        if not names:
+            raise NotFound(f"tag does not exist: {reference.familiar}" if reference.tag else
+                           f"no tags to push for {reference.familiar_name}")
+
+        def send(client: RegistryClient) -> None:
+            client.ping()
+            client.timeout = 300  # s: a registry may take its time to store a large blob
+            for name in names:
+                self._push(job, client, name, self.images.resolve(name.familiar, platform))
+
+        self.registry.attempt(reference, job.env.get_json("authConfig"), send, "pull,push")
+
+    def _push(self, job: Job, client: RegistryClient, reference: Reference, image: Image) -> None:
+        """Push one reference: its layers, its configuration, then the manifest that names them."""
+        with self.images.layers.transaction() as transaction:
+            transaction.hold(image.chain_id)
+            blobs = self._push_layers(job, client, reference, self.images.layers.lineage(image.chain_id))
+        raw = image.raw
+        if client.blob_size(image.id) is None:
+            client.upload([raw], lambda: image.id)
+        config = {"mediaType": IMAGE_CONFIGS[0], "size": len(raw), "digest": image.id}
+        manifest = json.dumps({"schemaVersion": 2, "mediaType": IMAGE_MANIFESTS[0], "config": config,
+                               "layers": blobs}, indent=3).encode()
+        digest = _digest(manifest)
+        client.request("PUT", f"{client.repository}/manifests/{reference.tag}",
+                       {"Content-Type": IMAGE_MANIFESTS[0]}, manifest).close()
+        self.images.tags.set(reference._replace(tag="", digest=digest), image.id)
+        job.progress(status=f"{reference.tag}: digest: {digest} size: {len(manifest)}")
+        job.progress(progressDetail={}, aux={"Tag": reference.tag, "Digest": digest, "Size": len(manifest)})
+        self.images.event("push", reference.familiar,
+                          {**(image.labels or {}), "name": reference.familiar_name})
+
+    def _push_layers(self, job: Job, client: RegistryClient, reference: Reference, layers: list[Layer]) \
+            -> list[dict[str, Any]]:
+        """Have `layers`, from the top, in the repository; their descriptors from the bottom."""
+        stop = threading.Event()
+        job.on_cancel(stop.set)
+        uploads = {layer.diff_id: Upload(job, client, self.images, reference, layer, stop)
+                   for layer in layers}
+        for layer in layers:
+            uploads[layer.diff_id].tell("Preparing")
+        joins = {diff_id: start_thread(upload.run, self.room) for diff_id, upload in uploads.items()}
+        found: dict[str, dict[str, Any]] = {}
+        failure: Optional[BaseException] = None
+        for diff_id, join in joins.items():
+            try:
+                found[diff_id] = join()
+            except BaseException as error:
+                failure = error if failure is None or isinstance(failure, Cancelled) else failure
+        if failure is not None:
+            raise failure
+        return [found[layer.diff_id] for layer in reversed(layers)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -19716,10 +19999,12 @@ class Daemon:
 
     def install(self) -> None:
         """Register every part's jobs with the engine, and leave the daemon where old parts look for it."""
+        registry = Registry(self.config)
         for part in (self.events, self.images, self.volumes,
                      ContainerJobs(self.parts, self.images, self.containers, self.events),
                      NetworkJobs(self.networks, self.containers, self.events), Statistics(self.containers),
-                     ExecJobs(self.containers), SystemJobs(self), Pulls(Registry(self.config), self.images)):
+                     ExecJobs(self.containers), SystemJobs(self), Pulls(registry, self.images),
+                     Pushes(registry, self.images)):
             self.engine.install(part)
         self.engine.variables["httpapi.daemon"] = self
 

@@ -5614,7 +5614,7 @@ def test_output_is_not_lost_when_the_client_goes_on_writing(fake_api: FakeApi, r
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A CA, and a certificate with key that it signed for 127.0.0.1."""
+    """A CA, and a certificate with key that it signed for 127.0.0.1 and for the registries' names."""
     folder = tmp_path_factory.mktemp("tls")
     new = ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     for command in (
@@ -5653,7 +5653,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ],
     ):
         (folder / "names").write_text(
-            "subjectAltName=IP:127.0.0.1\nsubjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
+            f"subjectAltName=IP:127.0.0.1,DNS:{NAMES.replace(' ', ',DNS:')}\n"
+            "subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\n"
         )
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return folder
@@ -10549,7 +10550,7 @@ class FakeRegistry(http.server.ThreadingHTTPServer):
     """A registry: `blobs` by digest, `manifests` by (repository, tag or digest) as (type, bytes).
 
     `fault(handler)` runs before each answer and returns whether it has answered itself; `seen` are the
-    requests as (method, path, headers)."""
+    requests as (method, path, headers); `linked` has the (repository, digest) of what was pushed."""
 
     daemon_threads = True
 
@@ -10558,6 +10559,8 @@ class FakeRegistry(http.server.ThreadingHTTPServer):
         self.name = f"127.0.0.1:{self.server_port}"
         self.blobs: dict[str, bytes] = {}
         self.manifests: dict[tuple[str, str], tuple[str, bytes]] = {}
+        self.linked: set[tuple[str, str]] = set()
+        self.uploads: dict[str, bytes] = {}
         self.seen: list[tuple[str, str, Any]] = []
         self.fault: Callable[[Any], bool] = lambda handler: False
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -10595,6 +10598,7 @@ class FakeRegistryHandler(http.server.BaseHTTPRequestHandler):
 
     server: Any
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -10625,13 +10629,57 @@ class FakeRegistryHandler(http.server.BaseHTTPRequestHandler):
         elif found and found[2] == "manifests" and (found[1], found[3]) in self.server.manifests:
             kind, raw = self.server.manifests[found[1], found[3]]
             self.answer(200, raw, Content_Type=kind, Docker_Content_Digest=sha256(raw))
-        elif found and found[3] in self.server.blobs:
+        elif found and found[3] in self.server.blobs and (
+                self.command == "GET" or (found[1], found[3]) in self.server.linked):
             first = int(self.headers.get("Range", "bytes=0-")[6:-1])
             self.answer(206 if first else 200, self.server.blobs[found[3]][first:])
         else:
             self.refuse(404, "BLOB_UNKNOWN" if found and found[2] == "blobs" else "MANIFEST_UNKNOWN")
 
     do_HEAD = do_GET
+
+    def body(self) -> bytes:
+        """The request's body."""
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def do_POST(self) -> None:
+        self.server.seen.append((self.command, self.path, self.headers))
+        if self.server.fault(self):
+            return
+        path, _, query = self.path.partition("?")
+        asked = dict(urllib.parse.parse_qsl(query))
+        repository, kind, last = re.findall("/v2/(.*)/(blobs/uploads|manifests)/(.*)", path)[0]
+        uploads, data, place = self.server.uploads, self.body(), last
+        if self.command == "POST":
+            if (asked.get("from"), asked.get("mount")) in self.server.linked:
+                self.server.linked.add((repository, asked["mount"]))
+                return self.answer(201)
+            place = secrets.token_hex(8)
+            uploads[place] = b""
+        elif self.command == "DELETE":
+            del uploads[place]
+            return self.answer(204)
+        elif self.command == "PATCH":
+            uploads[place] += data
+        elif kind == "manifests":
+            self.server.manifests[repository, last] = self.headers["Content-Type"], data
+            return self.answer(201)
+        else:
+            blob = uploads.pop(place) + data
+            assert sha256(blob) == asked["digest"]
+            self.server.blobs[sha256(blob)] = blob
+            self.server.linked.add((repository, sha256(blob)))
+            return self.answer(201)
+        self.answer(202, Location=f"/v2/{repository}/blobs/uploads/{place}?state=1")
+
+    do_PATCH = do_PUT = do_DELETE = do_POST
 
 
 @pytest.fixture
@@ -10652,8 +10700,8 @@ class PullRig(ImageRig):
         config = dockerd.Config(data_root=self.root, max_download_attempts=2)
         self.registry = dockerd.Registry(config)
         self.pulls = dockerd.Pulls(self.registry, self.images)
-        self.engine.install(self.registry)
-        self.engine.install(self.pulls)
+        for part in (self.registry, self.pulls, dockerd.Pushes(self.registry, self.images)):
+            self.engine.install(part)
 
     def lines(self, name: str, *arguments: str, **env: Any) -> list[dict[str, Any]]:
         """All progress lines of a job."""
@@ -10847,6 +10895,11 @@ def test_tokens_are_got_renewed_and_never_shown_to_others(pull_rig: PullRig, reg
     assert [headers["Authorization"] for headers in asked] == [basic, basic]
     assert "account=me" in next(path for _, path, _ in registry.seen if path.startswith("/token"))
     assert len(elsewhere.seen) == 3 and not any(headers["Authorization"] for _, _, headers in elsewhere.seen)
+    challenge = f'Bearer realm="http://{elsewhere.name}/token"'  # it asks for them itself
+    elsewhere.fault = lambda handler: handler.answer(401, WWW_Authenticate=challenge) or True
+    registry.image("a/b", "2", [file_tar("three")])
+    pull_rig.refused(500, "pull", f"{registry.name}/a/b:2", authConfig=login)
+    assert not any("/token" in path for _, path, _ in elsewhere.seen)
     elsewhere.shutdown()
     elsewhere.server_close()
 
@@ -11002,6 +11055,410 @@ def test_a_mirror_that_fails_is_passed_over(pull_rig: PullRig, registry: FakeReg
     assert len(mirror.seen) == 1 and registry.seen and not mirror.seen[0][2]["Authorization"]
     mirror.shutdown()
     mirror.server_close()
+
+
+# Pushing
+
+
+def packed(archive: bytes) -> bytes:
+    """The same archive as the daemon packs it."""
+    pieces: list[bytes] = []
+    with tempfile.TemporaryDirectory() as directory:
+        dockerd.apply_layer(io.BytesIO(archive), directory, "", dockerd.IdMap())
+        dockerd.write_tree(directory, pieces.append)
+    return b"".join(pieces)
+
+
+def pushable(rig: PullRig, registry: FakeRegistry, *names: str) -> list[str]:
+    """The layers' digests, from the bottom, of an image that was pulled and has these names at a registry."""
+    layers = [packed(file_tar(name, data)) for name, data in (
+        ("one", b"1" * 3000), ("two", secrets.token_bytes(1_000_000)), ("one", b"1"))]
+    source = FakeRegistry()
+    source.image("from/here", "1", layers, config={"Labels": {"a": "b"}})
+    rig.run("pull", f"{source.name}/from/here:1")
+    for name in names:
+        repository, _, tag = name.partition(":")
+        rig.run("tag", f"{source.name}/from/here:1", f"{registry.name}/{repository}", tag)
+    rig.run("image_delete", f"{source.name}/from/here:1")
+    source.shutdown()
+    source.server_close()
+    return [sha256(layer) for layer in layers]
+
+
+def test_push_tells_what_docker_tells(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    diff_ids = pushable(pull_rig, registry, "a/b:1", "a/b:2", "c/d:1")
+    ids = [diff_id[7:19] for diff_id in reversed(diff_ids)]
+    (image,) = pull_rig.listed()
+    name = f"{registry.name}/a/b"
+    lines = pull_rig.lines("push", name, tag="1")
+    assert lines[0] == {"status": f"The push refers to repository [{name}]"}
+    assert lines[1:4] == [{"status": "Preparing", "progressDetail": {}, "id": layer} for layer in ids]
+    for layer in ids:
+        told = [line for line in lines[4:-2] if line["id"] == layer]
+        assert told[-1] == {"status": "Pushed", "progressDetail": {}, "id": layer}
+        assert {line["status"] for line in told[:-1]} == {"Pushing"}
+        done = [line["progressDetail"]["current"] for line in told[:-1]]
+        assert done == sorted(done) and done[-1] % 512 == 0
+    kind, raw = registry.manifests["a/b", "1"]
+    digest = sha256(raw)
+    assert lines[-2:] == [
+        {"status": f"1: digest: {digest} size: {len(raw)}"},
+        {"progressDetail": {}, "aux": {"Tag": "1", "Digest": digest, "Size": len(raw)}}]
+    document = json.loads(raw)
+    assert raw == json.dumps(document, indent=3).encode() and kind == document["mediaType"] == MANIFEST
+    assert document["config"] == {"mediaType": "application/vnd.docker.container.image.v1+json",
+                                  "size": len(registry.blobs[image]), "digest": image}
+    for diff_id, layer in zip(diff_ids, document["layers"]):
+        assert layer["mediaType"] == "application/vnd.docker.image.rootfs.diff.tar.gzip"
+        assert len(registry.blobs[layer["digest"]]) == layer["size"]
+        assert sha256(gzip.decompress(registry.blobs[layer["digest"]])) == diff_id
+    assert pull_rig.events[-1] == ("push", f"{name}:1", {"a": "b", "name": name})
+    assert f"{name}@{digest}" in pull_rig.run("image_inspect", f"{name}:1")["RepoDigests"]
+    assert registry.uploads == {}
+
+    def short(*arguments: str, **env: Any) -> list[str]:
+        return [f"{line['id']}: {line['status']}" for line in pull_rig.lines("push", *arguments, **env)
+                if "id" in line and line["status"] != "Preparing"]
+
+    registry.seen.clear()
+    tags = [line["aux"]["Tag"] for line in pull_rig.lines("push", name) if "aux" in line]
+    assert tags == ["1", "2"] and registry.manifests["a/b", "2"][1] == raw
+    assert sorted(short(f"{name}:1")) == sorted(f"{layer}: Layer already exists" for layer in ids)
+    assert {method for method, _, _ in registry.seen} == {"GET", "HEAD", "PUT"}
+    assert sorted(short(f"{registry.name}/c/d:1")) == sorted(f"{layer}: Mounted from a/b" for layer in ids)
+    pull_rig.run("image_delete", image, force=True)
+    pull_rig.run("pull", f"{registry.name}/c/d:1")
+    assert pull_rig.listed() == [image]
+
+
+def test_push_errors_in_dockers_words(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    pushable(pull_rig, registry, "a/b:1")
+    name = f"{registry.name}/a/b"
+    for status, text, arguments, env in (
+            (404, f"tag does not exist: {name}:9", [name], {"tag": "9"}),
+            (404, f"tag does not exist: {name}:9", [f"{name}:1"], {"tag": "9"}),
+            (404, f"An image does not exist locally with the tag: {name}c", [f"{name}c"], {}),
+            (400, "invalid reference format: repository name must be lowercase", [f"{registry.name}/A"], {}),
+            (400, "invalid tag format", [name], {"tag": "a:b"}),
+            (400, "cannot push a digest reference", [f"{name}@sha256:{A64}"], {}),
+            (404, "does not match the specified platform", [f"{name}:1"], {"platform": "linux/s390x"})):
+        assert text in pull_rig.refused(status, "push", *arguments, **env)
+    assert {method for method, _, _ in registry.seen} == {"GET"}
+
+    def guard(handler: Any, **challenge: str) -> bool:
+        handler.body()
+        handler.answer(401, **challenge)
+        return True
+
+    registry.fault = functools.partial(guard, WWW_Authenticate='Basic realm="r"')
+    assert pull_rig.refused(401, "push", name, tag="1") == "no basic auth credentials"
+    login = {"username": "me", "password": "wrong"}
+    assert pull_rig.refused(500, "push", name, tag="1", authConfig=login) == (
+        "unauthorized: authentication required")
+
+    def deny(handler: Any) -> bool:
+        if handler.command != "POST":
+            return False
+        handler.body()
+        handler.refuse(403, "DENIED")
+        return True
+
+    registry.fault = deny
+    assert pull_rig.refused(500, "push", name, tag="1") == "denied: denied"
+    pull_rig.run("tag", f"{name}:1", "127.0.0.1:1/x")
+    assert pull_rig.refused(500, "push", "127.0.0.1:1/x") == (
+        'Get "http://127.0.0.1:1/v2/": dial tcp 127.0.0.1:1: connect: connection refused')
+
+
+def test_a_push_goes_on_after_a_failure(pull_rig: PullRig, registry: FakeRegistry,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dockerd.Upload, "PAUSE", 1)
+    diff_ids = pushable(pull_rig, registry, "a/b:1")
+    broken: list[Any] = []
+
+    def fail(handler: Any) -> bool:
+        if handler.command == "PATCH" and len(broken) < 2:
+            broken.append(handler)
+            if len(broken) == 1:
+                handler.rfile.read(100)
+                handler.close_connection = True
+            else:
+                handler.body()
+                handler.refuse(503, "UNAVAILABLE")
+            return True
+        return False
+
+    registry.fault = fail
+    lines = pull_rig.lines("push", f"{registry.name}/a/b")
+    assert lines[-1]["aux"]["Tag"] == "1"
+    assert sum(line.get("status") == "Retrying in 1 second" for line in lines) in (1, 2)
+    assert registry.uploads == {} and len(broken) == 2
+    assert [sha256(gzip.decompress(registry.blobs[layer["digest"]]))
+            for layer in json.loads(registry.manifests["a/b", "1"][1])["layers"]] == diff_ids
+
+
+def test_a_push_that_gives_up_or_is_cancelled_leaves_nothing(
+        pull_rig: PullRig, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dockerd.Upload, "PAUSE", 0)
+    pushable(pull_rig, registry, "a/b:1")
+    failing, over = threading.Event(), threading.Event()
+
+    def refuse(handler: Any) -> bool:
+        if handler.command == "PATCH":
+            handler.body()
+            handler.refuse(503, "UNAVAILABLE")
+        return handler.command == "PATCH"
+
+    registry.fault = refuse
+    assert pull_rig.refused(500, "push", f"{registry.name}/a/b:1") == "unavailable: unavailable"
+    assert registry.uploads == {} and registry.manifests == {}
+
+    def stall(handler: Any) -> bool:
+        if handler.command == "PATCH":
+            failing.set()
+            over.wait(20)
+        return False
+
+    registry.fault = stall
+    job = pull_rig.engine.job("push", f"{registry.name}/a/b:1")
+    join = dockerd.start_thread(job.run)
+    assert failing.wait(20)
+    job.cancel()
+    over.set()
+    with pytest.raises(DockerError, match="context canceled"):
+        join()
+    assert registry.uploads == {} and registry.manifests == {}
+
+
+def test_a_layer_that_has_changed_on_disk_is_not_pushed(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    pushable(pull_rig, registry, "a/b:1")
+    layer = pull_rig.layers.get(pull_rig.images.resolve(f"{registry.name}/a/b:1").chain_ids[0])
+    path = os.path.join(pull_rig.layers.driver.diff_dir(layer.cache_id), "one")
+    Path(path).write_bytes(b"2" * 3000)
+    assert "are no longer what they were" in pull_rig.refused(500, "push", f"{registry.name}/a/b:1")
+    assert registry.manifests == {} and registry.uploads == {}
+
+
+def test_uploads_go_only_as_many_at_a_time_as_allowed(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    pushable(pull_rig, registry, "a/b:1")
+    pull_rig.registry.config.max_concurrent_uploads = 1
+    running, most = [0], [0]
+
+    def count(handler: Any) -> bool:
+        running[0] += handler.command == "POST"
+        most[0] = max(most[0], running[0])
+        running[0] -= handler.command == "PUT" and "/uploads/" in handler.path
+        return False
+
+    registry.fault = count
+    lines = pull_rig.lines("push", f"{registry.name}/a/b")
+    assert most == [1] and running == [0]
+    assert sum(line.get("status") == "Waiting" for line in lines) >= 1
+
+
+def test_tokens_of_a_push_are_renewed_and_never_shown_to_others(pull_rig: PullRig,
+                                                               registry: FakeRegistry) -> None:
+    """A token that expires while a layer is sent is followed by another; where an upload goes on elsewhere,
+    no secret is sent."""
+    pushable(pull_rig, registry, "a/b:1")
+    elsewhere = FakeRegistry()
+    elsewhere.blobs, elsewhere.uploads, elsewhere.linked = registry.blobs, registry.uploads, registry.linked
+    good: list[str] = []
+    expired: list[str] = []
+
+    def guard(handler: Any) -> bool:
+        if handler.path.startswith("/token?"):
+            good[:] = [secrets.token_hex(4)]
+            handler.answer(200, json.dumps({"token": good[0]}).encode())
+        elif handler.headers.get("Authorization") != f"Bearer {''.join(good)}":
+            handler.body()
+            handler.refuse(401, "UNAUTHORIZED", WWW_Authenticate=(
+                f'Bearer realm="http://{registry.name}/token",service="s",scope="repository:a/b:pull,push"'))
+        elif handler.command == "POST":
+            place = secrets.token_hex(8)
+            registry.uploads[place] = b""
+            handler.answer(202, Location=f"http://{elsewhere.name}/v2/a/b/blobs/uploads/{place}")
+        elif handler.command == "PUT" and "/manifests/" in handler.path and not expired:
+            expired.append(good.pop())
+            return guard(handler)
+        else:
+            return False
+        return True
+
+    registry.fault = guard
+    login = {"username": "me", "password": "secret"}
+    pull_rig.run("push", f"{registry.name}/a/b:1", authConfig=login)
+    asked = [(path, headers["Authorization"]) for _, path, headers in registry.seen if "/token?" in path]
+    basic = "Basic " + base64.b64encode(b"me:secret").decode()
+    assert len(asked) == 2 and all(secret == basic for _, secret in asked)
+    assert "scope=repository%3Aa%2Fb%3Apull%2Cpush" in asked[0][0] and expired
+    assert len(elsewhere.seen) == 8 and not any(headers["Authorization"] for _, _, headers in elsewhere.seen)
+
+    def thief(handler: Any) -> bool:
+        handler.answer(401, WWW_Authenticate=f'Bearer realm="http://{elsewhere.name}/token"')
+        return True
+
+    elsewhere.fault, elsewhere.seen = thief, []
+    registry.linked.clear()
+    assert "unauthorized" in pull_rig.refused(500, "push", f"{registry.name}/a/b:1", authConfig=login)
+    assert not any("/token" in path for _, path, _ in elsewhere.seen)
+    elsewhere.shutdown()
+    elsewhere.server_close()
+
+
+# Debian's registry
+
+REGISTRY_CONFIG = """version: 0.1
+storage: {{filesystem: {{rootdirectory: {data}}}, delete: {{enabled: true}}}}
+http: {{addr: "{address}", {http}}}
+{rest}
+"""
+HTPASSWD = "me:$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n"  # secret
+NAMES = "registry.test registry-1.docker.io index.docker.io"
+OVER_ETC = f"""set -e
+for place in /mnt /run /dev/shm /var/lib; do mount -t tmpfs tmpfs $place; done
+mkdir /mnt/upper /mnt/work
+mount -t overlay -o lowerdir=/etc,upperdir=/mnt/upper,workdir=/mnt/work overlay /etc
+echo "127.0.0.1 {NAMES}" >>/etc/hosts
+cat "$1/ca.pem" >>/etc/ssl/certs/ca-certificates.crt
+"""
+
+
+class Registries:
+    """docker-registry in a host's namespaces: plain and open at `plain`; with TLS and a password at
+    `guarded`, whose certificate certs.d vouches for; and as the Hub, where the system's authorities do.
+
+    The host's /etc is a copy of the machine's."""
+
+    plain, guarded = "127.0.0.1:5000", "registry.test:5443"
+
+    def __init__(self, host: Host, certificates: Path) -> None:
+        self.host, self.certificates = host, certificates
+        assert host.enter("sh", "-c", OVER_ETC, "sh", str(certificates)).wait() == 0
+        folder = self.etc("docker/certs.d", self.guarded)
+        folder.mkdir(parents=True)
+        shutil.copy(certificates / "ca.pem", folder / "ca.crt")
+        self.etc("htpasswd").write_text(HTPASSWD)
+        tls = f"tls: {{certificate: {certificates}/cert.pem, key: {certificates}/key.pem}}"
+        guard = "auth: {htpasswd: {realm: here, path: /etc/htpasswd}}"
+        self.processes = [self.start("plain", self.plain), self.start("hub", "127.0.0.1:443", tls),
+                          self.start("guarded", "127.0.0.1:5443", tls, guard)]
+
+    def etc(self, *names: str) -> Path:
+        """A path in the host's own /etc."""
+        return Path(f"/proc/{self.host.holder.pid}/root/etc", *names)
+
+    def start(self, name: str, address: str, http: str = "", rest: str = "") -> subprocess.Popen[Any]:
+        """Start one registry, and wait until it listens."""
+        config = Path(self.host.path(name))
+        data = self.host.path(name + "-data")
+        config.write_text(REGISTRY_CONFIG.format(data=data, address=address, http=http, rest=rest))
+        with open(self.host.path(name + "-log"), "wb") as log:
+            process = self.host.enter(f"{PEER}/usr/bin/docker-registry", "serve", str(config), stdout=log,
+                                      stderr=log)
+        wait_for(lambda: "listening on" in read_text(self.host.path(name + "-log")), name)
+        return process
+
+    def close(self) -> None:
+        """End them."""
+        for process in self.processes:
+            process.terminate()
+            process.wait()
+
+    def run(self, *command: str) -> str:
+        """What another client of registries prints, in the host's namespaces."""
+        policy = Path(self.host.path(".config/containers/policy.json"))
+        policy.parent.mkdir(parents=True, exist_ok=True)
+        policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+        environment = f"LD_LIBRARY_PATH={PEER}/usr/lib/x86_64-linux-gnu"
+        process = self.host.enter("env", environment, f"{PEER}/usr/bin/{command[0]}", *command[1:],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, (command, err)
+        return out.decode().strip()
+
+
+@pytest.fixture(scope="module")
+def registries(certificates: Path, busybox: bytes) -> Iterator[Registries]:
+    """A host with Debian's registry beside it, and the image busybox."""
+    host = Host("-D")
+    made = Registries(host, certificates)
+    try:
+        host.start().import_image("busybox", packed(busybox), *BUSYBOX_CHANGES)
+        yield made
+    finally:
+        made.close()
+        host.close()
+
+
+@pytest.mark.parametrize("version", sorted(docker_clis()))
+def test_a_push_and_a_pull_through_debians_registry(registries: Registries, version: str) -> None:
+    docker, repository = Docker(docker_clis()[version], registries.host), "a" + version.replace("+", "-")
+    docker("login", "-u", "me", "--password-stdin", registries.guarded, input="secret")
+    image = docker("inspect", "-f", "{{.Id}}", "busybox")
+    ids = []
+    for place in (registries.plain, registries.guarded, "docker.io/someone"):
+        for tag in "12":
+            docker("tag", "busybox", f"{place}/{repository}:{tag}")
+        told = docker("push", f"{place}/{repository}:1").splitlines()
+        name = f"{place}/{repository}"
+        assert told[0] == f"The push refers to repository [{name}]"
+        assert re.fullmatch("[0-9a-f]{12}: Preparing", told[1]), told
+        assert re.fullmatch("[0-9a-f]{12}: (Pushed|Mounted from .*)", told[-2]), told
+        digest = re.fullmatch(r"1: digest: (sha256:\w{64}) size: \d+", told[-1])
+        assert digest, told
+        assert docker("push", "-q", "-a", name) == name
+        docker("rmi", f"{name}:1", f"{name}:2")
+        assert f"Digest: {digest[1]}" in docker("pull", f"{name}:1")
+        assert docker("pull", "-q", f"{name}@{digest[1]}") == f"{name}@{digest[1]}"
+        ids.append(docker("inspect", "-f", "{{.Id}}", f"{name}:1"))
+    assert set(ids) == {image}
+    docker("logout", registries.guarded)
+    refused = docker.run("push", f"{registries.guarded}/{repository}:1", status=1).stderr
+    assert refused.strip() == "no basic auth credentials"
+
+
+def test_a_push_by_docker_py(registries: Registries) -> None:
+    client = docker_py.DockerClient(base_url=registries.host.url, version="auto", timeout=60)
+    name = f"{registries.guarded}/by/py"
+    client.images.get("busybox").tag(name, "1")
+    right, wrong = ({"username": "me", "password": password} for password in ("secret", "x"))
+    lines = list(client.images.push(name, "1", auth_config=right, stream=True, decode=True))
+    assert lines[-1]["aux"]["Tag"] == "1" and lines[-1]["aux"]["Size"] > 400
+    lines.append(*list(client.images.push(name, "1", auth_config=wrong, stream=True, decode=True))[-1:])
+    assert lines[-1]["error"] == "unauthorized: authentication required"
+    data = client.images.get_registry_data(f"{name}:1", auth_config=right)
+    assert data.id == lines[-2]["aux"]["Digest"]
+    client.images.remove(f"{name}:1")
+    pulled = client.images.pull(name, "1", auth_config=right)
+    assert pulled.id == client.images.get("busybox").id
+    client.close()
+
+
+def test_what_is_pushed_goes_round_through_skopeo_and_podman(registries: Registries) -> None:
+    host, plain = registries.host, registries.plain
+    image = host.api("GET", "/images/busybox/json")
+    host.api("POST", f"/images/busybox/tag?repo={plain}/round&tag=1")
+    host.http("POST", f"{API}/images/{plain}/round/push?tag=1", headers={"X-Registry-Auth": "e30="})
+    for target in ("dir:" + host.path("dir"), "oci:" + host.path("oci:1")):
+        registries.run("skopeo", "copy", "--src-tls-verify=false", f"docker://{plain}/round:1", target)
+    registries.run("skopeo", "copy", "--dest-tls-verify=false", "dir:" + host.path("dir"),
+                   f"docker://{plain}/docker:1")
+    registries.run("skopeo", "copy", "--dest-tls-verify=false", "oci:" + host.path("oci:1"),
+                   f"docker://{plain}/oci:1")
+    podman = ("podman", "--root", host.path("pod"), "--runroot", host.path("podrun"), "--storage-driver",
+              "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "none", "--conmon",
+              f"{PEER}/usr/bin/conmon", "--runtime", f"{PEER}/usr/sbin/runc")
+    found = registries.run(*podman, "pull", "-q", "--tls-verify=false", f"{plain}/round:1")
+    assert "sha256:" + found == image["Id"]
+    registries.run(*podman, "push", "-q", "--tls-verify=false", found, f"{plain}/podman:1")
+    for name in ("docker", "oci", "podman"):
+        answer = host.http("POST", f"{API}/images/create?fromImage={plain}/{name}&tag=1")
+        assert "error" not in answer.lines[-1], answer.body
+        there = host.api("GET", f"/images/{plain}/{name}:1/json")
+        assert there["RootFS"] == image["RootFS"]
+        assert name != "docker" or there["Id"] == image["Id"]
+        assert host.run("echo", name, image=f"{plain}/{name}:1") == (0, name.encode() + b"\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
