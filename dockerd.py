@@ -2777,6 +2777,8 @@ TAR_HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12s")
 TAR_SPECIAL_LIMIT = 1 << 20  # bytes of an extended header, long name or sparse map, as in Go's archive/tar
 INVALID_TAR_HEADER = "archive/tar: invalid tar header"
 TAR_ZEROES = bytes(TAR_BLOCK)
+CRC_ONES = (1 << 64) - 1
+CRC_PIECE = 1 << 16  # bytes whose sum is computed at once: what the caches hold
 WHITEOUT = b".wh."
 WHITEOUT_OPAQUE = b".wh..wh..opq"
 OVERLAY_OPAQUE = "trusted.overlay.opaque"
@@ -3131,12 +3133,12 @@ def _pax_records(data: bytes) -> list[tuple[bytes, bytes]]:
 class TarReader:
     """The entries of the tar stream `stream`, in order, in bounded memory.
 
-    `observer(entry, data)` is told of every byte in order: entry is None for headers, padding and what
-    follows the end, so that the stream can be rebuilt from it and the files.  BadParameter with Go's texts on
-    damage."""
+    `observer(entry, data)` is told of every byte in order: entry is None for what is no whole file's content:
+    headers, padding, what is left out, what follows the end.  So the stream can be rebuilt from that and the
+    files.  BadParameter with Go's texts on damage."""
 
     def __init__(self, stream: Any,
-                 observer: Optional[Callable[[Optional[TarEntry], bytes], None]] = None) -> None:
+                 observer: Optional[Callable[[Optional[TarEntry], Any], None]] = None) -> None:
         self._stream, self._observer = stream, observer
         self._buffer, self._view, self._at = b"", memoryview(b""), 0
         self._entry: Optional[TarEntry] = None
@@ -3164,7 +3166,8 @@ class TarReader:
             piece = self._view[self._at:self._at + size]
             done = os.write(fd, piece) if fd >= 0 else len(piece)
             if self._observer:
-                self._observer(self._entry, bytes(piece[:done]))
+                whole = fd >= 0 and self._entry is not None and self._entry.sparse is None
+                self._observer(self._entry if whole else None, piece[:done])
             self._at += done
             self._left -= done
             size -= done
@@ -3903,12 +3906,18 @@ class TreePacker:
         """A file's header and content: as long as the header says, whatever is written to it meanwhile."""
         with opened(name, UNFOLLOWED) as fd:
             self._put(tar_header(entry))
-            left = entry.size
+            left = self._copy(fd, entry.size)
             while left:
-                data = os.read(fd, min(left, CHUNK)) or bytes(min(left, CHUNK))
-                self._put(data)
-                left -= len(data)
+                self._put(bytes(min(left, CHUNK)))
+                left -= min(left, CHUNK)
             self._put(bytes(-entry.size % TAR_BLOCK))
+
+    def _copy(self, fd: int, size: int) -> int:
+        """Feed `size` bytes of a file; how many of them it does not have."""
+        while size and (data := os.read(fd, min(size, CHUNK))):
+            self._put(data)
+            size -= len(data)
+        return size
 
 
 class ChangesPacker(TreePacker):
@@ -3953,6 +3962,106 @@ class CopyPacker(TreePacker):
 
     def _shown(self, name: bytes) -> bytes:
         return self.base.rstrip(b"/") + name[1:] if self.base else name
+
+
+# Rebuilding tar
+
+
+def crc64(data: Any, crc: int = 0) -> int:
+    """CRC-64/GO-ISO of `data` behind what has the sum `crc`.
+
+    The bytes are one integer, whose lowest bit is the highest coefficient.  The polynomial x^64+x^4+x^3+x+1
+    is so sparse that x^(64k), k a power of 2, is (x^3k+1)(x^k+1) modulo it: two shifts fold half the
+    number."""
+    for at in range(0, len(data), CRC_PIECE):
+        piece = data[at:at + CRC_PIECE]
+        number, bits = int.from_bytes(piece, "little") ^ crc ^ CRC_ONES, 8 * len(piece) + 64
+        while bits > 64:
+            k = 1 << max((bits // 96).bit_length() - 1, 0)
+            over = bits - 64 * k
+            high = number & (1 << over) - 1
+            high ^= high << k
+            high ^= high << 3 * k
+            bits = max(64 * k, over + 4 * k)
+            number = number >> over << bits - 64 * k ^ high << bits - over - 4 * k
+        crc = number ^ CRC_ONES
+    return crc
+
+
+class TarRecord:
+    """An observer of TarReader that writes, as tar-split does, what the files do not hold of a tar stream.
+
+    Lines of JSON, in gzip: those of type 2 have bytes of the stream, those of type 1 the name, size and
+    CRC-64 of a file whose content stands there.  `write` takes the compressed bytes; close() ends them."""
+
+    def __init__(self, write: Callable[[bytes], Any]) -> None:
+        self._write, self._compressor = write, zlib.compressobj(1, zlib.DEFLATED, 31)
+        self._entry: Optional[TarEntry] = None
+        self._bytes, self._crc, self._position = bytearray(), 0, 0
+
+    def __call__(self, entry: Optional[TarEntry], data: Any) -> None:
+        if entry is not self._entry or len(self._bytes) > CHUNK:
+            self._end_line()
+            self._entry, self._crc = entry, 0
+        if entry is None:
+            self._bytes += data
+        else:
+            self._crc = crc64(data, self._crc)
+
+    def _end_line(self) -> None:
+        if self._entry is not None:
+            try:
+                name = '"name":' + json.dumps(self._entry.name.decode(), ensure_ascii=False)
+            except UnicodeDecodeError:
+                name = f'"name_raw":"{base64.b64encode(self._entry.name).decode()}"'
+            kind, payload = f'1,{name},"size":{self._entry.stored}', self._crc.to_bytes(8, "big")
+        elif self._bytes:
+            kind, payload = "2", bytes(self._bytes)
+            self._bytes.clear()
+        else:
+            return
+        text = base64.b64encode(payload).decode()
+        line = f'{{"type":{kind},"payload":"{text}","position":{self._position}}}\n'
+        self._position += 1
+        self._write(self._compressor.compress(line.encode()))
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._end_line()
+        self._write(self._compressor.flush())
+
+
+class TarRebuilder(TreePacker):
+    """Feeds the tar stream of which `record`, a file of TarRecord's or of tar-split, tells; the files are
+    below the current directory of a confined thread.  DockerError where that cannot be."""
+
+    def __init__(self, feed: Feed, record: Any) -> None:
+        super().__init__(feed, IdMap(), "")
+        self._record = decompress(record)
+
+    def run(self) -> None:
+        """Feed everything and finish the feed."""
+        rest = b""
+        while data := self._record.read(CHUNK):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                self._rebuild(json.loads(line))
+        self._flush()
+        self.feed.finish()
+
+    def _rebuild(self, line: dict[str, Any]) -> None:
+        if line["type"] == 2:
+            return self._put(base64.b64decode(line["payload"]))
+        size, name = line.get("size") or 0, base64.b64decode(line.get("name_raw") or "")
+        name = name or os.fsencode(line.get("name", ""))
+        if size:
+            try:
+                with opened(b"./" + name, UNFOLLOWED) as fd:
+                    left = self._copy(fd, size)
+            except OSError as error:
+                raise DockerError(f"the layer has lost {quoted(name)}: {error.strerror}") from None
+            if left:
+                raise DockerError(f"the layer has lost {left} bytes of {quoted(name)}")
 
 
 # File modes as Go's os.FileMode has them
@@ -4900,6 +5009,7 @@ def _copy_range(source: int, target: int, at: int, size: int) -> int:
 # ------------------------------------------------------------------------------------------------------------
 
 HEX64 = re.compile(r"[0-9a-f]{64}\Z")
+TAR_SPLIT = "tar-split.json.gz"  # in a layer's record: what the tar stream has besides the files
 MAX_LAYERS = 125  # moby's: 127 is the most some drivers take, and a container adds two
 
 _NAME_PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
@@ -5774,10 +5884,24 @@ class LayerStore:
         """What the driver tells of a chain's top layer."""
         return self.driver.metadata(self.get(chain).cache_id) if chain else None
 
-    def tar(self, chain: str) -> contextlib.AbstractContextManager[Feed]:
-        """The tar stream of a layer."""
-        directory = self.driver.diff_dir(self.get(chain).cache_id)
-        return packed(directory, TreePacker(Feed(), self.idmap, self.driver.whiteouts))
+    @contextlib.contextmanager
+    def tar(self, chain: str) -> Iterator[HashingReader]:
+        """A block in which the tar stream can be read that a layer was made of; DockerError where the layer
+        cannot give it, or gives another one."""
+        layer = self.hold(chain)
+        with contextlib.ExitStack() as held:
+            held.callback(self.collect, chain)
+            held.callback(self.release, chain)
+            try:
+                record = held.enter_context(open(os.path.join(self._path(chain), TAR_SPLIT), "rb"))
+            except FileNotFoundError:
+                raise DockerError(f"the layer {chain} has no record of the archive that it was made of: pull "
+                                  "or import its images again") from None
+            directory = self.driver.diff_dir(layer.cache_id)
+            reader = HashingReader(held.enter_context(packed(directory, TarRebuilder(Feed(), record))))
+            yield reader
+        if reader.digest != layer.diff_id:
+            raise DockerError(f"the layer {chain} is damaged: remove its images and pull them again")
 
     def transaction(self) -> contextlib.closing[LayerTransaction]:
         """A block in which layers are made; those that no image names at its end are removed again."""
@@ -5996,9 +6120,12 @@ class LayerTransaction:
         published = False
         try:
             store.driver.create(cache_id, below)
-            reader = HashingReader(stream)
-            directory = store.driver.diff_dir(cache_id)
-            stats = apply_layer(reader, directory, store.driver.whiteouts, store.idmap, **limits)
+            reader, directory = HashingReader(stream), store.driver.diff_dir(cache_id)
+            with open(os.path.join(record, TAR_SPLIT), "xb") as file:
+                split = TarRecord(file.write)
+                stats = apply_layer(reader, directory, store.driver.whiteouts, store.idmap, observer=split,
+                                    **limits)
+                split.close()
             layer = Layer(chain_id(parent, reader.digest), reader.digest, parent, cache_id, stats.size)
             published = self._publish(layer, record)
             return store.get(layer.chain_id)

@@ -6079,6 +6079,95 @@ def test_the_observer_sees_every_byte_in_order(tmp_path: Path) -> None:
     assert b"".join(piece for name, piece in seen if name == b"a") == b"x" * 5000
 
 
+def test_the_sum_of_tar_split() -> None:
+    def slowly(data: bytes) -> int:
+        crc = dockerd.CRC_ONES
+        for byte in data:
+            crc ^= byte
+            for _ in range(8):
+                crc = crc >> 1 ^ (0xD800000000000000 if crc & 1 else 0)
+        return crc ^ dockerd.CRC_ONES
+
+    assert dockerd.crc64(b"123456789") == 0xB90956C775A41001
+    for size in (*range(40), 511, 512, 513, 5000, dockerd.CRC_PIECE + 1):
+        data = random.Random(size).randbytes(size)
+        assert dockerd.crc64(data) == slowly(data), size
+        assert dockerd.crc64(memoryview(data)[size // 3:], dockerd.crc64(data[:size // 3])) == slowly(data)
+
+
+def odd_archives() -> dict[str, bytes]:
+    """Streams that a plain writer would not have written the same way."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "empty").touch()
+        Path(directory, os.fsdecode(b"no-utf8-\xff")).write_bytes(b"n" * 700)
+        with open(f"{directory}/sparse", "wb") as file:
+            for at in range(0, 1 << 20, 1 << 16):
+                file.seek(at)
+                file.write(b"data")
+        gnu = ["tar", "-C", directory, "-S", "--sort=name", "--owner=someone:7", "-c", "."]
+        made = {name: subprocess.run([*gnu, "--format", name], stdout=subprocess.PIPE, check=True).stdout
+                for name in ("gnu", "pax")}
+    plain = make_tar(("a", b"x" * 5000), ("d", "5"), ("./d/../n" + "n" * 200, b"y" * 513), ("link", "2", {
+        "linkname": "a"}), (".wh.b", b"what a whiteout has"), ("d/.wh..wh..opq", b""), ("empty", b""))
+    padded = bytearray(make_tar(("f", b"abc")))
+    padded[512 + 3:1024] = b"rubbish".ljust(509, b"!")  # in the padding
+    return {**made, "plain": plain, "trailer": plain + b"behind the end" * 100000, "padding": bytes(padded),
+            "truncated end": plain[:-700], "nothing": bytes(1024), "no end": make_tar(("f", b"abc"))[:1024]}
+
+
+@pytest.mark.parametrize("name", sorted(odd_archives()))
+def test_a_layers_stream_is_rebuilt_byte_for_byte(rig: ImageRig, name: str) -> None:
+    data = odd_archives()[name]
+    rig.add("a", archive=data)
+    with rig.layers.tar(rig.images.resolve("a").chain_id) as stream:
+        assert b"".join(iter(stream.read, b"")) == data
+
+
+def test_what_cannot_be_rebuilt_is_told(rig: ImageRig) -> None:
+    rig.add("a", archive=tar_of({"f": b"12345", "g": b"6"}))
+    layer = rig.layers.get(rig.images.resolve("a").chain_id)
+
+    def refusal() -> str:
+        with pytest.raises(dockerd.DockerError) as failure, rig.layers.tar(layer.chain_id) as stream:
+            while stream.read():
+                pass
+        return str(failure.value)
+
+    path = Path(rig.layers.driver.diff_dir(layer.cache_id), "f")
+    path.write_bytes(b"12346")
+    assert refusal().endswith("is damaged: remove its images and pull them again")
+    path.write_bytes(b"123")
+    assert refusal() == 'the layer has lost 2 bytes of "f"'
+    path.unlink()
+    path.symlink_to("g")
+    assert refusal() == 'the layer has lost "f": Too many levels of symbolic links'
+    os.unlink(os.path.join(rig.layers._path(layer.chain_id), dockerd.TAR_SPLIT))
+    assert "has no record of the archive that it was made of" in refusal()
+    rig.run("image_delete", "a")
+    rig.assert_whole()
+
+
+def test_the_records_of_streams_are_the_real_daemons(peer: Host, tmp_path: Path) -> None:
+    """Each daemon's record names the same files with the same sums, and ours rebuilds from theirs."""
+    rig = ImageRig(str(tmp_path), "overlay2")
+    data = tar_of({"d": None, "d/f": b"x" * 100000, "\xfcml\xe4ut": b"y" * 700, "empty": b"", "last": b"z"})
+    rig.add("a", archive=data)
+    layer = rig.layers.get(rig.images.resolve("a").chain_id)
+    peer.import_image("split", data)
+    ours, theirs = (Path(root, "image/overlay2/layerdb/sha256", layer.chain_id[7:], dockerd.TAR_SPLIT)
+                    for root in (rig.root, peer.data_root))
+    found = [[json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+             for path in (ours, theirs)]
+    files = [[(line["name"], line["size"], line["payload"]) for line in lines if line.get("size")]
+             for lines in found]
+    assert files[0] == files[1] and len(files[0]) == 3
+    assert [line["position"] for line in found[0]] == list(range(len(found[0])))
+    shutil.copy(theirs, ours)
+    peer.http("DELETE", "/images/split")
+    with rig.layers.tar(layer.chain_id) as stream:
+        assert b"".join(iter(stream.read, b"")) == data
+
+
 def test_base_256_numbers_and_v7_headers(tmp_path: Path) -> None:
     data = make_tar(("f", b"abc", {"uid": 3_000_000, "mtime": 5}), ("dir/", b""), format=tarfile.GNU_FORMAT)
     header = bytearray(data[1024:1536])
