@@ -11324,7 +11324,7 @@ def test_a_layer_that_has_changed_on_disk_is_not_pushed(pull_rig: PullRig, regis
     layer = pull_rig.layers.get(pull_rig.images.resolve(f"{registry.name}/a/b:1").chain_ids[0])
     path = os.path.join(pull_rig.layers.driver.diff_dir(layer.cache_id), "one")
     Path(path).write_bytes(b"2" * 3000)
-    assert "are no longer what they were" in pull_rig.refused(500, "push", f"{registry.name}/a/b:1")
+    assert "is damaged: remove its images" in pull_rig.refused(500, "push", f"{registry.name}/a/b:1")
     assert registry.manifests == {} and registry.uploads == {}
 
 
