@@ -6861,6 +6861,19 @@ def _dial_error(error: BaseException, address: str) -> str:
     return str(reason)
 
 
+LOOPBACK = ("127.0.0.0/8", "::1/128")
+
+
+def in_networks(host: str, networks: Iterable[str], resolve: bool = False) -> bool:
+    """Whether HOST[:PORT] is, or with `resolve` has, an address in one of `networks`, those with a slash."""
+    name = (host.rpartition(":")[0] if re.search(r":\d+\Z", host) else host).strip("[]")
+    with contextlib.suppress(OSError, ValueError):
+        found = [str(info[4][0]) for info in socket.getaddrinfo(name, None)] if resolve else [name]
+        return any(ipaddress.ip_address(address) in ipaddress.ip_network(text.strip(), strict=False)
+                   for address in found for text in networks if "/" in text)
+    return False
+
+
 @functools.cache
 def system_tls() -> Any:
     """TLS with the system's certificate authorities, which take 25 ms to read."""
@@ -6885,7 +6898,8 @@ def http_request(address: str, timeout: float = 30, method: str = "GET",
     scheme = scheme.lower()
     if scheme not in ("http", "https"):
         raise BadParameter(f'{method.capitalize()} "{address}": unsupported protocol scheme "{scheme}"')
-    direct = re.match(r"(localhost|127\.[0-9.]+|\[::1\])([:/]|\Z)", rest)  # as Go does
+    host, unproxied = rest.partition("/")[0], os.environ.get("no_proxy", "").split(",")
+    direct = re.match(r"localhost(:\d+)?\Z", host) or in_networks(host, [*LOOPBACK, *unproxied])  # as Go does
     opener = request.OpenerDirector()
     for handler in (request.ProxyHandler({} if direct else None), request.UnknownHandler(),
                     request.HTTPHandler(), request.HTTPSHandler(context=context or system_tls()),
@@ -6925,6 +6939,7 @@ def open_url(address: str) -> Iterator[Any]:
 CERTIFICATES = "/etc/docker/certs.d"
 HUB = "docker.io"
 MANIFEST_LIMIT, CONFIG_LIMIT = 4 << 20, 16 << 20  # bytes; the first is moby's
+TAG_LIMIT = 1 << 18  # in a repository
 IMAGE_MANIFESTS = ("application/vnd.docker.distribution.manifest.v2+json",
                    "application/vnd.oci.image.manifest.v1+json")
 MANIFEST_LISTS = ("application/vnd.docker.distribution.manifest.list.v2+json",
@@ -7035,15 +7050,8 @@ def _hosts_endpoints(directory: str, writing: bool) -> Iterator[RegistryHost]:
 
 def is_insecure(host: str, config: Any) -> bool:
     """Whether HOST[:PORT] is a registry that --insecure-registry names, or on the loopback."""
-    if host in config.insecure_registries:
-        return True
-    networks = [ipaddress.ip_network(text, strict=False)
-                for text in ("127.0.0.0/8", "::1/128", *config.insecure_registries) if "/" in text]
-    name = host.rpartition(":")[0] if re.search(r":\d+\Z", host) else host
-    with contextlib.suppress(OSError, ValueError):
-        found = {ipaddress.ip_address(str(info[4][0])) for info in socket.getaddrinfo(name.strip("[]"), None)}
-        return any(address in network for address in found for network in networks)
-    return False
+    named = config.insecure_registries
+    return host in named or in_networks(host, [*LOOPBACK, *named], resolve=True)
 
 
 def endpoints(domain: str, config: Any, writing: bool = False) -> list[RegistryHost]:
@@ -7248,10 +7256,11 @@ class RegistryClient:
         """The repository's tags."""
         from urllib.parse import urljoin
         address, found = f"{self.repository}/tags/list", list[Any]()
-        while address:
+        while address and len(found) < TAG_LIMIT:
             data, headers = self.fetch(address)
-            found += _json_object(data, "list of tags").get("tags") or []
-            following = re.search(r'<([^>]+)>;\s*rel="?next', headers.get("Link") or "")
+            page = _json_object(data, "list of tags").get("tags") or []
+            found += page
+            following = re.search(r'<([^>]+)>;\s*rel="?next', headers.get("Link") or "") if page else None
             there = urljoin(address, following[1]) if following else ""
             address = there if there.startswith(self.repository) else ""
         return [tag for tag in found if isinstance(tag, str) and re.fullmatch(_TAG, tag)]
@@ -7614,7 +7623,7 @@ class Registry:
         from urllib.parse import quote
         term = str(job.env.get("term") or "".join(job.args[:1]))
         filters = parse_filters(job.env.get("filters"), ("is-automated", "is-official", "stars"))
-        limit = job.env.get_int("limit") or 25
+        limit = job.env.get_int("limit", 25) or 25
         if not 1 <= limit <= 100:
             raise BadParameter(f"Limit {limit} is outside the range of [1, 100]")
         host, slash, rest = term.partition("/")
@@ -7711,6 +7720,8 @@ class Pulls:
 
     def _pull(self, job: Job, client: RegistryClient, reference: Reference, platform: Platform) -> bool:
         """Pull one reference; whether it means another image now."""
+        if job.cancelled.is_set():
+            raise Cancelled
         kind, manifest, _, digest = client.manifest(reference.digest or reference.tag)
         job.progress(status=f"Pulling from {reference.path}", id=reference.digest or reference.tag)
         if kind in MANIFEST_LISTS:

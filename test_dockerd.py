@@ -10643,8 +10643,15 @@ class FakeRegistry(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), FakeRegistryHandler)
+    def __init__(self, host: Optional[Host] = None) -> None:
+        """On the loopback of a `host`, else of the machine."""
+        def bind() -> None:
+            if host:
+                with open(f"/proc/{host.holder.pid}/ns/net") as namespace:
+                    dockerd.setns(namespace.fileno(), dockerd.CLONE_NEWNET)
+            super(FakeRegistry, self).__init__(("127.0.0.1", 0), FakeRegistryHandler)
+
+        dockerd.in_thread(bind)
         self.name = f"127.0.0.1:{self.server_port}"
         self.blobs: dict[str, bytes] = {}
         self.manifests: dict[tuple[str, str], tuple[str, bytes]] = {}
@@ -10726,6 +10733,11 @@ class FakeRegistryHandler(http.server.BaseHTTPRequestHandler):
             self.refuse(404, "BLOB_UNKNOWN" if found and found[2] == "blobs" else "MANIFEST_UNKNOWN")
 
     do_HEAD = do_GET
+
+    def do_CONNECT(self) -> None:
+        """It is no proxy that leads anywhere."""
+        self.server.seen.append((self.command, self.path, self.headers))
+        self.answer(403)
 
     def body(self) -> bytes:
         """The request's body."""
@@ -10993,6 +11005,32 @@ def test_tokens_are_got_renewed_and_never_shown_to_others(pull_rig: PullRig, reg
     elsewhere.server_close()
 
 
+def test_identity_and_registry_tokens(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    """The one buys access from the token server, the other is access."""
+    registry.image()
+    bodies: list[bytes] = []
+
+    def guard(handler: Any) -> bool:
+        if handler.path == "/token":
+            bodies.append(handler.body())
+            handler.answer(200, b'{"access_token":"T"}')
+        elif handler.headers.get("Authorization") != "Bearer T":
+            challenge = f'Bearer realm="http://{registry.name}/token",service="s"'
+            handler.refuse(401, "UNAUTHORIZED", WWW_Authenticate=challenge)
+        else:
+            return False
+        return True
+
+    registry.fault = guard
+    for login in ({"identitytoken": "I"}, {"registrytoken": "T"}):
+        pull_rig.run("pull", f"{registry.name}/a/b:1", authConfig=login)
+        pull_rig.run("image_delete", f"{registry.name}/a/b:1")
+    (body,) = bodies
+    assert urllib.parse.parse_qs(body.decode()) == {
+        "service": ["s"], "scope": ["repository:a/b:pull"], "grant_type": ["refresh_token"],
+        "client_id": ["docker"], "refresh_token": ["I"]}
+
+
 def test_foreign_layers_are_not_fetched_from_their_urls(pull_rig: PullRig, registry: FakeRegistry) -> None:
     """CVE-2020-15157: the credentials went to a URL that a manifest named."""
     document = registry.document([file_tar("one")])
@@ -11144,6 +11182,116 @@ def test_a_mirror_that_fails_is_passed_over(pull_rig: PullRig, registry: FakeReg
     assert len(mirror.seen) == 1 and registry.seen and not mirror.seen[0][2]["Authorization"]
     mirror.shutdown()
     mirror.server_close()
+
+
+def test_search(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    found = [{"name": "a", "star_count": 7, "is_official": True}, {"name": "b", "star_count": 3},
+             {"name": "c"}]
+    registry.fault = lambda handler: handler.path.startswith("/v1/search") and (
+        handler.answer(200, json.dumps({"results": found}).encode()) or True)
+    term = f"{registry.name}/some thing"
+
+    def names(**env: Any) -> str:
+        return "".join(entry["name"] for entry in pull_rig.run("search", term, **env))
+
+    assert names() == "abc" and names(filters={"stars": ["3"]}) == "ab"
+    assert [names(filters={"is-official": [text]}) for text in ("true", "false")] == ["a", "bc"]
+    assert [path for _, path, _ in registry.seen][0] == "/v1/search?q=some%20thing&n=25"
+    assert "outside the range of [1, 100]" in pull_rig.refused(400, "search", term, limit=101)
+    assert "invalid filter" in pull_rig.refused(400, "search", term, filters={"x": ["1"]})
+
+
+def test_distribution_inspect(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    digest = registry.image("a/b", "1")
+    told = pull_rig.run("distribution_inspect", f"{registry.name}/a/b:1")
+    assert told == {"Descriptor": {"mediaType": MANIFEST, "digest": digest, "size": len(
+        registry.manifests["a/b", "1"][1])}, "Platforms": [{"architecture": "amd64", "os": "linux"}]}
+    platforms = [{"os": "linux", "architecture": name} for name in ("amd64", "arm64")]
+    entries = [{"platform": platform, "digest": digest, "size": 1} for platform in platforms]
+    registry.manifest("a/b", "2", {"manifests": entries}, MANIFEST_LIST)
+    assert pull_rig.run("distribution_inspect", f"{registry.name}/a/b:2")["Platforms"] == platforms
+    assert "not found" in pull_rig.refused(404, "distribution_inspect", f"{registry.name}/a/b:3")
+
+
+def test_proxies(pull_rig: PullRig, registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry here stands in for the proxy, which sees whole URLs."""
+    for name in ("http_proxy", "https_proxy", "no_proxy"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.setenv(name.upper(), "")
+    config = dockerd.Config(
+        data_root=pull_rig.root, http_proxy=f"http://u:p@{registry.name}", no_proxy="plain.test,10.0.0.0/8",
+        https_proxy=f"http://{registry.name}", insecure_registries=["far.test:81"])
+    client = dockerd.Registry(config)
+
+    def asked(name: str) -> list[str]:
+        registry.seen.clear()
+        with contextlib.suppress(DockerError):
+            client.attempt(dockerd.parse_reference(f"{name}/x"), None, lambda client: client.tags())
+        return [f"{method} {path}" for method, path, _ in registry.seen]
+
+    assert asked("far.test:81") == ["CONNECT far.test:81", "GET http://far.test:81/v2/x/tags/list"]
+    assert registry.seen[1][2]["Proxy-Authorization"] == "Basic " + base64.b64encode(b"u:p").decode()
+    for name in ("127.0.0.1:1", "[::1]:1", "localhost:1", "plain.test"):
+        assert asked(name) == []
+    assert dockerd.in_networks("10.255.255.1:1", config.no_proxy.split(","))
+
+
+@pytest.mark.parametrize("part", ["manifests/1", "manifests/sha256", "blobs", "tags", "/token", "/v1/search"])
+def test_an_answer_of_a_gigabyte_is_not_read(pull_rig: PullRig, registry: FakeRegistry, part: str) -> None:
+    sent = [0]
+    digest = registry.image("a/b", "1")
+
+    def flood(handler: Any) -> bool:
+        if part == "/token" and "/token" not in handler.path:
+            handler.refuse(401, "UNAUTHORIZED", WWW_Authenticate=f'Bearer realm="http://{registry.name}/token"')
+            return True
+        if part not in handler.path:
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Type", MANIFEST)
+        handler.end_headers()
+        handler.close_connection = True
+        with contextlib.suppress(OSError):
+            while sent[0] < 1 << 30:
+                sent[0] += handler.wfile.write(b'{"tags":[' + b"[" * 65536)
+        return True
+
+    registry.fault = flood
+    job = ["search", f"{registry.name}/x"] if part == "/v1/search" else ["pull", f"{registry.name}/a/b"]
+    tags = {"manifests/sha256": [digest], "tags": []}.get(part, ["1"])
+    text = pull_rig.refused(500, *job, *(tags if job[0] == "pull" else []))
+    assert "is larger than" in text or "than the" in text
+    assert sent[0] < 32 << 20
+
+
+def test_a_list_of_tags_without_end(pull_rig: PullRig, registry: FakeRegistry,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dockerd, "TAG_LIMIT", 20)
+    registry.image("a/b", "1")
+    registry.fault = lambda handler: "/tags/" in handler.path and (handler.answer(
+        200, b'{"tags":["1","1"]}', Link=f'</v2/a/b/tags/list?n={len(registry.seen)}>; rel="next"') or True)
+    pull_rig.run("pull", f"{registry.name}/a/b")
+    assert len(registry.requests("/tags/")) == 10
+    registry.seen.clear()
+    registry.fault = lambda handler: "/tags/" in handler.path and (handler.answer(
+        200, b'{"tags":[]}', Link='</v2/a/b/tags/list>; rel="next"') or True)
+    pull_rig.run("pull", f"{registry.name}/a/b")
+    assert len(registry.seen) == 1
+
+
+def test_a_layer_is_taken_for_what_it_is_not_for_what_its_type_says(pull_rig: PullRig,
+                                                                   registry: FakeRegistry) -> None:
+    archives = [file_tar(name, name.encode() * 1000) for name in "abc"]
+    document = registry.document(archives)
+    kinds = ("application/vnd.oci.image.layer.v1.tar", "application/vnd.oci.image.layer.v1.tar+gzip",
+             "application/vnd.docker.image.rootfs.diff.tar.gzip")
+    packers: tuple[Any, ...] = (functools.partial(gzip.compress, mtime=0), zstd, bytes)
+    document["layers"] = [registry.blob(pack(archive), mediaType=kind)
+                          for archive, pack, kind in zip(archives, packers, kinds)]
+    registry.manifest("a/b", "1", document)
+    pull_rig.run("pull", f"{registry.name}/a/b:1")
+    layers = pull_rig.run("image_inspect", f"{registry.name}/a/b:1")["RootFS"]["Layers"]
+    assert layers == [sha256(archive) for archive in archives]
 
 
 # Pushing
@@ -11414,8 +11562,9 @@ cat "$1/ca.pem" >>/etc/ssl/certs/ca-certificates.crt
 
 
 class Registries:
-    """docker-registry in a host's namespaces: plain and open at `plain`; with TLS and a password at
-    `guarded`, whose certificate certs.d vouches for; and as the Hub, where the system's authorities do.
+    """docker-registry in a host's namespaces: plain and open at `plain`, which is a mirror of the Hub
+    too; at `guarded`, with TLS by the authority and for the certificate in certs.d and a password; and as the
+    Hub, with TLS by the system's authorities.
 
     The host's /etc is a copy of the machine's."""
 
@@ -11426,12 +11575,14 @@ class Registries:
         assert host.enter("sh", "-c", OVER_ETC, "sh", str(certificates)).wait() == 0
         folder = self.etc("docker/certs.d", self.guarded)
         folder.mkdir(parents=True)
-        shutil.copy(certificates / "ca.pem", folder / "ca.crt")
+        for name, there in (("ca.pem", "ca.crt"), ("cert.pem", "me.cert"), ("key.pem", "me.key")):
+            shutil.copy(certificates / name, folder / there)
         self.etc("htpasswd").write_text(HTPASSWD)
-        tls = f"tls: {{certificate: {certificates}/cert.pem, key: {certificates}/key.pem}}"
+        tls = f"tls: {{certificate: {certificates}/cert.pem, key: {certificates}/key.pem%s}}"
+        both = tls % f", clientcas: [{certificates}/ca.pem]"
         guard = "auth: {htpasswd: {realm: here, path: /etc/htpasswd}}"
-        self.processes = [self.start("plain", self.plain), self.start("hub", "127.0.0.1:443", tls),
-                          self.start("guarded", "127.0.0.1:5443", tls, guard)]
+        self.processes = [self.start("plain", self.plain), self.start("hub", "127.0.0.1:443", tls % ""),
+                          self.start("guarded", "127.0.0.1:5443", both, guard)]
 
     def etc(self, *names: str) -> Path:
         """A path in the host's own /etc."""
@@ -11470,7 +11621,7 @@ class Registries:
 @pytest.fixture(scope="module")
 def registries(certificates: Path, busybox: bytes) -> Iterator[Registries]:
     """A host with Debian's registry beside it, and the image busybox."""
-    host = Host("-D")
+    host = Host("-D", f"--registry-mirror=http://{Registries.plain}")
     made = Registries(host, certificates)
     try:
         host.start().import_image("busybox", packed(busybox), *BUSYBOX_CHANGES)
@@ -11522,6 +11673,56 @@ def test_a_push_by_docker_py(registries: Registries) -> None:
     pulled = client.images.pull(name, "1", auth_config=right)
     assert pulled.id == client.images.get("busybox").id
     client.close()
+
+
+def test_the_hub_is_pulled_from_its_mirror_and_never_pushed_there(registries: Registries) -> None:
+    docker = Docker(docker_clis()[max(docker_clis())], registries.host)
+    for name in (f"{registries.plain}/library/mirrored", "pushed"):
+        docker("tag", "busybox", name)
+        docker("push", "-q", name)
+        docker("rmi", name)
+    docker("pull", "mirrored")
+    docker("pull", "pushed")
+    hub, plain = (read_text(registries.host.path(name + "-log")) for name in ("hub", "plain"))
+    assert "library/mirrored" not in hub and "PUT /v2/library/pushed" not in plain
+    assert "GET /v2/library/pushed/manifests/latest" in hub and "GET /v2/library/pushed/manifests" in plain
+    told = docker("pull", "-a", f"{registries.plain}/library/mirrored")
+    assert "Image is up to date" in told or "Downloaded newer image" in told
+
+
+def test_a_pull_whose_client_leaves_leaves_nothing(registries: Registries) -> None:
+    host = registries.host
+    fake, started, over = FakeRegistry(host), threading.Event(), threading.Event()
+    fake.image("a/b", "1", [file_tar("one"), file_tar("big", secrets.token_bytes(2_000_000))])
+
+    def stall(handler: Any) -> bool:
+        blob = fake.blobs.get(handler.path.rpartition("/")[2], b"")
+        if len(blob) > 100_000:
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(blob)))
+            handler.end_headers()
+            handler.wfile.write(blob[:300_000])
+            started.set()
+            over.wait(30)
+        return len(blob) > 100_000
+
+    fake.fault = stall
+    before = sorted(os.listdir(os.path.join(host.data_root, "overlay2")))
+    docker = Docker(docker_clis()[max(docker_clis())], host)
+    pull = docker.start("pull", f"{fake.name}/a/b:1")
+    assert started.wait(20)
+    pull.send_signal(signal.SIGINT)
+    pull.communicate(timeout=20)
+    layers = os.path.join(host.data_root, "image", "overlay2", "layerdb", "tmp")
+    wait_for(lambda: os.listdir(layers) == [], "the pull to end")
+    assert sorted(os.listdir(os.path.join(host.data_root, "overlay2"))) == before
+    over.set()
+    assert host.process
+    files = Path(f"/proc/{host.process.pid}/fd")
+    wait_for(lambda: not any(os.path.join(host.data_root, "tmp") in str(file.resolve())
+                             for file in files.iterdir()), "the blob to go")
+    fake.shutdown()
+    fake.server_close()
 
 
 def test_what_is_pushed_goes_round_through_skopeo_and_podman(registries: Registries) -> None:
