@@ -11532,6 +11532,7 @@ def test_tokens_of_a_push_are_renewed_and_never_shown_to_others(pull_rig: PullRi
     assert len(elsewhere.seen) == 8 and not any(headers["Authorization"] for _, _, headers in elsewhere.seen)
 
     def thief(handler: Any) -> bool:
+        handler.body()
         handler.answer(401, WWW_Authenticate=f'Bearer realm="http://{elsewhere.name}/token"')
         return True
 
