@@ -45,6 +45,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import operator
 import os
 import queue
 import re
@@ -61,7 +62,7 @@ import time
 import types
 import weakref
 import zlib
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple, Optional, Union
+from typing import Any, BinaryIO, Callable, Iterable, Iterator, NamedTuple, Optional, TypeVar, Union
 
 __all__ = ["Engine", "Job", "Env", "DockerError", "VERSION", "API_VERSION", "main"]
 
@@ -2337,7 +2338,7 @@ ASSETS: dict[str, Union[str, Callable[[], str]]] = {
 STATUS_OK, STATUS_ERROR, STATUS_NOT_FOUND = 0, 1, 127
 GLOBAL_HANDLERS: dict[str, Handler] = {}  # every new Engine starts with a copy of these
 
-JobMethod = Callable[..., Any]
+JobMethod = TypeVar("JobMethod", bound=Callable[..., Any])
 
 
 class Env(dict):
@@ -2352,7 +2353,7 @@ class Env(dict):
             return value.strip(" \t").lower() not in ("", "0", "no", "false", "none")
         return bool(value)
 
-    def get_int(self, key: str, default: int = -1) -> int:
+    def get_int(self, key: str, default: Any = -1) -> Any:
         """The integer value of `key`; `default` where it is absent or is none."""
         try:
             return int(self.get(key, default))
@@ -2493,11 +2494,23 @@ class Job:
 Handler = Callable[[Job], Optional[int]]
 
 
-def job(name: str) -> Callable[[JobMethod], JobMethod]:
-    """Mark a method as the handler of the job `name`; Engine.install registers it."""
+# How a member of a job's env becomes an argument of the method that handles the job
+_ARGUMENTS: dict[str, Callable[[Env, str], Any]] = {
+    "": lambda env, name: env.get(name) or "", "bool": Env.get_bool,
+    "int": lambda env, name: env.get_int(name, 0), "int?": lambda env, name: env.get_int(name, None),
+    "object": lambda env, name: env.get(name) or {},
+    "signal?": lambda env, name: parse_signal(env[name]) if env.get(name) else None,
+}
+
+
+def job(name: str, arguments: str = ".") -> Callable[[JobMethod], JobMethod]:
+    """Mark a method as the handler of the job `name`; Engine.install registers it.
+
+    `arguments` are what it is given, by default the job: "." and ".stdin" are the job and its attribute,
+    "size" and "size:bool" that member of its env as one of _ARGUMENTS.  What it returns is the reply."""
 
     def mark(method: JobMethod) -> JobMethod:
-        method.job_name = name  # type: ignore[attr-defined]
+        method.job = name, [word.partition(":") for word in arguments.split()]  # type: ignore[attr-defined]
         return method
 
     return mark
@@ -2540,12 +2553,23 @@ class Engine:
         """Make `handler` the one of every job whose name has none."""
         self._catchall = handler
 
-    def install(self, part: Any) -> None:
-        """Register every method of `part` that is marked with @job."""
-        for attribute in dir(type(part)):
-            name = getattr(getattr(type(part), attribute), "job_name", None)
-            if name:
-                self.register(name, getattr(part, attribute))
+    def install(self, part: Any, find: Optional[Callable[[str], Any]] = None) -> None:
+        """Register every method of `part` that is marked with @job.  With `find`, `part` is a class, and what
+        it finds by the name that is a job's first argument is the object that acts."""
+        for attribute in dir(part if find else type(part)):
+            method = getattr(part if find else type(part), attribute)
+            if hasattr(method, "job"):
+                self.register(method.job[0], functools.partial(self._act, part, find, method))
+
+    @staticmethod
+    def _act(part: Any, find: Optional[Callable[[str], Any]], method: Any, job: Job) -> Any:
+        actor = find("".join(job.args[:1])) if find else part
+        values = [_ARGUMENTS[kind](job.env, name) if name[0] != "." else
+                  operator.attrgetter(name[1:])(job) if name[1:] else job for name, _, kind in method.job[1]]
+        result = method(actor, *values)
+        if find and result is not None:
+            job.reply(result)
+        return None if find else result
 
     def handler(self, name: str) -> Optional[Handler]:
         """The handler of the job `name`, the catch-all, or None; an empty name has none."""
@@ -17023,6 +17047,7 @@ class Container:
 
     # Start
 
+    @job("start", "")
     def start(self) -> None:
         """Start the container; returns when its execve has succeeded.
 
@@ -17607,11 +17632,13 @@ class Container:
                       FileNotFoundError):
             yield
 
+    @job("archive_stat", "path")
     def path_stat(self, path: str) -> dict[str, Any]:
         """What is at a path in it."""
         with self._finding(path), self.view() as view:
             return confined(view, path_facts, path)
 
+    @job("archive_get", "path .ready .stdout.write")
     def copy_out(self, path: str, ready: Callable[..., None], write: Callable[[bytes], Any]) -> None:
         """Write what is at `path` as a tar stream, after ready(stat=...)."""
         packer = CopyPacker(Feed(), self.idmap, path)
@@ -17621,6 +17648,7 @@ class Container:
                 write(data)
         self.event("archive-path")
 
+    @job("archive_put", "path .stdin noOverwriteDirNonDir:bool copyUIDGID:bool")
     def copy_in(self, path: str, stream: Any, keep_kind: bool, own: bool) -> None:
         """Unpack a tar stream, perhaps compressed, into the directory `path`; with `own` all becomes the
         container's user's."""
@@ -17631,6 +17659,12 @@ class Container:
             unpack_confined(decompress(stream), view, extractor, feed)
         self.event("extract-to-dir")
 
+    @job("container_changes", "")
+    def changes(self) -> list[dict[str, Any]]:
+        """What it has changed of its image."""
+        return self.parts.layers.rw_changes(self.id)
+
+    @job("export", ".stdout.write")
     def export(self, write: Callable[[bytes], Any]) -> None:
         """Write its root as a tar stream."""
         with self.view(volumes=False) as view:
@@ -17840,9 +17874,10 @@ class Container:
 
     # Changes
 
-    def update(self, body: dict[str, Any]) -> list[str]:
+    @job("update", "body:object")
+    def update(self, body: dict[str, Any]) -> dict[str, Any]:
         """Change resources and restart policy as `body`, of POST /containers/ID/update, asks, at once if it
-        runs; returns Docker's warnings.  A refused change changes nothing."""
+        runs; the API's answer, which is Docker's warnings.  A refused change changes nothing."""
         changes = decode_struct(body, "UpdateConfig")
         if changes["RestartPolicy"]["Name"]:
             check_rules(POLICY_RULES, changes)
@@ -17853,7 +17888,7 @@ class Container:
             except DockerError as error:
                 raise type(error)(f"Cannot update container {self.id}: {error}") from None
             self.event("update")
-        return warnings
+        return {"Warnings": warnings or None}
 
     def _update(self, changes: dict[str, Any]) -> None:
         old = self.host_config
@@ -17932,6 +17967,7 @@ class Container:
             if number == signal.SIGKILL:
                 self._wait_end(10)
 
+    @job("stop", "signal:signal? t:int?")
     def stop(self, number: Optional[int] = None, timeout: Optional[int] = None, manually: bool = True) \
             -> None:
         """Send the stop signal and, after `timeout` seconds (-1: never), SIGKILL.  NotModified when it does
@@ -17967,6 +18003,7 @@ class Container:
         runs = self.state.runs
         return self.changed.wait_for(lambda: self.state.runs > runs or not self.state.running, timeout)
 
+    @job("restart", "signal:signal? t:int?")
     def restart(self, number: Optional[int] = None, timeout: Optional[int] = None) -> None:
         """Stop it if it runs, and start it."""
         with self.lock:
@@ -17980,6 +18017,7 @@ class Container:
                 self.start()
             self.event("restart")
 
+    @job("pause", "")
     def pause(self) -> None:
         """Freeze all its processes; Conflict when it does not run or is paused."""
         with self.lock:
@@ -18005,6 +18043,7 @@ class Container:
         if self.state.paused:
             raise Conflict(f"Container {self.id} is already paused")
 
+    @job("unpause", "")
     def unpause(self) -> None:
         """Thaw its processes; Conflict when it is not paused."""
         with self.lock:
@@ -18016,6 +18055,7 @@ class Container:
             self.save()
             self.event("unpause")
 
+    @job("top", "ps_args")
     def top(self, arguments: str) -> dict[str, Any]:
         """Its processes, as the host's ps shows them with these arguments; the API's answer."""
         if self.state.restarting:
@@ -18027,6 +18067,7 @@ class Container:
         self.event("top")
         return {"Titles": titles, "Processes": rows or None}
 
+    @job("resize", "h:int w:int")
     def resize(self, height: int, width: int) -> None:
         """Set the terminal's size in characters; Conflict when the container does not run."""
         with self.lock:
@@ -18035,9 +18076,11 @@ class Container:
                 self.streams.resize(height, width)
             self.event("resize", height=str(height), width=str(width))
 
+    @job("wait", ". condition")
     def wait(self, job: Job, condition: str) -> dict[str, Any]:
-        """Wait for `condition` (not-running, next-exit or removed) or the job's cancellation; the API's
-        answer."""
+        """Wait for `condition` (not-running, the default, next-exit or removed) or the job's cancellation;
+        the API's answer."""
+        condition = condition or "not-running"
         with self.lock:
             runs = self.state.runs
             conditions: dict[str, Callable[[], bool]] = {
@@ -18137,6 +18180,7 @@ class Container:
 
     # Streams
 
+    @job("logs")
     def logs(self, job: Job) -> None:
         """The job logs: what the container printed, and with `follow` what it prints from now on."""
         env = job.env
@@ -18161,6 +18205,7 @@ class Container:
                 head = stamp + pairs + " " if details else stamp
                 (job.stderr if stream == STDERR else job.stdout).write(head.encode() + text)
 
+    @job("attach")
     def attach(self, job: Job) -> None:
         """The job attach: the client's connection becomes the container's streams."""
         env = job.env
@@ -18190,6 +18235,7 @@ class Container:
 
     # Shapes
 
+    @job("container_inspect", "size:bool")
     def inspect(self, size: bool) -> dict[str, Any]:
         """The container as GET /containers/ID/json of the newest API shows it."""
         record = self.record
@@ -18498,6 +18544,7 @@ class ExecInstance:
             self.streams.resize(*self.size)
         process.deliver(self._process_ended)
 
+    @job("exec_resize", "h:int w:int")
     def resize(self, height: int, width: int) -> None:
         """Set the terminal's size in characters, before the start too; NotFound after the end."""
         if self.exit_code is not None:
@@ -18561,6 +18608,7 @@ class ExecInstance:
             self.container.parts.background(process.forget)
             self.on_end()
 
+    @job("exec_inspect", "")
     def inspect(self) -> dict[str, Any]:
         """The instance as GET /exec/ID/json of the newest API shows it."""
         config = self.config
@@ -19290,7 +19338,7 @@ class ContainerTable:
 
 
 class ContainerJobs:
-    """The jobs about containers: each finds its container and lets it act."""
+    """The jobs about containers that are not one container's own."""
 
     def __init__(self, parts: Parts, images: Any, table: ContainerTable, events: Events) -> None:
         self.parts, self.images, self.table, self.events = parts, images, table, events
@@ -19405,54 +19453,12 @@ class ContainerJobs:
                 self.table.reserve(name, container_id)
                 return name
 
-    @job("start")
-    def start(self, job: Job) -> None:
-        """Start the container named by the argument."""
-        self.table.find(job.args[0]).start()
-
-    @job("stop")
-    def stop(self, job: Job) -> None:
-        """Stop it: env `t` seconds, `signal`."""
-        self.table.find(job.args[0]).stop(*self._stop_arguments(job))
-
-    @job("restart")
-    def restart(self, job: Job) -> None:
-        """Stop and start it: env `t` seconds, `signal`."""
-        self.table.find(job.args[0]).restart(*self._stop_arguments(job))
-
-    @staticmethod
-    def _stop_arguments(job: Job) -> tuple[Optional[int], Optional[int]]:
-        wanted = job.env.get("signal")
-        timeout = job.env.get("t")
-        seconds = None if timeout in (None, "") else job.env.get_int("t", 10)
-        return parse_signal(wanted) if wanted else None, seconds
-
     @job("kill")
     def kill(self, job: Job) -> None:
         """Send it a signal: the second argument, by default KILL."""
         with reworded(NotFound, f"Cannot kill container: {job.args[0]}: ", NotFound):
             container = self.table.find(job.args[0])
         container.kill(parse_signal(job.args[1]) if len(job.args) > 1 and job.args[1] else signal.SIGKILL)
-
-    @job("pause")
-    def pause(self, job: Job) -> None:
-        """Freeze its processes."""
-        self.table.find(job.args[0]).pause()
-
-    @job("unpause")
-    def unpause(self, job: Job) -> None:
-        """Thaw its processes."""
-        self.table.find(job.args[0]).unpause()
-
-    @job("update")
-    def update(self, job: Job) -> None:
-        """Change its resources and restart policy to those of env `body`."""
-        job.reply({"Warnings": self.table.find(job.args[0]).update(job.env.get("body") or {}) or None})
-
-    @job("top")
-    def top(self, job: Job) -> None:
-        """Its processes; env `ps_args`."""
-        job.reply(self.table.find(job.args[0]).top(job.env.get("ps_args") or ""))
 
     @job("rename")
     def rename(self, job: Job) -> None:
@@ -19489,43 +19495,6 @@ class ContainerJobs:
         self.events.publish("container", "prune", "", {"reclaimed": str(reclaimed)})
         job.reply({"ContainersDeleted": deleted or None, "SpaceReclaimed": reclaimed})
 
-    @job("wait")
-    def wait(self, job: Job) -> None:
-        """Wait for env `condition`; the reply is the exit code."""
-        job.reply(self.table.find(job.args[0]).wait(job, job.env.get("condition") or "not-running"))
-
-    @job("attach")
-    def attach(self, job: Job) -> None:
-        """Connect job.hijacked with its streams."""
-        self.table.find(job.args[0]).attach(job)
-
-    @job("logs")
-    def logs(self, job: Job) -> None:
-        """Write what it printed to stdout and stderr."""
-        self.table.find(job.args[0]).logs(job)
-
-    @job("resize")
-    def resize(self, job: Job) -> None:
-        """Set the size of its terminal: env `h` and `w` in characters."""
-        self.table.find(job.args[0]).resize(job.env.get_int("h", 0), job.env.get_int("w", 0))
-
-    @job("archive_stat")
-    def archive_stat(self, job: Job) -> None:
-        """What is at env `path` in it."""
-        job.reply(self.table.find(job.args[0]).path_stat(job.env.get("path") or ""))
-
-    @job("archive_get")
-    def archive_get(self, job: Job) -> None:
-        """Write what is at env `path` to stdout as a tar stream; the job is ready(stat=...)."""
-        self.table.find(job.args[0]).copy_out(job.env.get("path") or "", job.ready, job.stdout.write)
-
-    @job("archive_put")
-    def archive_put(self, job: Job) -> None:
-        """Unpack stdin at env `path`: env noOverwriteDirNonDir, copyUIDGID."""
-        self.table.find(job.args[0]).copy_in(job.env.get("path") or "", job.stdin,
-                                             job.env.get_bool("noOverwriteDirNonDir"),
-                                             job.env.get_bool("copyUIDGID"))
-
     @job("container_copy")
     def copy(self, job: Job) -> None:
         """Write what is at `Resource` of env `body` to stdout as a tar stream, as before API 1.20."""
@@ -19533,12 +19502,6 @@ class ContainerJobs:
         if not resource:
             raise BadParameter("Path cannot be empty")
         self.table.find(job.args[0]).copy_out(resource, lambda **facts: None, job.stdout.write)
-
-    @job("container_changes")
-    def changes(self, job: Job) -> None:
-        """What it has changed of its image."""
-        container = self.table.find(job.args[0])
-        job.reply(container.parts.layers.rw_changes(container.id))
 
     @job("commit")
     def commit(self, job: Job) -> None:
@@ -19561,22 +19524,12 @@ class ContainerJobs:
         container.event("commit", comment=comment, imageID=image.id, imageRef=name)
         job.reply({"Id": image.id})
 
-    @job("export")
-    def export(self, job: Job) -> None:
-        """Write its root to stdout as a tar stream."""
-        self.table.find(job.args[0]).export(job.stdout.write)
-
     @job("delete")
     def delete(self, job: Job) -> None:
         """Remove it: env `force`, `v`, `link`."""
         if job.env.get_bool("link"):
             raise NotSupported("removing links is not supported yet")
         self.table.find(job.args[0]).remove(job.env.get_bool("force"), job.env.get_bool("v"))
-
-    @job("container_inspect")
-    def inspect(self, job: Job) -> None:
-        """All about it; env `size` adds its sizes."""
-        job.reply(self.table.find(job.args[0]).inspect(job.env.get_bool("size")))
 
     @job("containers")
     def containers(self, job: Job) -> None:
@@ -19705,14 +19658,15 @@ def system_cpu() -> dict[str, int]:
 
 
 class ExecJobs:
-    """The exec instances of all containers, and the jobs about them."""
+    """The exec instances of all containers, and the jobs that are not one instance's own."""
 
     def __init__(self, table: ContainerTable) -> None:
         self.table = table
         self._lock = threading.Lock()
         self._by_id: dict[str, ExecInstance] = {}
 
-    def _find(self, name: str) -> ExecInstance:
+    def find(self, name: str) -> ExecInstance:
+        """The instance of this id; NotFound."""
         found = self._by_id.get(name)
         if found is None or found.gone:
             raise NotFound(f"No such exec instance: {name}")
@@ -19738,7 +19692,7 @@ class ExecJobs:
     @job("exec_start")
     def start(self, job: Job) -> None:
         """Start it as env `body`, an ExecStartCheck, says: detached, or with job.hijacked as its streams."""
-        instance, check = self._find(job.args[0]), decode_struct(job.env.get("body"), "ExecStartCheck")
+        instance, check = self.find(job.args[0]), decode_struct(job.env.get("body"), "ExecStartCheck")
         with instance.container.lock:
             instance.container.require_exec(instance.container.id)
         if check["Tty"] and check["ConsoleSize"]:
@@ -19748,16 +19702,6 @@ class ExecJobs:
         else:
             job.ready(tty=check["Tty"])
             instance.attach(job, check["Tty"])
-
-    @job("exec_resize")
-    def resize(self, job: Job) -> None:
-        """Set the size of its terminal: env `h` and `w` in characters."""
-        self._find(job.args[0]).resize(job.env.get_int("h", 0), job.env.get_int("w", 0))
-
-    @job("exec_inspect")
-    def inspect(self, job: Job) -> None:
-        """All about it."""
-        job.reply(self._find(job.args[0]).inspect())
 
 
 NETWORK_FILTERS = {
@@ -20134,13 +20078,14 @@ class Daemon:
 
     def install(self) -> None:
         """Register every part's jobs with the engine, and leave the daemon where old parts look for it."""
-        registry = Registry(self.config)
+        registry, execs = Registry(self.config), ExecJobs(self.containers)
         for part in (self.events, self.images, self.volumes,
                      ContainerJobs(self.parts, self.images, self.containers, self.events),
                      NetworkJobs(self.networks, self.containers, self.events), Statistics(self.containers),
-                     ExecJobs(self.containers), SystemJobs(self), Pulls(registry, self.images),
-                     Pushes(registry, self.images)):
+                     execs, SystemJobs(self), Pulls(registry, self.images), Pushes(registry, self.images)):
             self.engine.install(part)
+        self.engine.install(Container, self.containers.find)
+        self.engine.install(ExecInstance, execs.find)
         self.engine.variables["httpapi.daemon"] = self
 
     # Set-up
