@@ -14618,7 +14618,7 @@ SPOOL_LIMIT = 4 << 30           # bytes that wait on the disk for one attached c
 PATIENCE = 3                    # seconds for which a container without a log waits for a client
 SENDER_LIMIT = 1 << 20          # bytes that wait for one log server, unless max-buffer-size says otherwise
 FOLLOWED_FILES = 100            # rotated files that are kept open for one reader that falls behind
-STDIN, STDOUT, STDERR = 0, 1, 2
+STDOUT, STDERR = 1, 2
 STREAM_NAMES = {STDOUT: "stdout", STDERR: "stderr"}
 
 
@@ -16351,18 +16351,16 @@ def parse_security_options(options: list[str]) -> SecurityOptions:
         key, separator, value = text.partition("=" if "=" in text else ":")
         if not separator:
             raise BadParameter(f"invalid --security-opt 1: {go_quote(option)}")
+        chosen: Any = value
         if key == "seccomp":
-            found = found._replace(seccomp=_parse_profile(value))
+            chosen = _parse_profile(value)
         elif key == "label":
-            found = found._replace(label=(*found.label, value))
-        elif key == "apparmor":
-            found = found._replace(apparmor=value)
-        elif (key, value) == ("systempaths", "unconfined"):
-            found = found._replace(systempaths=value)
+            chosen = (*found.label, value)
         elif key == "no-new-privileges" and value.lower() in ("1", "t", "true", "0", "f", "false"):
-            found = found._replace(no_new_privileges=value.lower() in ("1", "t", "true"))
-        else:
+            chosen = value.lower() in ("1", "t", "true")
+        elif key != "apparmor" and (key, value) != ("systempaths", "unconfined"):
             raise BadParameter(f"invalid --security-opt 2: {go_quote(option)}")
+        found = found._replace(**{key.replace("-", "_"): chosen})
     return found
 
 
@@ -16456,6 +16454,10 @@ RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     (lambda c: any(request["Count"] and request["DeviceIDs"] for request in c["DeviceRequests"] or ()),
      "cannot set both Count and DeviceIDs on device request"),
     (lambda c: not c["Entrypoint"] and not c["Cmd"], "No command specified"),
+    *((lambda c, key=key: 0 != c["Healthcheck"].get(key, 0) < 10**6,
+       f"{key} in Healthcheck cannot be less than 1ms")
+      for key in ("Interval", "Timeout", "StartPeriod", "StartInterval")),
+    (lambda c: c["Healthcheck"].get("Retries", 0) < 0, "Retries in Healthcheck cannot be negative"),
 )
 
 
@@ -16481,8 +16483,7 @@ def container_config(body: dict[str, Any], image_config: Optional[dict[str, Any]
     _merge_image(config, image_config or {})
     _apply_defaults(host, defaults)
     left_out = dict.fromkeys("Annotations ExposedPorts Init Mounts StopTimeout StorageOpt Tmpfs".split())
-    everything = {**left_out, **config, **host, "cpus": os.cpu_count()}
-    check_rules(RULES, everything)
+    check_rules(RULES, {**left_out, "Healthcheck": {}, **config, **host})
     _check_config(config)
     _check_host_config(host)
     if config["WorkingDir"]:
@@ -16569,12 +16570,6 @@ def _check_config(config: dict[str, Any]) -> None:
     for item in config["Env"] or []:
         if not item.partition("=")[0]:
             raise BadParameter(f"invalid environment variable: {item}")
-    health = config.get("Healthcheck") or {}
-    for key in ("Interval", "Timeout", "StartPeriod", "StartInterval"):
-        if health.get(key) and health[key] < 10**6:
-            raise BadParameter(f"{key} in Healthcheck cannot be less than 1ms")
-    if health.get("Retries", 0) < 0:
-        raise BadParameter("Retries in Healthcheck cannot be negative")
 
 
 def _check_host_config(host: dict[str, Any]) -> None:
@@ -16609,8 +16604,14 @@ def _check_ports(bindings: dict[str, Any]) -> None:
                 raise BadParameter(f"invalid port specification: {go_quote(port)}")
 
 
-_IPC_SYSCTLS = ["kernel." + name for name in
-                "msgmax msgmnb msgmni sem shmall shmmax shmmni shm_rmid_forced".split()]
+# (sysctls of a namespace, the mode of that namespace, runc's text for a container that has it not for itself)
+SYSCTLS = (
+    (r"kernel\.(msgmax|msgmnb|msgmni|sem|shmall|shmmax|shmmni|shm_rmid_forced)|fs\.mqueue\..+", "IpcMode",
+     "sysctl {} is not allowed in the hosts ipc namespace"),
+    (r"net\..+", "NetworkMode", "sysctl {} not allowed in host network namespace"),
+    (r"kernel\.domainname", "UTSMode", "sysctl {} is not in a separate kernel namespace"),
+    ("", "", "sysctl {} is not in a separate kernel namespace"),
+)
 
 
 def check_sysctls(host: dict[str, Any]) -> None:
@@ -16618,19 +16619,11 @@ def check_sysctls(host: dict[str, Any]) -> None:
 
     Nothing else keeps a container's configuration from changing the host; also asked at every start."""
     for name in host.get("Sysctls") or {}:
-        dotted = name.replace("/", ".")
-        if re.fullmatch(r"[\w-]+(\.[\w:@-]+)+", dotted, re.ASCII):
-            if dotted in _IPC_SYSCTLS or dotted.startswith("fs.mqueue."):
-                if host["IpcMode"] != "host":
-                    continue
-                raise BadParameter(f"sysctl {go_quote(name)} is not allowed in the hosts ipc namespace")
-            if dotted.startswith("net."):
-                if host["NetworkMode"] != "host":
-                    continue
-                raise BadParameter(f"sysctl {go_quote(name)} not allowed in host network namespace")
-            if dotted == "kernel.domainname" and host["UTSMode"] != "host":
-                continue
-        raise BadParameter(f"sysctl {go_quote(name)} is not in a separate kernel namespace")
+        dotted = re.fullmatch(r"[\w-]+([./][\w:@-]+)+", name, re.ASCII)
+        mode, text = next((mode, text) for pattern, mode, text in SYSCTLS
+                          if re.fullmatch(pattern, name.replace("/", ".") if dotted else "") or not mode)
+        if host.get(mode, "host") == "host":
+            raise BadParameter(text.format(go_quote(name)))
 
 
 def _warnings(host: dict[str, Any]) -> list[str]:
@@ -16748,7 +16741,6 @@ CONTAINER_STOP_TIMEOUT = 10     # seconds between the stop signal and SIGKILL
 RESTART_DELAY = (0.1, 60.0)     # seconds until a first restart, doubled at each, and the longest
 RESTART_RESET = 10              # seconds of running after which a restart is a first one again
 EXEC_KEPT = 300                 # seconds after which an ended exec instance may go; it goes after twice that
-STOPPED, RUNNING, PAUSED, REMOVING, DEAD = "stopped", "running", "paused", "removing", "dead"
 
 
 class Parts(NamedTuple):
@@ -17202,9 +17194,13 @@ class Container:
     def _enter_network(self, pid: int) -> None:
         """Make the network in the namespace of the process, which waits for that."""
         assert self.sandbox is not None
+        servers, of_host = self._name_servers()
+        self.sandbox.enter(pid, servers or list(DEFAULT_NAME_SERVERS), of_host)
+
+    def _name_servers(self) -> tuple[list[str], bool]:
+        """The name servers that it was given, or those of the host, and whether they are."""
         own = self.host_config.get("Dns") or self.parts.config.dns
-        servers = own or host_resolv()["nameserver"] or list(DEFAULT_NAME_SERVERS)
-        self.sandbox.enter(pid, servers, not own)
+        return own or host_resolv()["nameserver"], not own
 
     def _record_ports(self) -> None:
         exposed: dict[str, Any] = dict.fromkeys(self.config.get("ExposedPorts") or {})
@@ -17234,16 +17230,14 @@ class Container:
             for name, settings in recorded["Networks"].items():
                 with contextlib.suppress(NotFound):
                     self.sandbox.adopt(self.parts.networks.find(name), settings)
-            own = self.host_config.get("Dns") or self.parts.config.dns
-            self.sandbox.resume(pid, recorded["Ports"], own or host_resolv()["nameserver"], not own)
+            self.sandbox.resume(pid, recorded["Ports"], *self._name_servers())
 
     def _write_network_files(self) -> None:
         """Write hostname, hosts and resolv.conf, which are bound into the container; one that shares
         another's network has the other's."""
         if self.host_config["NetworkMode"].startswith("container:"):
             other = self.parts.find(self.host_config["NetworkMode"].partition(":")[2])
-            self.record.update({key: other.record[key]
-                                for key in ("HostnamePath", "HostsPath", "ResolvConfPath")})
+            self.record.update({key: other.record[key] for key in NETWORK_FILES})
             self.config.update({key: other.config[key] for key in ("Hostname", "Domainname")})
             return
         lines = self._own_lines() + self._link_lines
@@ -17293,8 +17287,7 @@ class Container:
     def _enter_resolver(self) -> None:
         """A container that came to its first user network gets the resolver."""
         assert self.sandbox is not None
-        own = self.host_config.get("Dns") or self.parts.config.dns
-        self.sandbox.open_resolver(own or host_resolv()["nameserver"], not own)
+        self.sandbox.open_resolver(*self._name_servers())
         text = resolv_text(self.host_config, self.parts.config, True).encode()
         with contextlib.suppress(OSError), open(self.record["ResolvConfPath"], "r+b") as file:
             file.write(text)
@@ -17318,20 +17311,17 @@ class Container:
         mode = self.host_config["NetworkMode"]
         if self.state.removing or self.state.dead:
             raise Conflict(f"Container {self.id} is marked for removal and cannot be connected or "
-                           "disconnected to "
-                           "the network")
+                           "disconnected to the network")
         if mode == "host" or network.driver == "host":
             raise Forbidden("container cannot be disconnected from host network or connected to host network")
         if mode.startswith("container:"):
             raise Forbidden("container sharing network namespace with another container or host cannot be "
-                            "connected "
-                            "to any other network")
+                            "connected to any other network")
         networks: dict[str, Any] = self.record["NetworkSettings"]["Networks"]
         if network.driver == "null" and set(networks) != {network.name} or (
                 network.driver != "null" and "none" in networks):
             raise Forbidden("container cannot be connected to multiple networks with one of the networks in "
-                            "private "
-                            "(none) mode")
+                            "private (none) mode")
         return networks
 
     # Links of the default bridge
@@ -17371,8 +17361,8 @@ class Container:
     def exposed_ports(self) -> set[tuple[int, str]]:
         """(port, protocol) of each port that it exposes or publishes."""
         names = {**(self.config.get("ExposedPorts") or {}), **(self.host_config["PortBindings"] or {})}
-        return {(int(port), protocol or "tcp") for port, _, protocol in (name.partition("/")
-                                                                         for name in names)}
+        split = (name.partition("/") for name in names)
+        return {(int(port), protocol or "tcp") for port, _, protocol in split}
 
     def relink(self) -> None:
         """One that it is linked to has been started again: its hosts file and rules follow."""
@@ -19715,6 +19705,10 @@ NETWORK_FILTERS = {
 }
 
 
+NO_MANAGER = ('This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to connect '
+              "this node to swarm and try again.")
+
+
 class NetworkJobs:
     """The jobs about networks, and the network driver's of Docker 1.2.0."""
 
@@ -19746,9 +19740,7 @@ class NetworkJobs:
         """Make a network of env `body`."""
         body = decode_struct(job.env.get("body"), "NetworkCreate")
         if body["Ingress"] or body["Scope"] == "swarm" or body["ConfigOnly"]:
-            raise Unavailable("This node is not a swarm manager. Use \"docker swarm init\" or \"docker swarm "
-                              "join\" "
-                              "to connect this node to swarm and try again.")
+            raise Unavailable(NO_MANAGER)
         network = self.networks.create(body)
         self.events.network_event("create", network)
         job.reply({"Id": network.id, "Warning": ""})
@@ -20204,8 +20196,7 @@ class Daemon:
                 return self.driver.rescue(container.id, pid, pidfd)
             os.close(pidfd)
         process = Process(container.id, self.driver.shim)
-        process.finish({"status": 255, "time": time.time_ns(),
-                        "error": END_NOT_SEEN})
+        process.finish({"status": 255, "time": time.time_ns(), "error": END_NOT_SEEN})
         return process
 
     def _settle_stranger(self, process: Process) -> None:
@@ -21772,8 +21763,6 @@ PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
 for _method, _path, _handler, *_gates in PLAIN_ROUTES:
     route(_method, _path, *_gates)(_handler)
 
-NO_MANAGER = ('This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to connect '
-              "this node to swarm and try again.")
 NO_EXPERIMENT = ("This experimental feature is disabled by default. Start the Docker daemon in experimental "
                  "mode in order to enable it.")
 REFUSED_ROUTES: list[tuple[type[DockerError], str, str]] = [  # error, text, "METHOD path, ..."
