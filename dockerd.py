@@ -45,6 +45,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import operator
 import os
 import queue
@@ -1331,19 +1332,9 @@ def parse_ip(text: str) -> str:
         return str(ipaddress.ip_address(text.strip())) if text else ""
 
 
-def _parse_pair(text: str) -> dict[str, Any]:
+def _parse_pair(text: str, convert: Callable[[str], Any] = str, default: str = "") -> dict[str, Any]:
     key, _, value = text.partition("=")
-    return {key: value}
-
-
-def _parse_switch(text: str) -> dict[str, Any]:
-    name, _, value = text.partition("=")
-    return {name: parse_bool(value or "true")}
-
-
-def _parse_named_ulimit(text: str) -> dict[str, Any]:
-    limit = parse_ulimit(text)
-    return {limit["Name"]: limit}
+    return {key: convert(value or default)}
 
 
 def _parse_network_option(text: str) -> dict[str, Any]:
@@ -1519,8 +1510,10 @@ KINDS = {
     "list": Kind("list", list, str, str, "[]string"),
     "ips": Kind("list", list, str, parse_ip, "[]string"),
     "map": Kind("map", dict, str, _parse_pair, "map[string]string"),
-    "switches": Kind("map", dict, bool, _parse_switch, "map[string]bool"),
-    "ulimits": Kind("ulimit", dict, dict, _parse_named_ulimit, "map[string]*units.Ulimit"),
+    "switches": Kind("map", dict, bool, functools.partial(_parse_pair, convert=parse_bool, default="true"),
+                     "map[string]bool"),
+    "ulimits": Kind("ulimit", dict, dict, lambda text: {text.partition("=")[0]: parse_ulimit(text)},
+                    "map[string]*units.Ulimit"),
     "pools": Kind("pool-options", list, dict, _parse_address_pool, "[]*ipamutils.NetworkToSplit"),
     "runtimes": Kind("runtime", dict, dict, _parse_runtime, "map[string]types.Runtime"),
     "network-options": Kind("mapmap", dict, dict, _parse_network_option, "map[string]map[string]string"),
@@ -2338,6 +2331,17 @@ ASSETS: dict[str, Union[str, Callable[[], str]]] = {
 STATUS_OK, STATUS_ERROR, STATUS_NOT_FOUND = 0, 1, 127
 GLOBAL_HANDLERS: dict[str, Handler] = {}  # every new Engine starts with a copy of these
 
+def run_together(name: str, functions: Iterable[Callable[[], Any]], seconds: float = math.inf) -> None:
+    """Call all functions at the same time, in threads of that name; return when all have, or after so many
+    seconds."""
+    threads = [threading.Thread(target=function, name=name, daemon=True) for function in functions]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + seconds
+    for thread in threads:
+        thread.join(min(threading.TIMEOUT_MAX, max(0.0, deadline - time.monotonic())))
+
+
 JobMethod = TypeVar("JobMethod", bound=Callable[..., Any])
 
 
@@ -2633,13 +2637,7 @@ class Engine:
             running.cancel()
         with self._condition:
             self._condition.wait_for(lambda: not self._running, timeout=5)
-        threads = [threading.Thread(target=handler, name="shutdown", daemon=True)
-                   for handler in self._on_shutdown]
-        for thread in threads:
-            thread.start()
-        deadline = time.monotonic() + self.shutdown_timeout
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
+        run_together("shutdown", self._on_shutdown, self.shutdown_timeout)
 
 
 class SignalTrap:
@@ -5083,11 +5081,26 @@ def until_filter(filters: dict[str, list[str]]) -> int:
         return parse_timestamp(texts[0]) if texts else 1 << 63
 
 
-def matches_labels(wanted: Iterable[str], labels: Optional[dict[str, str]]) -> bool:
-    """Whether `labels` has every KEY or KEY=VALUE of `wanted`."""
+def matches_labels(filters: dict[str, list[str]], labels: Optional[dict[str, str]]) -> bool:
+    """Whether `labels` has every KEY or KEY=VALUE of the filter `label`, and none of `label!`."""
     known = labels or {}
-    pairs = (item.partition("=") for item in wanted)
-    return all(key in known and (not equals or known[key] == value) for key, equals, value in pairs)
+
+    def has(item: str) -> bool:
+        key, equals, value = item.partition("=")
+        return key in known and (not equals or known[key] == value)
+
+    return all(map(has, filters.get("label", ()))) and not any(map(has, filters.get("label!", ())))
+
+
+@contextlib.contextmanager
+def pruning(lock: threading.Lock) -> Iterator[None]:
+    """Hold the lock that one prune at a time has; Conflict where another has it."""
+    if not lock.acquire(blocking=False):
+        raise Conflict("a prune operation is already running")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_rules(rules: Iterable[tuple[Callable[..., Any], str]], members: dict[str, Any]) -> None:
@@ -6556,7 +6569,7 @@ class Images:
         shared = self._shared_layers() if job.env.get_bool("shared-size") else None
         listed = []
         for image in images:
-            if not in_time(image) or not matches_labels(filters.get("label", ()), image.labels):
+            if not in_time(image) or not matches_labels(filters, image.labels):
                 continue
             names = self._names(
                 reference for reference in self.tags.references(image.id) if not patterns or any(
@@ -9259,27 +9272,26 @@ class Cgroup:
 
     def freeze(self) -> None:
         """Stop all its processes; DockerError when they have not stopped after some seconds."""
-        if "freezer" in self.of:
-            state = self.of["freezer"] + "/freezer.state"
-            _write_file(state, "FROZEN")
-            frozen = _wait_until(lambda: _read_file(state).strip() == "FROZEN", _FREEZE_SECONDS)
-        elif "" in self.of:
-            _write_file(self.of[""] + "/cgroup.freeze", "1")
-            events = self.of[""] + "/cgroup.events"
-            frozen = _wait_until(lambda: "frozen 1" in _read_file(events), _FREEZE_SECONDS)
-        else:
+        if "freezer" not in self.of and "" not in self.of:
             raise NotSupported("cannot pause: this host has no freezer cgroup")
-        if not frozen:
+        switch, on, _, state, sign = self._freezer()
+        _write_file(switch, on)
+        if not _wait_until(lambda: sign in _read_file(state), _FREEZE_SECONDS):
             self.thaw()
             raise DockerError(f"the processes in {self.path} did not freeze within {_FREEZE_SECONDS:.0f} s")
 
     def thaw(self) -> None:
         """Let its processes go on."""
-        with contextlib.suppress(FileNotFoundError):
-            if "freezer" in self.of:
-                _write_file(self.of["freezer"] + "/freezer.state", "THAWED")
-            elif "" in self.of:
-                _write_file(self.of[""] + "/cgroup.freeze", "0")
+        with contextlib.suppress(FileNotFoundError, KeyError):
+            switch, _, off, *_ = self._freezer()
+            _write_file(switch, off)
+
+    def _freezer(self) -> tuple[str, str, str, str, str]:
+        """(the file that freezes, what it takes to freeze, to thaw, the file that tells of it, its sign)."""
+        if "freezer" in self.of:
+            state = self.of["freezer"] + "/freezer.state"
+            return state, "FROZEN", "THAWED", state, "FROZEN"
+        return self.of[""] + "/cgroup.freeze", "1", "0", self.of[""] + "/cgroup.events", "frozen 1"
 
     def oom_killed(self) -> bool:
         """Whether the kernel has killed one of its processes for want of memory."""
@@ -14500,7 +14512,7 @@ class Volumes:
         wanted = [word in ("1", "true") for word in dangling]
         shown = [volume.shape() for volume in self.all()
                  if (not wanted or (not volume.users) in wanted)
-                 and matches_labels(filters.get("label", ()), volume.facts["Labels"])
+                 and matches_labels(filters, volume.facts["Labels"])
                  and "local" in filters.get("driver", ["local"])
                  and any(_found(word, volume.name) for word in filters.get("name", [""]))]
         job.reply({"Volumes": shown, "Warnings": None})
@@ -14572,17 +14584,11 @@ class Volumes:
         options, whose files may be another host's, as in Docker; by label, label!."""
         filters = self._filters(job, "invalid", ("label", "label!", "all"))
         everything = any(word.lower() in ("1", "true") for word in filters.get("all", ()))
-        if not self._pruning.acquire(blocking=False):
-            raise Conflict("a prune operation is already running")
         deleted, reclaimed = [], 0
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._pruning.release)
+        with pruning(self._pruning):
             for volume in self.all():
-                labels = volume.facts["Labels"]
                 if volume.users or not (everything or volume.anonymous) or volume.facts["Options"] \
-                        or job.cancelled.is_set() \
-                        or not matches_labels(filters.get("label", ()), labels) \
-                        or any(matches_labels([text], labels) for text in filters.get("label!", ())):
+                        or job.cancelled.is_set() or not matches_labels(filters, volume.facts["Labels"]):
                     continue
                 size = volume_size(volume)
                 with contextlib.suppress(Conflict, NotFound):
@@ -16693,16 +16699,12 @@ _FILTER_VALUES = {"expose": _PORT_RANGE, "health": "|".join(HEALTH_STATES), "is-
 
 def container_matches(container: Any, filters: dict[str, list[str]], images: Any) -> bool:
     """Whether `container` is among those that `filters` ask for; `images` resolves the names of ancestors."""
-    labels = container.config.get("Labels") or {}
-    if not matches_labels(filters.get("label", ()), labels):
-        return False
-    if any(matches_labels([value], labels) for value in filters.get("label!", ())):
-        return False
     ancestors = filters.get("ancestor")
     if ancestors and not any(_descends(container, value, images) for value in ancestors):
         return False
-    return all(any(matches(container, value) for value in filters[name])
-               for name, matches in CONTAINER_MATCHES.items() if filters.get(name))
+    return matches_labels(filters, container.config.get("Labels")) and all(
+        any(matches(container, value) for value in filters[name])
+        for name, matches in CONTAINER_MATCHES.items() if filters.get(name))
 
 
 def _tries(pattern: str) -> float:
@@ -18026,9 +18028,12 @@ class Container:
             self.save()
             self.event("pause")
 
-    def _require_pausable(self) -> None:
+    def _refuse_restarting(self, name: str) -> None:
         if self.state.restarting:
-            raise Conflict(f"Container {self.id} is restarting, wait until the container is running")
+            raise Conflict(f"Container {name} is restarting, wait until the container is running")
+
+    def _require_pausable(self) -> None:
+        self._refuse_restarting(self.id)
         self._require_running("")
         if self.state.paused:
             raise Conflict(f"Container {self.id} is already paused")
@@ -18048,8 +18053,7 @@ class Container:
     @job("top", "ps_args")
     def top(self, arguments: str) -> dict[str, Any]:
         """Its processes, as the host's ps shows them with these arguments; the API's answer."""
-        if self.state.restarting:
-            raise Conflict(f"Container {self.id} is restarting, wait until the container is running")
+        self._refuse_restarting(self.id)
         with self.lock:
             self._require_running("")
             pids = self.cgroup.processes()
@@ -18098,8 +18102,7 @@ class Container:
         process = self._require_running("")
         if self.state.paused:
             raise Conflict(f"Container {name} is paused, unpause the container before exec")
-        if self.state.restarting:
-            raise Conflict(f"Container {name} is restarting, wait until the container is running")
+        self._refuse_restarting(name)
         return process
 
     def exec_spec(self, key: str, config: dict[str, Any], size: list[int]) -> Spec:
@@ -18203,8 +18206,7 @@ class Container:
         keys = parse_detach_keys(env.get("detachKeys") or DETACH_KEYS)
         if self.state.paused:
             raise Conflict(f"Container {self.name} is paused, unpause the container before attach")
-        if self.state.restarting:
-            raise Conflict(f"Container {self.name} is restarting, wait until the container is running")
+        self._refuse_restarting(self.name)
         subscriber = self.streams.subscribe(wanted if env.get_bool("stream") else set())
         try:
             job.ready(tty=self.config["Tty"])
@@ -18229,15 +18231,15 @@ class Container:
     def inspect(self, size: bool) -> dict[str, Any]:
         """The container as GET /containers/ID/json of the newest API shows it."""
         record = self.record
-        shown = {"Id": self.id, **{name: record[name] for name in INSPECTED}, "Platform": record["OS"],
-                 "State": self.state.to_api(), "ExecIDs": list(self.execs) or None,
-                 "HostConfig": self.host_config,
-                 "GraphDriver": {"Data": self.parts.layers.rw_metadata(self.id), "Name": record["Driver"]},
-                 "Mounts": [shown_mount(point) for point in self.points], "Config": self.config,
-                 "NetworkSettings": network_settings(record["NetworkSettings"], self.sandbox, self.state.pid)}
-        if size:
-            shown["SizeRw"], shown["SizeRootFs"] = self.parts.layers.rw_size(self.id)
-        return shown
+        return {"Id": self.id, **{name: record[name] for name in INSPECTED}, "Platform": record["OS"],
+                "State": self.state.to_api(), "ExecIDs": list(self.execs) or None,
+                "HostConfig": self.host_config, "Config": self.config, **self._sizes(size),
+                "GraphDriver": {"Data": self.parts.layers.rw_metadata(self.id), "Name": record["Driver"]},
+                "Mounts": [shown_mount(point) for point in self.points],
+                "NetworkSettings": network_settings(record["NetworkSettings"], self.sandbox, self.state.pid)}
+
+    def _sizes(self, asked: bool) -> dict[str, int]:
+        return dict(zip(("SizeRw", "SizeRootFs"), self.parts.layers.rw_size(self.id))) if asked else {}
 
     def usage(self, system: dict[str, int]) -> dict[str, Any]:
         """One sample of what it uses, in the shape of GET /containers/ID/stats, with `system` among its
@@ -18255,16 +18257,13 @@ class Container:
         """The container as GET /containers/json of the newest API lists it."""
         record = self.record
         command = " ".join(_shell_word(word) for word in [record["Path"], *record["Args"]])
-        listed = {"Id": self.id, "Names": [record["Name"]], "Image": image_name, "ImageID": record["Image"],
-                  "Command": command, "Created": parse_timestamp(record["Created"]) // 10**9, "Ports": [],
-                  "Labels": self.config.get("Labels") or {}, "State": self.state.status,
-                  "Status": status_text(self.state.to_api(), time.time_ns()),
-                  "HostConfig": {"NetworkMode": self.host_config["NetworkMode"]},
-                  "NetworkSettings": {"Networks": record["NetworkSettings"]["Networks"]},
-                  "Mounts": [shown_mount(point) for point in self.points]}
-        if size:
-            listed["SizeRw"], listed["SizeRootFs"] = self.parts.layers.rw_size(self.id)
-        return listed
+        return {"Id": self.id, "Names": [record["Name"]], "Image": image_name, "ImageID": record["Image"],
+                "Command": command, "Created": parse_timestamp(record["Created"]) // 10**9, "Ports": [],
+                "Labels": self.config.get("Labels") or {}, "State": self.state.status,
+                "Status": status_text(self.state.to_api(), time.time_ns()), **self._sizes(size),
+                "HostConfig": {"NetworkMode": self.host_config["NetworkMode"]},
+                "NetworkSettings": {"Networks": record["NetworkSettings"]["Networks"]},
+                "Mounts": [shown_mount(point) for point in self.points]}
 
 
 def selinux_runs(config: Any) -> bool:
@@ -18805,10 +18804,10 @@ def launch(driver: ExecutionDriver, spec: Spec, stdin: bool, outputs: Iterable[i
     try:
         process = driver.start(spec, theirs, ours, target)
     except BaseException:
-        _close_all_of(ours)
+        close_fds(ours.values())
         raise
     finally:
-        _close_all_of(theirs)
+        close_fds(theirs.values())
     if spec.tty:
         ours["console"] = process.console
     return process, ours
@@ -18819,25 +18818,14 @@ def _shell_word(word: str) -> str:
     return "'" + word.replace("'", "\\'") + "'" if " " in word or "'" in word else word
 
 
-def _close_all_of(fds: dict[str, int]) -> None:
-    for fd in fds.values():
-        os.close(fd)
-    fds.clear()
-
-
 def _read_in_root(root: int, path: str, limit: int = 16 << 20) -> bytes:
     """The content of a regular file inside a container's root, never of one outside; b"" where there is
     none."""
-    try:
-        fd = openat2(root, path.lstrip("/"), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, 0,
-                     RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS)
-    except OSError:
-        return b""
-    try:
+    flags, rules = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
+    with contextlib.suppress(OSError), closing_fd(openat2(root, path.lstrip("/"), flags, 0, rules)) as fd:
         facts = os.fstat(fd)
         return os.read(fd, min(facts.st_size, limit)) if stat.S_ISREG(facts.st_mode) else b""
-    finally:
-        os.close(fd)
+    return b""
 
 
 def _fill_init_layer(directory: str, owner: tuple[int, int]) -> None:
@@ -19243,7 +19231,7 @@ def event_matches(event: dict[str, Any], filters: dict[str, list[str]]) -> bool:
         "image": lambda value: kind in ("container", "image") and value in (actor, image, untagged),
         "scope": lambda value: value == event["scope"], "type": lambda value: value == kind,
         **{key: of_kind(key) for key in ("container", "network", "volume")}}
-    return matches_labels(filters.get("label", ()), attributes) and all(
+    return matches_labels(filters, attributes) and all(
         any(map(one, filters[key])) for key, one in matches.items() if filters.get(key))
 
 
@@ -19463,11 +19451,8 @@ class ContainerJobs:
         """Remove what does not run and matches env `filters`: until, label, label!."""
         filters = parse_filters(job.env.get("filters"), ("label", "label!", "until"))
         latest = until_filter(filters)
-        if not self._pruning.acquire(blocking=False):
-            raise Conflict("a prune operation is already running")
         deleted, reclaimed = [], 0
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._pruning.release)
+        with pruning(self._pruning):
             for container in self.table.all():
                 if job.cancelled.is_set():
                     break
@@ -19722,10 +19707,10 @@ class NetworkJobs:
         for value in filters.get("type", []):
             if value not in ("custom", "builtin"):
                 raise BadParameter(f"invalid filter 'type={value}'")
-        found = [network for network in self.networks.all() if matches_labels(
-            filters.get("label", ()), network.record["Labels"]) and all(
-            any(NETWORK_FILTERS[name](network, value) for value in values)
-            for name, values in filters.items() if name != "label")]
+        found = [network for network in self.networks.all()
+                 if matches_labels(filters, network.record["Labels"]) and all(
+                     any(matches(network, value) for value in filters[name])
+                     for name, matches in NETWORK_FILTERS.items() if filters.get(name))]
         job.reply([network.to_api(containers=False) for network in found])
 
     @job("network_inspect")
@@ -19760,11 +19745,9 @@ class NetworkJobs:
         named = {name for container in self.table.all()
                  for name in container.record["NetworkSettings"]["Networks"]}
         for network in self.networks.all():
-            labels = network.record["Labels"]
             if (network.is_user_defined and network.name not in named
                     and parse_timestamp(network.record["Created"]) <= latest
-                    and matches_labels(filters.get("label", ()), labels)
-                    and not any(matches_labels([value], labels) for value in filters.get("label!", ()))):
+                    and matches_labels(filters, network.record["Labels"])):
                 with contextlib.suppress(DockerError):  # taken meanwhile
                     self.networks.remove(network)
                     self.events.network_event("destroy", network)
@@ -20279,12 +20262,7 @@ class Daemon:
         os.ftruncate(self._lock_file, 0)
 
     def _stop_all(self, running: Iterable[Container]) -> None:
-        threads = [threading.Thread(target=self._stop_one, args=(container,), daemon=True)
-                   for container in running]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_together("stop", [functools.partial(self._stop_one, container) for container in running])
         Sender.flush(2)
 
     @staticmethod
@@ -21506,7 +21484,7 @@ def one_network_in_stats(item: Any) -> None:
     del item["name"], item["id"]
 
 
-def with_filter(request: Request, name: str, value: str) -> None:
+def with_filter(name: str, value: str, request: Request) -> None:
     """Put one more value of a filter into the query."""
     filters = request.parameters("filters:json").get("filters") or {}
     if not isinstance(filters, dict):
@@ -21514,15 +21492,14 @@ def with_filter(request: Request, name: str, value: str) -> None:
     request.query["filters"] = [json.dumps({**filters, name: [*filters.get(name, ()), value]})]
 
 
-def all_volumes(request: Request) -> None:
-    """Before 1.42 named volumes were pruned too."""
-    with_filter(request, "all", "true")
+# Before 1.42 named volumes were pruned too.
+all_volumes = functools.partial(with_filter, "all", "true")
 
 
 def filter_is_reference(request: Request) -> None:
     """Before 1.41 `filter` was a pattern for repository names."""
     if request.query.get("filter", [""])[0]:
-        with_filter(request, "reference", request.query["filter"][0])
+        with_filter("reference", request.query["filter"][0], request)
 
 
 def answers_at_the_end(request: Request) -> None:
@@ -21584,9 +21561,8 @@ def one_network(request: Request) -> None:
                            + ", ".join(endpoints))
 
 
-def all_streams(request: Request) -> None:
-    """Before 1.42 a WebSocket got all streams."""
-    request.query.update({name: ["1"] for name in ("stdin", "stdout", "stderr")})
+# Before 1.42 a WebSocket got all streams.
+all_streams = asks(stdin="1", stdout="1", stderr="1")
 
 
 # What older versions answer: each member with the value that it has when there is nothing to tell.
@@ -22153,12 +22129,7 @@ class ApiServer:
                 listener.socket.close()
             raise
         make_server = http_server_class()  # now that the sockets listen: the import takes a tenth of a second
-        threads = [threading.Thread(target=make_server(self, listener).serve, name=listener.host, daemon=True)
-                   for listener in self.listeners]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_together("accept", [make_server(self, listener).serve for listener in self.listeners])
 
     @job("acceptconnections")
     def accept_connections(self, job: Job) -> None:
