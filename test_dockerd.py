@@ -11417,7 +11417,7 @@ def test_a_push_goes_on_after_a_failure(pull_rig: PullRig, registry: FakeRegistr
         if handler.command == "PATCH" and len(broken) < 2:
             broken.append(handler)
             if len(broken) == 1:
-                handler.rfile.read(100)
+                handler.rfile.read(10)
                 handler.close_connection = True
             else:
                 handler.body()
