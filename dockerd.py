@@ -2380,6 +2380,11 @@ class Env(dict):
         return value
 
 
+def message_line(**line: Any) -> bytes:
+    """One line of Docker's JSON message stream."""
+    return json.dumps(line, separators=(",", ":")).encode() + b"\r\n"
+
+
 class Output:
     """A job's output stream: what is written goes to every destination (an object with write(bytes))."""
 
@@ -2473,7 +2478,7 @@ class Job:
 
     def progress(self, **line: Any) -> None:
         """Write one line of Docker's JSON message stream to stdout."""
-        self.stdout.write(json.dumps(line, separators=(",", ":")).encode() + b"\r\n")
+        self.stdout.write(message_line(**line))
 
     def ready(self, **facts: Any) -> None:
         """The job has accepted its arguments and streams from now on: the caller's on_ready(facts) runs."""
@@ -2728,8 +2733,8 @@ def _date_seconds(text: str, utc: bool) -> int:
 
 
 def go_duration(seconds: float) -> str:
-    """A length of time as Go prints it: 1h0m0s, 1.5s, 20ms."""
-    if seconds < 1:
+    """A length of time as Go prints it: 1h0m0s, 1.5s, 20ms, 0s."""
+    if 0 < seconds < 1:
         return f"{seconds * 1000:.9g}ms"
     minutes, rest = divmod(seconds, 60)
     hours, minutes = divmod(int(minutes), 60)
@@ -4402,6 +4407,7 @@ class StorageDriver:
 
     name = ""
     whiteouts = "apply"
+    gives_up = False
     options: tuple[str, ...] = ()  # those it takes
     unknown_option = "unknown option {} for {}"
     no_size = NO_QUOTA
@@ -4530,6 +4536,10 @@ class StorageDriver:
         packer = ChangesPacker(Feed(), self.idmap, self.changes(cache_id, parent))
         return packed(self.diff_dir(cache_id), packer)
 
+    def give_up(self, cache_id: str, heir: str) -> None:
+        """Move what a writable layer changes into the empty layer `heir`; only where `gives_up` says so."""
+        raise NotImplementedError
+
     def metadata(self, cache_id: str) -> Optional[dict[str, str]]:
         """The GraphDriver.Data of inspect."""
         return None
@@ -4560,6 +4570,7 @@ class Overlay(StorageDriver):
 
     name = "overlay2"
     whiteouts = "overlay"
+    gives_up = True
     options = ("overlay2.override_kernel_check", "overlay2.size")
     unknown_option = "{1}: unknown option {0}"
     no_size = ("--storage-opt is supported only for overlay over xfs with 'pquota' mount option, "
@@ -4705,6 +4716,10 @@ class Overlay(StorageDriver):
     def diff(self, cache_id: str, parent: str) -> contextlib.AbstractContextManager[Feed]:
         """The upper directory itself."""
         return packed(self.diff_dir(cache_id), TreePacker(Feed(), self.idmap, self.whiteouts))
+
+    def give_up(self, cache_id: str, heir: str) -> None:
+        """As the upper directory is no more mounted, it can be moved as it is."""
+        os.rename(self.diff_dir(cache_id), self.diff_dir(heir))
 
     @staticmethod
     def _mount_by_options(home: str, target: str, options: str) -> int:
@@ -4939,50 +4954,77 @@ def _prior(root: str, prior: list[str], options: list[str], idmap: IdMap) -> Sto
 # Copying trees
 
 def copy_tree(source: str, target: str) -> None:
-    """Copy all of the directory `source` into the directory `target`, which is empty: hard links, holes,
-    devices, owners, xattrs and times too, sockets not.  Goes by descriptors and follows no link.  OSError."""
+    """Copy all of the directory `source` into the directory `target`, which is empty."""
     with opened(source, SUBDIRECTORY) as read, opened(target, SUBDIRECTORY) as write:
-        _copy_below(read, write, target, {})
+        copier = TreeCopier()
+        copier.below(read, write, target)
+        copier.attributes(source, target, os.fstat(read), True)
 
 
-def _copy_below(source: int, target: int, path: str, copied: dict[tuple[int, int], str]) -> None:
-    """Copy what is in the open directory `source` into `target`, whose path is `path`, and its attributes."""
-    for name in os.listdir(source):
+class TreeCopier:
+    """Copies trees: hard links, holes, devices, owners, xattrs and times too, sockets not.
+
+    Goes by descriptors and follows no link, in neither tree; directories that are in the target stay, and get
+    the attributes of their like, anything else in the way goes.  OSError."""
+
+    def __init__(self) -> None:
+        self._copied: dict[tuple[int, int], str] = {}
+
+    def below(self, source: int, target: int, path: str) -> None:
+        """Copy what is in the open directory `source` into `target`, whose path is `path`."""
+        for name in os.listdir(source):
+            self.entry(source, name, target, name, path)
+
+    def entry(self, source: int, name: str, target: int, new: str, path: str) -> None:
+        """Copy `name` of the open directory `source` as `new` into `target`, whose path is `path`."""
         facts = os.stat(name, dir_fd=source, follow_symlinks=False)
-        made = os.path.join(path, name)
+        made = os.path.join(path, new)
         if stat.S_ISDIR(facts.st_mode):
-            os.mkdir(name, 0o700, dir_fd=target)
+            self._clear(target, new, directory=True)
             with opened(name, SUBDIRECTORY, dir_fd=source) as read:
-                with opened(name, SUBDIRECTORY, dir_fd=target) as write:
-                    _copy_below(read, write, made, copied)
-        elif facts.st_nlink > 1 and (facts.st_dev, facts.st_ino) in copied:
-            os.link(copied[facts.st_dev, facts.st_ino], name, dst_dir_fd=target, follow_symlinks=False)
+                with opened(new, SUBDIRECTORY, dir_fd=target) as write:
+                    self.below(read, write, made)
+                    self.attributes(f"/proc/self/fd/{read}", f"/proc/self/fd/{write}", facts, True)
         elif not stat.S_ISSOCK(facts.st_mode):
-            copied[facts.st_dev, facts.st_ino] = made
-            _copy_entry(source, target, name, facts)
-    _copy_attributes(f"/proc/self/fd/{source}", f"/proc/self/fd/{target}", os.fstat(source), True)
+            self._clear(target, new, directory=False)
+            known = self._copied.setdefault((facts.st_dev, facts.st_ino), made)
+            if facts.st_nlink > 1 and known != made:
+                return os.link(known, new, dst_dir_fd=target, follow_symlinks=False)
+            self._make(source, name, target, new, facts)
+            self.attributes(f"/proc/self/fd/{source}/{name}", f"/proc/self/fd/{target}/{new}", facts, False)
 
+    @staticmethod
+    def _clear(target: int, name: str, directory: bool) -> None:
+        """Make way for a file, or have the directory."""
+        try:
+            is_directory = stat.S_ISDIR(os.stat(name, dir_fd=target, follow_symlinks=False).st_mode)
+            if is_directory and directory:
+                return
+            _remove_below(target, name, 0, target, [])
+        except FileNotFoundError:
+            pass
+        if directory:
+            os.mkdir(name, 0o700, dir_fd=target)
 
-def _copy_entry(source: int, target: int, name: str, facts: os.stat_result) -> None:
-    """Copy one entry that is no directory between two open directories."""
-    if stat.S_ISLNK(facts.st_mode):
-        os.symlink(os.readlink(name, dir_fd=source), name, dir_fd=target)
-    elif stat.S_ISREG(facts.st_mode):
-        with opened(name, UNFOLLOWED, dir_fd=source) as read, opened(name, NEW_FILE, dir_fd=target) as write:
-            copy_content(read, write, facts.st_size)
-    else:
-        os.mknod(name, stat.S_IFMT(facts.st_mode) | 0o600, facts.st_rdev, dir_fd=target)
-    _copy_attributes(f"/proc/self/fd/{source}/{name}", f"/proc/self/fd/{target}/{name}", facts, False)
+    @staticmethod
+    def _make(source: int, name: str, target: int, new: str, facts: os.stat_result) -> None:
+        if stat.S_ISLNK(facts.st_mode):
+            os.symlink(os.readlink(name, dir_fd=source), new, dir_fd=target)
+        elif stat.S_ISREG(facts.st_mode):
+            with opened(name, UNFOLLOWED, dir_fd=source) as read, \
+                    opened(new, NEW_FILE, dir_fd=target) as write:
+                copy_content(read, write, facts.st_size)
+        else:
+            os.mknod(new, stat.S_IFMT(facts.st_mode) | 0o600, facts.st_rdev, dir_fd=target)
 
-
-def _copy_attributes(source: str, target: str, facts: os.stat_result, follow: bool) -> None:
-    """Owner, xattrs, mode and times, in the order in which none undoes another."""
-    os.chown(target, facts.st_uid, facts.st_gid, follow_symlinks=follow)
-    for key in os.listxattr(source, follow_symlinks=follow):
-        os.setxattr(target, key, os.getxattr(source, key, follow_symlinks=follow), follow_symlinks=follow)
-    if not stat.S_ISLNK(facts.st_mode):
-        os.chmod(target, stat.S_IMODE(facts.st_mode))
-    os.utime(target, ns=(facts.st_atime_ns, facts.st_mtime_ns), follow_symlinks=follow)
+    def attributes(self, source: str, target: str, facts: os.stat_result, follow: bool) -> None:
+        """Owner, xattrs, mode and times, in the order in which none undoes another."""
+        os.chown(target, facts.st_uid, facts.st_gid, follow_symlinks=follow)
+        for key in os.listxattr(source, follow_symlinks=follow):
+            os.setxattr(target, key, os.getxattr(source, key, follow_symlinks=follow), follow_symlinks=follow)
+        if not stat.S_ISLNK(facts.st_mode):
+            os.chmod(target, stat.S_IMODE(facts.st_mode))
+        os.utime(target, ns=(facts.st_atime_ns, facts.st_mtime_ns), follow_symlinks=follow)
 
 
 def copy_content(source: int, target: int, size: int) -> None:
@@ -5319,45 +5361,74 @@ def full_config(values: dict[str, Any]) -> dict[str, Any]:
     return _fill(values, _CONFIG_FIELDS)
 
 
-# Dockerfile instructions, as far as `changes` of import and commit go
+# Dockerfile instructions, as far as `changes` of import and commit go; the builder adds the others
+
+
+class DockerfileError(BadParameter):
+    """A Dockerfile's text is none, before its instructions are looked at."""
+
+
+class Heredoc(NamedTuple):
+    """A here-document: the name that ends it, its text, and whether its variables are replaced."""
+
+    name: str
+    text: str
+    expands: bool
 
 
 class DockerfileLine(NamedTuple):
-    """One instruction: its line number, name in lower case, flags (--x=y), arguments, and the line as
-    written."""
+    """One instruction: its line number, name in lower case, flags (--x=y), arguments, the line as written,
+    and the here-documents that follow it."""
 
     number: int
     instruction: str
     flags: list[str]
     rest: str
     original: str
+    heredocs: tuple[Heredoc, ...] = ()
 
 
-def parse_dockerfile(text: str) -> tuple[list[DockerfileLine], str]:
-    """The instructions of a Dockerfile, and its escape character; BadParameter when there is none at all.
+class Dockerfile(NamedTuple):
+    """The instructions of a Dockerfile, its escape character, and what its author is to be warned of."""
+
+    lines: list[DockerfileLine]
+    escape: str
+    warnings: list[str]
+
+
+def parse_dockerfile(text: str) -> Dockerfile:
+    """Split a Dockerfile into its instructions; DockerfileError when there is none at all.
 
     Comments are dropped, continued lines joined, the `escape` directive obeyed."""
-    escape, lines, pending, start, directives = "\\", [], "", 0, True
-    for number, line in enumerate(text.lstrip("\ufeff").split("\n"), 1):
-        directive = re.match(r"#\s*(escape|syntax|check)\s*=\s*(.+?)\s*$", line.lstrip(), re.IGNORECASE)
-        directives = directives and directive is not None
-        if directives and directive and directive[1].lower() == "escape":
-            escape = directive[2]
+    escape, lines, warnings, pending, start, gap = "\\", [], [], "", 0, False
+    directives: Optional[set[str]] = set()
+    rows = iter(enumerate(re.split("\r?\n", text.lstrip("\ufeff").removesuffix("\n") if text else ""), 1))
+    for number, row in rows:
+        directive = re.match(r"#\s*(escape|syntax|check)\s*=\s*(.+?)\s*$", row.lstrip(), re.IGNORECASE)
+        if directives is not None and directive:
+            name = directive[1].lower()
+            if name in directives:
+                raise DockerfileError(f"only one {name} parser directive can be used")
+            directives.add(name)
+            escape = directive[2] if name == "escape" else escape
             if escape not in ("\\", "`"):
-                raise BadParameter(f"invalid escape token '{escape}' does not match ` or \\")
-        if line.lstrip().startswith("#") or not line.strip():
-            continue
-        start = start or number
-        joined = re.sub(rf"(^|[^{re.escape(escape)}]){re.escape(escape)}[ \t\r]*$", r"\1", line)
-        pending += joined if pending else joined.lstrip()
-        if joined == line:
-            lines.append(_split_instruction(pending, start))
-            pending, start = "", 0
+                raise DockerfileError(f"invalid escape token '{escape}' does not match ` or \\")
+        elif row.strip() and not row.lstrip().startswith("#"):
+            directives, start = None, start or number
+            joined = re.sub(rf"(^|[^{re.escape(escape)}]){re.escape(escape)}[ \t\r]*$", r"\1", row)
+            pending += joined if pending else joined.lstrip()
+            if joined != row:
+                continue
+            lines.append(_with_heredocs(_split_instruction(pending, start), rows))
+            warnings += [f"[WARNING]: Empty continuation line found in:\n    {lines[-1].original}"] * gap
+            pending, start, gap = "", 0, False
+        else:
+            directives, gap = None, gap or bool(pending) and not row.strip()
     if pending.strip():
         lines.append(_split_instruction(pending, start))
     if not lines:
-        raise BadParameter("file with no instructions")
-    return lines, escape
+        raise DockerfileError("file with no instructions")
+    return Dockerfile(lines, escape, warnings)
 
 
 def _split_instruction(line: str, number: int) -> DockerfileLine:
@@ -5373,6 +5444,25 @@ def _split_instruction(line: str, number: int) -> DockerfileLine:
     return DockerfileLine(number, name.lower(), flags, rest, line.strip())
 
 
+HEREDOC = re.compile(r"""(?<!\S)<<(-?)(["']?)([^\s<"']+)\2(?!\S)""")
+
+
+def _with_heredocs(line: DockerfileLine, rows: Iterator[tuple[int, str]]) -> DockerfileLine:
+    """The instruction with the here-documents that it asks for, taken from the `rows` that follow it."""
+    takes = line.instruction in ("run", "copy", "add") and not line.rest.startswith("[")
+    documents = []
+    for dash, quote, name in HEREDOC.findall(line.rest) if takes else ():
+        text = ""
+        for _, row in rows:
+            if (row.lstrip("\t") if dash else row) == name:
+                break
+            text += (row.lstrip("\t") if dash else row) + "\n"
+        else:
+            raise DockerfileError(f"unterminated heredoc {name} in line {line.number}")
+        documents.append(Heredoc(name, text, not quote))
+    return line._replace(heredocs=tuple(documents))
+
+
 def split_words(text: str, escape: str) -> list[str]:
     """The words of an instruction, separated by blanks; quotes and escapes hold a word together and stay in
     it."""
@@ -5384,15 +5474,15 @@ def split_words(text: str, escape: str) -> list[str]:
 def json_words(text: str) -> Optional[list[str]]:
     """The strings of the JSON array that `text` begins with (the exec form); None when there is no array.
 
-    BadParameter for an array of anything else."""
+    DockerfileError for an array of anything else."""
     if not text.startswith("["):
         return None
     try:
         words, _ = json.JSONDecoder().raw_decode(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not all(isinstance(word, str) for word in words):
-        raise BadParameter("when using JSON array syntax, arrays must be comprised of strings only")
+        raise DockerfileError("when using JSON array syntax, arrays must be comprised of strings only")
     return words
 
 
@@ -5403,9 +5493,9 @@ class ShellWord:
 
     _UNCLOSED = {"'": "unexpected end of statement while looking for matching single-quote",
                  '"': "unexpected end of statement while looking for matching double-quote",
-                 "}": "syntax error: missing '}'"}
+                 "}": "syntax error: missing '}'", "/": "syntax error: missing '/' in substitution"}
 
-    def __init__(self, text: str, environment: list[str], escape: str) -> None:
+    def __init__(self, text: str, environment: Iterable[str], escape: str) -> None:
         self.text, self.escape, self.at = text, escape, 0
         self.environment = dict(item.partition("=")[::2] for item in environment)
         with reworded(BadParameter, f"failed to process {go_quote(text)}: ", BadParameter):
@@ -5473,24 +5563,48 @@ class ShellWord:
         name, separator = self._name(), self._next()
         if separator == "}":
             return self.environment.get(name, "")
-        if separator not in (":", "?"):
+        if separator in tuple("#%/"):
+            return self._trimmed(self.environment.get(name, ""), separator)
+        if separator not in tuple(":?+-"):
             raise BadParameter("missing ':' in substitution")
-        modifier = self._next() if separator == ":" else "?"
+        modifier = self._next() if separator == ":" else separator
         return self._modified(name, modifier, self._text("}"), empty_counts=separator == ":")
 
     def _modified(self, name: str, modifier: str, word: str, empty_counts: bool) -> str:
-        """${name:+word}, ${name:-word}, ${name:?word} and ${name?word}."""
+        """${name:+word}, ${name:-word}, ${name:?word}; without the colon an empty value is one."""
         value = self.environment.get(name)
+        missing = value is None or (empty_counts and not value)
         if modifier == "+":
-            return word if value else ""
+            return "" if missing else word
         if modifier == "-":
-            return value or word
+            return word if missing else value or ""
         if modifier != "?":
             raise BadParameter(f"unsupported modifier ({modifier}) in substitution")
-        if value is None or (empty_counts and not value):
+        if missing:
             problem = "is not allowed to be " + ("unset" if value is None else "empty")
             raise BadParameter(f"{name}: {word or problem}")
-        return value
+        return value or ""
+
+    def _trimmed(self, value: str, separator: str) -> str:
+        """${name#word}, ${name%word} (doubled: as much as can be), ${name/word/word}, ${name//word/word}.
+
+        Of several stars all but one take what they find first: no pattern makes the daemon try all splits."""
+        doubled = self._peek() == separator
+        self.at += doubled
+        first, *rest = re.split(r"\*", self._text("/" if separator == "/" else "}"))
+        first, *rest = ("".join("." if letter == "?" else re.escape(letter) for letter in part)
+                        for part in (first, *rest))
+        pattern = first + "".join(f"(?=(?P<p{n}>.*?{part}))(?P=p{n})" for n, part in enumerate(rest[:-1]))
+        lazy = "?" * (separator == "#" and not doubled)
+        pattern += f".*{lazy}{rest[-1]}" if rest else ""
+        if separator == "/":
+            word = self._text("}")
+            return re.sub(pattern, lambda match: word, value, count=not doubled, flags=re.DOTALL)
+        if separator == "#":
+            match = re.match(pattern, value, re.DOTALL)
+            return value[match.end():] if match else value
+        match = re.fullmatch(f"(?P<kept>.*{'?' * doubled}){pattern}", value, re.DOTALL)
+        return match["kept"] if match else value
 
 
 def parse_ports(specification: str) -> list[str]:
@@ -5508,6 +5622,8 @@ def parse_ports(specification: str) -> list[str]:
     return [f"{port}/{protocol.lower() or 'tcp'}" for port in range(first, last + 1)]
 
 
+# What an instruction's arguments are; each function takes the line and the escape character
+
 _BLANKS = r"[\t\v\f\r ]+"
 
 
@@ -5518,170 +5634,258 @@ def required(line: DockerfileLine, arguments: Any, count: str = "at least one") 
     return arguments
 
 
+def parse_flags(line: DockerfileLine, known: str) -> dict[str, Any]:
+    """The flags of an instruction, of those in `known`: NAME has a value, NAME? is a switch, NAME* a list."""
+    kinds = {name.rstrip("?*"): name[-1] for name in known.split()}
+    found: dict[str, Any] = {}
+    for flag in line.flags:
+        name, equals, value = flag[2:].partition("=")
+        kind = kinds.get(name)
+        if kind is None:
+            raise BadParameter(f"Unknown flag: {name}")
+        if name in found and kind != "*":
+            raise BadParameter(f"Duplicate flag specified: {name}")
+        if not (equals or kind == "?") or kind == "?" and equals and not value:
+            raise BadParameter(f"Missing a value on flag: {name}")
+        if kind == "?" and value.lower() not in ("", "true", "false"):
+            raise BadParameter(f"Expecting boolean value for flag {name}, not: {value}")
+        if kind == "*":
+            found.setdefault(name, []).append(value)
+        else:
+            found[name] = value.lower() != "false" if kind == "?" else value
+    return found
+
+
+def _words(line: DockerfileLine, escape: str = "") -> list[str]:
+    """The arguments, of which there must be some, in exec form or separated by blanks."""
+    words = json_words(line.rest)
+    return required(line, re.split(_BLANKS, line.rest) if words is None and line.rest else words)
+
+
+def _one(line: DockerfileLine, escape: str = "") -> str:
+    return required(line, line.rest, "exactly one")
+
+
+def _pairs(line: DockerfileLine, escape: str) -> list[tuple[str, str]]:
+    """The pairs of NAME=VALUE ..., or of the old form NAME VALUE."""
+    name, words = line.instruction.upper(), required(line, split_words(line.rest, escape))
+    if "=" not in words[0]:
+        words = ["=".join(re.split(_BLANKS, line.rest, maxsplit=1))]
+        if "=" not in words[0]:
+            raise DockerfileError(f"{name} must have two arguments")
+    for word in words:
+        if "=" not in word:
+            raise DockerfileError(f"Syntax error - can't find = in {go_quote(word)}. "
+                                  "Must be of the form: name=value")
+        if word.startswith("="):
+            raise BadParameter(f"{name} names can not be blank")
+    return [word.partition("=")[::2] for word in words]
+
+
+def _command(line: DockerfileLine, escape: str = "") -> tuple[Optional[list[str]], str]:
+    """The exec form of CMD, ENTRYPOINT and RUN, or None, and their text."""
+    return json_words(line.rest), line.rest
+
+
+def _ports(line: DockerfileLine, escape: str = "") -> list[str]:
+    return sorted(re.split(_BLANKS, required(line, line.rest)))
+
+
+def _volumes(line: DockerfileLine, escape: str = "") -> list[str]:
+    volumes = [word.strip() for word in _words(line)]
+    if not all(volumes):
+        raise BadParameter("VOLUME specified can not be an empty string")
+    return volumes
+
+
+def _shell(line: DockerfileLine, escape: str = "") -> list[str]:
+    words = json_words(line.rest)
+    if words is None and line.rest:
+        raise BadParameter("SHELL requires the arguments to be in JSON form")
+    return required(line, words)
+
+
+def _trigger(line: DockerfileLine, escape: str) -> str:
+    trigger = _split_instruction(required(line, line.rest), line.number)
+    name = trigger.instruction.upper()
+    if name == "ONBUILD":
+        raise BadParameter("Chaining ONBUILD via `ONBUILD ONBUILD` isn't allowed")
+    if name in ("MAINTAINER", "FROM"):
+        raise BadParameter(f"{name} isn't allowed as an ONBUILD trigger")
+    if name in ("ENV", "LABEL"):
+        _pairs(trigger, escape)  # their syntax is checked where they are written
+    return line.rest
+
+
+_HEALTH_OPTIONS = {"interval": "Interval", "timeout": "Timeout", "start-period": "StartPeriod",
+                   "start-interval": "StartInterval", "retries": "Retries"}
+
+
+def _healthcheck(line: DockerfileLine, escape: str = "") -> dict[str, Any]:
+    """The Healthcheck of a container's configuration."""
+    kind, _, rest = re.sub(r"\s+", " ", required(line, line.rest), count=1).partition(" ")
+    if kind.upper() == "NONE":
+        if rest:
+            raise BadParameter("HEALTHCHECK NONE takes no arguments")
+        return {"Test": ["NONE"]}
+    texts = parse_flags(line, " ".join(_HEALTH_OPTIONS))
+    options = {key: _health_option(name, texts[name]) for name, key in _HEALTH_OPTIONS.items()
+               if texts.get(name)}
+    if kind.upper() != "CMD":
+        raise BadParameter(f"Unknown type {go_quote(kind.upper())} in HEALTHCHECK (try CMD)")
+    words = json_words(rest)
+    if not rest or words == []:
+        raise BadParameter("Missing command after HEALTHCHECK CMD")
+    return {"Test": ["CMD-SHELL", rest] if words is None else ["CMD", *words], **options}
+
+
+def _health_option(name: str, text: str) -> int:
+    if name == "retries":
+        if not re.fullmatch("[+-]?[0-9]+", text):
+            raise BadParameter(f"strconv.ParseInt: parsing {go_quote(text)}: invalid syntax")
+        if int(text) < 1:
+            raise BadParameter(f"--retries must be at least 1 (not {int(text)})")
+        return int(text)
+    duration = round(parse_duration(text) * 1e9)
+    if duration < 10**6:
+        raise BadParameter(f'Interval "{name}" cannot be less than 1ms')
+    return duration
+
+
+CHANGES: dict[str, Callable[[DockerfileLine, str], Any]] = {
+    "cmd": _command, "entrypoint": _command, "healthcheck": _healthcheck, "env": _pairs, "expose": _ports,
+    "label": _pairs, "onbuild": _trigger, "stopsignal": _one, "user": _one, "volume": _volumes,
+    "workdir": _one}
+
+
+class Instruction(NamedTuple):
+    """An instruction that is well-formed: its name in lower case, arguments, flags, and where it stands."""
+
+    name: str
+    arguments: Any
+    flags: dict[str, Any]
+    line: DockerfileLine
+
+
+def quoted_words(words: Optional[Iterable[str]]) -> str:
+    """A list of strings as Go's %q prints it."""
+    return f"[{' '.join(map(go_quote, words or ()))}]"
+
+
+_RUNES = {7: "\\a", 8: "\\b", 9: "\\t", 10: "\\n", 11: "\\v", 12: "\\f", 13: "\\r", 39: "\\'", 92: "\\\\"}
+
+
 class Instructions:
     """Applies the instructions that change nothing but an image's configuration; the builder adds the others.
 
-    `config` is changed in place.  Every method takes a DockerfileLine and raises BadParameter with Docker's
-    text."""
+    `config` is changed in place.  Every do_NAME takes an Instruction, raises BadParameter with Docker's text,
+    and returns what the history says of the step."""
 
     def __init__(self, config: dict[str, Any], escape: str = "\\") -> None:
         self.config, self.escape = config, escape
         self._command_set = False
 
-    def apply(self, line: DockerfileLine) -> None:
-        """Carry `line` out."""
-        if line.flags and line.instruction != "healthcheck":
-            raise BadParameter("Unknown flag: " + line.flags[0][2:].partition("=")[0])
-        getattr(self, "do_" + line.instruction)(line)
+    def apply(self, instruction: Instruction) -> Any:
+        """Carry `instruction` out."""
+        return getattr(self, "do_" + instruction.name)(instruction)
+
+    def environment(self) -> list[str]:
+        """The variables that stand so far."""
+        return self.config.get("Env") or []
 
     def expand(self, word: str) -> str:
-        """`word` with its variables replaced from the ENV that stands so far."""
-        return ShellWord(word, self.config.get("Env") or [], self.escape).expand()
+        """`word` with its variables replaced."""
+        return ShellWord(word, self.environment(), self.escape).expand()
 
-    def words(self, line: DockerfileLine) -> list[str]:
-        """The arguments, of which there must be some, in exec form or separated by blanks."""
-        words = json_words(line.rest)
-        return required(line, re.split(_BLANKS, line.rest) if words is None and line.rest else words)
+    def expanded_pairs(self, instruction: Instruction) -> dict[str, str]:
+        """The pairs of ENV or LABEL; all of them see what stood before the instruction."""
+        if "raw" in instruction.flags:
+            return dict(instruction.arguments)
+        return {self.expand(name): self.expand(value) for name, value in instruction.arguments}
 
-    def one(self, line: DockerfileLine) -> str:
-        """The single argument, expanded."""
-        return self.expand(required(line, line.rest, "exactly one"))
+    @property
+    def shell(self) -> list[str]:
+        """The shell of commands that are no list."""
+        return list(self.config.get("Shell") or ["/bin/sh", "-c"])
 
-    def pairs(self, line: DockerfileLine) -> list[tuple[str, str]]:
-        """The pairs of NAME=VALUE ..., or of the old form NAME VALUE."""
-        name, words = line.instruction.upper(), required(line, split_words(line.rest, self.escape))
-        if "=" not in words[0]:
-            words = ["=".join(re.split(_BLANKS, line.rest, maxsplit=1))]
-            if "=" not in words[0]:
-                raise BadParameter(f"{name} must have two arguments")
-        for word in words:
-            if "=" not in word:
-                raise BadParameter(f"Syntax error - can't find = in {go_quote(word)}. "
-                                   "Must be of the form: name=value")
-            if word.startswith("="):
-                raise BadParameter(f"{name} names can not be blank")
-        return [(self.expand(word.partition("=")[0]), self.expand(word.partition("=")[2])) for word in words]
+    def command(self, words: Optional[list[str]], text: str) -> list[str]:
+        """The exec form, or the text as an argument of the shell."""
+        return self.shell + ([text] if text else []) if words is None else words
 
-    def command(self, line: DockerfileLine) -> list[str]:
-        """The command of CMD, ENTRYPOINT and RUN: the exec form, or the text as an argument of the shell."""
-        words = json_words(line.rest)
-        if words is not None:
-            return words
-        return (self.config.get("Shell") or ["/bin/sh", "-c"]) + ([line.rest] if line.rest else [])
+    def do_cmd(self, instruction: Instruction) -> str:
+        words, text = instruction.arguments
+        self.config["Cmd"] = self.command(words, text)
+        self._command_set = self._command_set or words != [] and bool(text)
+        return "CMD " + quoted_words(self.config["Cmd"])
 
-    def do_cmd(self, line: DockerfileLine) -> None:
-        self.config["Cmd"] = self.command(line)
-        self._command_set = self._command_set or json_words(line.rest) != [] and bool(line.rest)
-
-    def do_entrypoint(self, line: DockerfileLine) -> None:
-        self.config["Entrypoint"] = (self.command(line) if line.rest else None) or None
+    def do_entrypoint(self, instruction: Instruction) -> str:
+        words, text = instruction.arguments
+        self.config["Entrypoint"] = (self.command(words, text) if text else None) or None
         if not self._command_set:
             self.config["Cmd"] = None
+        return "ENTRYPOINT " + quoted_words(self.config["Entrypoint"])
 
-    def do_env(self, line: DockerfileLine) -> None:
+    def do_env(self, instruction: Instruction) -> str:
         environment = {item.partition("=")[0]: item for item in self.config.get("Env") or []}
-        environment.update((name, f"{name}={value}") for name, value in self.pairs(line))
+        items = {name: f"{name}={value}" for name, value in self.expanded_pairs(instruction).items()}
+        environment.update(items)
         self.config["Env"] = list(environment.values())
+        return " ".join(["ENV", *items.values()])
 
-    def do_label(self, line: DockerfileLine) -> None:
-        self.config["Labels"] = {**(self.config.get("Labels") or {}), **dict(self.pairs(line))}
+    def do_label(self, instruction: Instruction) -> str:
+        labels = self.expanded_pairs(instruction)
+        self.config["Labels"] = {**(self.config.get("Labels") or {}), **labels}
+        return " ".join(["LABEL", *map("=".join, labels.items())])
 
-    def do_expose(self, line: DockerfileLine) -> None:
-        ports: dict[str, Any] = dict(self.config.get("ExposedPorts") or {})
-        for word in re.split(_BLANKS, required(line, line.rest)):
-            for specification in ShellWord(word, self.config.get("Env") or [], self.escape).split():
-                ports.update((port, {}) for port in parse_ports(specification))
-        self.config["ExposedPorts"] = ports
+    def do_expose(self, instruction: Instruction) -> str:
+        words = [port for word in instruction.arguments
+                 for port in ShellWord(word, self.environment(), self.escape).split()]
+        ports: dict[str, Any] = {port: {} for word in words for port in parse_ports(word)}
+        self.config["ExposedPorts"] = {**(self.config.get("ExposedPorts") or {}), **ports}
+        return " ".join(["EXPOSE", *words])
 
-    def do_user(self, line: DockerfileLine) -> None:
-        self.config["User"] = self.one(line)
+    def do_user(self, instruction: Instruction) -> str:
+        self.config["User"] = self.expand(instruction.arguments)
+        return f"USER {self.config['User']}"
 
-    def do_workdir(self, line: DockerfileLine) -> None:
-        directory = self.one(line)
+    def do_workdir(self, instruction: Instruction) -> Any:
+        directory = self.expand(instruction.arguments)
         if not directory:
             raise BadParameter("cannot normalize nothing")
         if not directory.startswith("/"):
-            joined = os.path.normpath(os.path.join("/", self.config.get("WorkingDir") or "", directory))
-            directory = "/" + joined.lstrip("/")
+            directory = os.path.join("/", self.config.get("WorkingDir") or "", directory)
+            directory = "/" + os.path.normpath(directory).lstrip("/")
         self.config["WorkingDir"] = directory
+        return f"WORKDIR {directory}"
 
-    def do_volume(self, line: DockerfileLine) -> None:
-        volumes = [self.expand(word.strip()) for word in self.words(line)]
+    def do_volume(self, instruction: Instruction) -> str:
+        volumes = list(map(self.expand, instruction.arguments))
         if not all(volumes):
             raise BadParameter("VOLUME specified can not be an empty string")
         self.config["Volumes"] = {**(self.config.get("Volumes") or {}), **{volume: {} for volume in volumes}}
+        return f"VOLUME [{' '.join(volumes)}]"
 
-    def do_stopsignal(self, line: DockerfileLine) -> None:
-        name = self.one(line)
+    def do_stopsignal(self, instruction: Instruction) -> str:
+        name = self.expand(instruction.arguments)
         parse_signal(name)
         self.config["StopSignal"] = name
+        return f"STOPSIGNAL {name}"
 
-    def do_shell(self, line: DockerfileLine) -> None:
-        words = json_words(line.rest)
-        if words is None and line.rest:
-            raise BadParameter(f"SHELL requires the arguments to be in JSON form: {line.original}")
-        self.config["Shell"] = required(line, words)
+    def do_shell(self, instruction: Instruction) -> str:
+        self.config["Shell"] = instruction.arguments
+        return f"SHELL [{' '.join(self.config['Shell'])}]"
 
-    def do_onbuild(self, line: DockerfileLine) -> None:
-        trigger = _split_instruction(required(line, line.rest), line.number)
-        name = trigger.instruction.upper()
-        if name == "ONBUILD":
-            raise BadParameter("Chaining ONBUILD via `ONBUILD ONBUILD` isn't allowed")
-        if name in ("MAINTAINER", "FROM"):
-            raise BadParameter(f"{name} isn't allowed as an ONBUILD trigger")
-        if name in ("ENV", "LABEL"):
-            self.pairs(trigger)  # their syntax is checked where they are written
-        self.config["OnBuild"] = (self.config.get("OnBuild") or []) + [line.rest]
+    def do_onbuild(self, instruction: Instruction) -> str:
+        self.config["OnBuild"] = (self.config.get("OnBuild") or []) + [instruction.arguments]
+        return f"ONBUILD {instruction.arguments}"
 
-    def do_healthcheck(self, line: DockerfileLine) -> None:
-        kind, _, rest = re.sub(r"\s+", " ", required(line, line.rest), count=1).partition(" ")
-        if kind.upper() == "NONE":
-            if rest:
-                raise BadParameter("HEALTHCHECK NONE takes no arguments")
-            self.config["Healthcheck"] = {"Test": ["NONE"]}
-            return
-        options = self._health_options(line.flags)
-        if kind.upper() != "CMD":
-            raise BadParameter(f"Unknown type {go_quote(kind.upper())} in HEALTHCHECK (try CMD)")
-        words = json_words(rest)
-        test = ["CMD", *words] if words is not None else ["CMD-SHELL", rest]
-        if not rest or words == []:
-            raise BadParameter("Missing command after HEALTHCHECK CMD")
-        self.config["Healthcheck"] = {"Test": test, **options}
-
-    _HEALTH_OPTIONS = {"interval": "Interval", "timeout": "Timeout", "start-period": "StartPeriod",
-                       "start-interval": "StartInterval", "retries": "Retries"}
-
-    def _health_options(self, flags: list[str]) -> dict[str, int]:
-        texts: dict[str, str] = {}
-        for flag in flags:
-            name, equals, value = flag[2:].partition("=")
-            if name not in self._HEALTH_OPTIONS:
-                raise BadParameter(f"Unknown flag: {name}")
-            if name in texts:
-                raise BadParameter(f"Duplicate flag specified: {name}")
-            if not equals:
-                raise BadParameter(f"Missing a value on flag: {name}")
-            texts[name] = value
-        return {key: self._health_option(name, texts[name])
-                for name, key in self._HEALTH_OPTIONS.items() if texts.get(name)}
-
-    @staticmethod
-    def _health_option(name: str, text: str) -> int:
-        if name == "retries":
-            if not re.fullmatch("[+-]?[0-9]+", text):
-                raise BadParameter(f"strconv.ParseInt: parsing {go_quote(text)}: invalid syntax")
-            if int(text) < 1:
-                raise BadParameter(f"--retries must be at least 1 (not {int(text)})")
-            return int(text)
-        duration = round(parse_duration(text) * 1e9)
-        if duration < 10**6:
-            raise BadParameter(f'Interval "{name}" cannot be less than 1ms')
-        return duration
-
-
-CHANGE_INSTRUCTIONS = frozenset(
-    "cmd entrypoint healthcheck env expose label onbuild stopsignal user volume workdir".split())
+    def do_healthcheck(self, instruction: Instruction) -> str:
+        health = self.config["Healthcheck"] = instruction.arguments
+        times = [go_quote(go_duration(health.get(key, 0) / 1e9)) for key in (
+            "Interval", "Timeout", "StartPeriod", *(["StartInterval"] if "StartInterval" in health else []))]
+        retries = health.get("Retries", 0)
+        rune = _RUNES.get(retries, chr(retries) if 32 <= retries < 127 else f"\\x{retries:02x}")
+        return f"HEALTHCHECK &{{{quoted_words(health['Test'])} {' '.join(times)} '{rune}'}}"
 
 
 def apply_changes(config: dict[str, Any], changes: list[str]) -> dict[str, Any]:
@@ -5692,13 +5896,15 @@ def apply_changes(config: dict[str, Any], changes: list[str]) -> dict[str, Any]:
     config = copy.deepcopy(config)
     if not changes:
         return config
-    lines, escape = parse_dockerfile("\n".join(changes))
+    lines, escape, _ = parse_dockerfile("\n".join(changes))
+    instructions, parsed = Instructions(config, escape), []
     for line in lines:
-        if line.instruction not in CHANGE_INSTRUCTIONS:
+        if line.instruction not in CHANGES:
             raise BadParameter(f"{line.instruction} is not a valid change command")
-    instructions = Instructions(config, escape)
-    for line in lines:
-        instructions.apply(line)
+        flags = {} if line.instruction == "healthcheck" else parse_flags(line, "")
+        parsed.append(Instruction(line.instruction, CHANGES[line.instruction](line, escape), flags, line))
+    for instruction in parsed:
+        instructions.apply(instruction)
     return config
 
 
@@ -5741,6 +5947,9 @@ class ReadWriteLayer(NamedTuple):
     mount_id: str
     init_id: str
     parent: str
+
+
+EMPTY_LAYER = "sha256:" + hashlib.sha256(TAR_ZEROES * 2).hexdigest()  # the diff id of an archive of nothing
 
 
 def chain_id(parent: str, diff_id: str) -> str:
@@ -6105,6 +6314,10 @@ class LayerStore:
         mount = self._mount(container_id)
         return self.driver.diff(mount.mount_id, self._below(mount))
 
+    def give_up_rw(self, container_id: str, cache_id: str) -> None:
+        """Let the layer `cache_id`, which is empty, have what the container has changed."""
+        self.driver.give_up(self._mount(container_id).mount_id, cache_id)
+
     def rw_size(self, container_id: str) -> tuple[int, int]:
         """(SizeRw, SizeRootFs): the bytes that the container wrote, and those with its image's."""
         mount = self._mount(container_id)
@@ -6147,38 +6360,91 @@ class LayerTransaction:
         """Unpack the tar `stream` as the layer above the chain `parent`, hash it, and put it into the store.
 
         DockerError, OSError or what the stream raises; then nothing is left of the layer."""
+        driver = self.store.driver
+
+        def fill(cache_id: str, below: str, split: TarRecord) -> tuple[str, int]:
+            reader, directory = HashingReader(stream), driver.diff_dir(cache_id)
+            stats = apply_layer(reader, directory, driver.whiteouts, self.store.idmap, observer=split,
+                                **limits)
+            return reader.digest, stats.size
+
+        layer = self._make(parent, fill)
+        assert layer is not None
+        return layer
+
+    def write(self, parent: str, write: Callable[[int], Any]) -> str:
+        """Make the layer that `write(a descriptor of the root)` makes of the chain `parent`; its diff id, ''
+        where it has changed nothing."""
+
+        def fill(cache_id: str, below: str, split: TarRecord) -> tuple[str, int]:
+            with closing_fd(self.store.driver.mount(cache_id)) as root:
+                write(root)
+            return self._measure(cache_id, below, split)
+
+        layer = self._make(parent, fill, EMPTY_LAYER)
+        return layer.diff_id if layer else ""
+
+    def commit(self, container_id: str, stays: bool = True) -> str:
+        """Make a layer of what a container has changed of its image; its diff id, '' where that is nothing.
+
+        The container `stays` meanwhile as it is, or loses that to the layer and is good for nothing more."""
+        store, parent = self.store, self.store.rw_parent(container_id)
+        if not stays and store.driver.gives_up:
+
+            def take(cache_id: str, below: str, split: TarRecord) -> tuple[str, int]:
+                store.give_up_rw(container_id, cache_id)
+                return self._measure(cache_id, below, split)
+
+            layer = self._make(parent, take, EMPTY_LAYER)
+            return layer.diff_id if layer else ""
+        with store.rw_diff(container_id) as stream:
+            head = stream.read()
+            if head == TAR_ZEROES * 2:
+                return ""
+            return self.unpack(_Prefixed(head, stream), parent).diff_id
+
+    def _measure(self, cache_id: str, below: str, split: TarRecord) -> tuple[str, int]:
+        """The diff id and the size of a layer that is in its place already."""
+        driver = self.store.driver
+        with driver.diff(cache_id, below) as stream, opened("/dev/null", os.O_WRONLY) as nowhere:
+            reader = HashingReader(stream)
+            archive = TarReader(reader, split)
+            for entry in archive:
+                archive.copy(nowhere, entry.stored)
+            archive.drain()
+        files = confined(driver.diff_dir(cache_id), _file_sizes)
+        if driver.whiteouts != "overlay" and below:
+            files -= confined(driver.diff_dir(below), _file_sizes)
+        return reader.digest, sum(size for _, size, _ in files)
+
+    def _make(self, parent: str, fill: Callable[[str, str, TarRecord], tuple[str, int]], unwanted: str = "") \
+            -> Optional[Layer]:
+        """A new layer above the chain `parent`: `fill` is told the driver's names of it and of what is below
+        ('' for nothing), and what records its archive, and returns its diff id and size.  None where that
+        is the `unwanted` diff id."""
         store = self.store
         if len(store.lineage(parent)) >= MAX_LAYERS:
             raise DockerError("max depth exceeded")
-        below = self._keep(store.hold(parent)).cache_id if parent else None
+        below = self._keep(store.hold(parent)).cache_id if parent else ""
         cache_id = secrets.token_hex(32)
         record = os.path.join(self._directory, cache_id)
         os.mkdir(record, 0o700)
         published = False
         try:
-            store.driver.create(cache_id, below)
-            reader, directory = HashingReader(stream), store.driver.diff_dir(cache_id)
+            store.driver.create(cache_id, below or None)
             with open(os.path.join(record, TAR_SPLIT), "xb") as file:
                 split = TarRecord(file.write)
-                stats = apply_layer(reader, directory, store.driver.whiteouts, store.idmap, observer=split,
-                                    **limits)
+                diff_id, size = fill(cache_id, below, split)
                 split.close()
-            layer = Layer(chain_id(parent, reader.digest), reader.digest, parent, cache_id, stats.size)
+            if diff_id == unwanted:
+                return None
+            layer = Layer(chain_id(parent, diff_id), diff_id, parent, cache_id, size)
             published = self._publish(layer, record)
             return store.get(layer.chain_id)
         finally:
             if not published:
                 store.driver.remove(cache_id)
                 remove_tree(record)
-
-    def commit(self, container_id: str) -> str:
-        """Make a layer of what a container, which stays meanwhile, has changed of its image; its diff id, ''
-        where that is nothing."""
-        with self.store.rw_diff(container_id) as stream:
-            head = stream.read()
-            if head == TAR_ZEROES * 2:
-                return ""
-            return self.unpack(_Prefixed(head, stream), self.store.rw_parent(container_id)).diff_id
 
     def _publish(self, layer: Layer, record: str) -> bool:
         """Write the layer's record and put it into the store; False when its like was there."""
@@ -6241,6 +6507,7 @@ class Image:
             self.created_ns = parse_timestamp(self.created) if self.created else 0
         self.id = "sha256:" + hashlib.sha256(raw).hexdigest()
         self.parent, self._path = parent, path
+        self.unsaved: Optional[bytes] = None  # the configuration while it is not on disk
         self.chain_ids = chain_ids(diff_ids)
 
     @property
@@ -6251,7 +6518,7 @@ class Image:
     @property
     def raw(self) -> bytes:
         """The configuration, byte for byte; DockerError when the file no longer has the image's digest."""
-        raw = read_state(self._path)
+        raw = self.unsaved or read_state(self._path)
         if "sha256:" + hashlib.sha256(raw).hexdigest() != self.id:
             raise DockerError(f"failed to verify: {self.id}")
         return raw
@@ -6311,13 +6578,14 @@ class ImageStore:
     def _fact(self, image_id: str, name: str) -> str:
         return next(read_facts(os.path.join(self._metadata, image_id[7:]), [name]))
 
-    def _write_fact(self, image_id: str, name: str, value: str) -> None:
+    def _write_fact(self, image_id: str, name: str, value: str, durable: bool = True) -> None:
         directory = os.path.join(self._metadata, image_id[7:])
         os.makedirs(directory, 0o700, exist_ok=True)
-        write_state(os.path.join(directory, name), value.encode())
+        write_state(os.path.join(directory, name), value.encode(), durable=durable)
 
-    def create(self, raw: bytes, parent: str = "") -> Image:
-        """Store the configuration `raw`, whose layers are in the layer store and held; durable on return.
+    def create(self, raw: bytes, parent: str = "", saved: bool = True) -> Image:
+        """Store the configuration `raw`, whose layers are in the layer store and held; durable on return,
+        unless it is not to be `saved` yet.
 
         BadParameter when it is no image's configuration, DockerError when a layer is missing."""
         path = os.path.join(self._content, hashlib.sha256(raw).hexdigest())
@@ -6327,13 +6595,28 @@ class ImageStore:
         with self._writer:
             if image.id in self._images:
                 return self._images[image.id]
-            failpoint("image-create")
-            if parent:
-                self._write_fact(image.id, "parent", parent)
-            write_state(path, raw)
+            image.unsaved = raw
+            if saved:
+                self._save(image, True)
             with self._tables:
                 self._images[image.id] = image
         return image
+
+    def _save(self, image: Image, durable: bool) -> None:
+        failpoint("image-create")
+        assert image.unsaved is not None
+        if image.parent:
+            self._write_fact(image.id, "parent", image.parent, durable)
+        write_state(image._path, image.unsaved, durable=durable)
+        image.unsaved = None
+
+    def save(self, images: Iterable[Image]) -> None:
+        """Bring all of `images` that are not on disk yet there together; their layers must be."""
+        with self._writer:
+            for image in images:
+                if image.unsaved is not None and image.id in self._images:
+                    self._save(image, False)
+        STATE_SYNC.flush()
 
     def delete(self, image: Image) -> list[Layer]:
         """Remove an image, and the layers that nobody else needs; those layers, from the top."""
@@ -16920,7 +17203,7 @@ class Container:
         self._stopping = False      # this run is to be the last, whatever the restart policy says
         self._clearing = False      # the last run has ended, and what it has left is being cleared away
         self._views = 0             # copies to and from it that are under way: no start before their end
-        self._kept = False          # "restart" stops it: no time for --rm
+        self.kept = False           # not to be removed at the end of a run, whatever --rm says
         self._delay = 0.0           # seconds before the last restart
         self._give_up_restart: Callable[[], None] = lambda: None
 
@@ -17068,7 +17351,7 @@ class Container:
             self.state.running = self.state.restarting = False
             self.save()
             self._end_waiters()
-            if self.host_config["AutoRemove"]:
+            if self.host_config["AutoRemove"] and not self.kept:
                 self._auto_remove()
             raise
         self.event("start")
@@ -17782,7 +18065,7 @@ class Container:
             self.execs.clear()
             self._end_waiters()
             self.streams.end_subscribers()
-            remove = self.host_config["AutoRemove"] and not (self._kept or state.restarting)
+            remove = self.host_config["AutoRemove"] and not (self.kept or state.restarting)
             self._clearing = True
         try:
             process.forget()
@@ -17999,12 +18282,12 @@ class Container:
     def restart(self, number: Optional[int] = None, timeout: Optional[int] = None) -> None:
         """Stop it if it runs, and start it."""
         with self.lock:
-            self._kept = True
+            self.kept = True
             try:
                 with contextlib.suppress(NotModified):
                     self.stop(number, timeout)
             finally:
-                self._kept = False
+                self.kept = False
             with contextlib.suppress(NotModified):  # somebody else has been quicker
                 self.start()
             self.event("restart")
@@ -18224,6 +18507,25 @@ class Container:
                 self.event("detach")
         finally:
             subscriber.close()
+
+    def run_through(self, write: Callable[[int, bytes], Any]) -> int:
+        """Start it, pass on what it prints, for which it waits, and return its exit code when all of the run
+        is over; --rm does not hold for that."""
+        self.kept, self.streams.spool = True, None
+        subscriber = self.streams.subscribe(set(STREAM_NAMES))
+        try:
+            self.start()
+            poll = select.poll()
+            poll.register(subscriber, select.POLLIN)
+            while subscriber.waiting or not subscriber.ended:
+                poll.poll()
+                for stream, data in subscriber.take():
+                    write(stream, data)
+        finally:
+            subscriber.close()
+        with self.lock:
+            self._await_clearing()
+            return self.state.exit_code
 
     # Shapes
 
@@ -19030,6 +19332,1001 @@ class Attachment:
                 pass
             except OSError:  # the container has closed its end
                 self.input.clear()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Builder
+#
+# POST /build: a Dockerfile, its context, and what they come to.  Each stage is an Instructions that knows the
+# other instructions too and makes an image of each step, as the classic builder does: its output, its history
+# and its cache (by the container configuration of a step, with content hashes in those of COPY and ADD) are
+# that builder's.  The images of a build are in memory, its layers in one transaction, until the end syncs
+# both at once; what a crash leaves is dropped by the next start.  The context is unpacked into a directory of
+# its own; whatever looks names up, in it or in an image, is confined to that tree, and what copies goes by
+# descriptors and follows no link.  Sources: the Dockerfile reference; the formats of tarsum version 1 and of
+# .dockerignore, as Docker documents them.
+# ------------------------------------------------------------------------------------------------------------
+
+BUILD_FLAGS = {"add": "checksum chmod chown exclude* keep-git-dir? link?", "from": "platform",
+               "copy": "chmod chown exclude* from link? parents?", "run": "mount* network security"}
+PROXY_ARGUMENTS = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "FTP_PROXY", "ftp_proxy",
+                   "NO_PROXY", "no_proxy")  # those that no Dockerfile has to declare
+BUILD_THREADS = 4               # stages that are built at the same time
+VOICE_LIMIT = 8 << 20           # bytes of output that a stage may be ahead of those before it
+STAGE_NAME = re.compile(r"[a-z][a-z0-9_.-]*")
+
+
+class StepFailed(DockerError):
+    """The command of a RUN ended with a `code` that is not 0."""
+
+    def __init__(self, command: list[str], code: int) -> None:
+        super().__init__(f"The command '{' '.join(command)}' returned a non-zero code: {code}")
+        self.code = code
+
+
+# The Dockerfile
+
+
+def _stage_name(line: DockerfileLine, escape: str) -> tuple[str, str]:
+    """The base image and the name of FROM."""
+    words = line.rest.split()
+    if len(words) == 3 and words[1].lower() == "as":
+        name = words[2].lower()
+        if not STAGE_NAME.fullmatch(name):
+            raise BadParameter(f"invalid name for build stage: {go_quote(words[2])}, name can't start with a "
+                               "number or contain symbols")
+        return words[0], name
+    if len(words) != 1:
+        raise BadParameter("FROM requires either one or three arguments")
+    return words[0], ""
+
+
+def _sources(line: DockerfileLine, escape: str) -> list[str]:
+    """What COPY and ADD take, and where it goes."""
+    words = json_words(line.rest)
+    words = line.rest.split() if words is None else words
+    if len(words) < 2:
+        raise BadParameter(f"{line.instruction.upper()} requires at least two arguments, but only one was "
+                           "provided. Destination could not be determined")
+    return words
+
+
+def _arguments(line: DockerfileLine, escape: str) -> list[tuple[str, Optional[str]]]:
+    """The names of ARG, each with its default or None."""
+    pairs = [word.partition("=") for word in required(line, split_words(line.rest, escape))]
+    if not all(name for name, _, _ in pairs):
+        raise BadParameter("ARG names can not be blank")
+    return [(name, value if equals else None) for name, equals, value in pairs]
+
+
+INSTRUCTIONS: dict[str, Callable[[DockerfileLine, str], Any]] = {
+    **CHANGES, "add": _sources, "arg": _arguments, "copy": _sources, "from": _stage_name, "maintainer": _one,
+    "run": _command, "shell": _shell}
+
+
+def parse_instruction(line: DockerfileLine, escape: str) -> Instruction:
+    """The instruction of a line; BadParameter with Docker's text, and for a typo with what may be meant."""
+    if line.instruction not in INSTRUCTIONS:
+        import difflib
+        close = difflib.get_close_matches(line.instruction, INSTRUCTIONS, 1, 0.75)
+        hint = f" (did you mean {close[0].upper()}?)" if close else ""
+        raise BadParameter(f"unknown instruction: {line.instruction.upper()}{hint}")
+    flags = {} if line.instruction == "healthcheck" else parse_flags(
+        line, BUILD_FLAGS.get(line.instruction, ""))
+    return Instruction(line.instruction, INSTRUCTIONS[line.instruction](line, escape), flags, line)
+
+
+def parse_stages(dockerfile: Dockerfile) -> tuple[list[Instruction], list[list[Instruction]]]:
+    """The ARGs before the first FROM, and the stages, each with its FROM first."""
+    before: list[Instruction] = []
+    stages: list[list[Instruction]] = []
+    for line in dockerfile.lines:
+        try:
+            instruction = parse_instruction(line, dockerfile.escape)
+        except DockerfileError:
+            raise
+        except BadParameter as error:
+            raise BadParameter(f"dockerfile parse error line {line.number}: {error}") from None
+        if instruction.name == "from":
+            stages.append([instruction])
+        elif stages:
+            stages[-1].append(instruction)
+        elif instruction.name == "arg":
+            before.append(instruction)
+        else:
+            raise BadParameter("no build stage in current context")
+    if not stages:
+        raise BadParameter("dockerfile contains no stages to build")
+    return before, stages
+
+
+# The context, and other trees that COPY takes from
+
+
+def tarsum(name: bytes, mode: int, owner: tuple[int, int], size: int, kind: int, link: bytes,
+           device: tuple[int, int], xattrs: dict[bytes, bytes],
+           names: tuple[bytes, bytes] = (b"", b"")) -> Any:
+    """The hash of a file as the cache knows it, before its content is added: no times in it (tarsum, 1).
+
+    `names` are the owner's, which Docker looks up for files that no archive brought along."""
+    fields = (b"name", name, b"mode%d" % mode, b"uid%d" % owner[0], b"gid%d" % owner[1], b"size%d" % size,
+              b"typeflag%c" % kind, b"linkname", link, b"uname", names[0], b"gname", names[1],
+              b"devmajor%d" % device[0], b"devminor%d" % device[1],
+              *(key + value for key, value in sorted(xattrs.items())))
+    return hashlib.sha256(b"".join(fields))
+
+
+class ContextReader(TarReader):
+    """Reads a context's archive; `sums` are the hashes of its entries by name, complete after close()."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream, self._observe)
+        self.sums: dict[bytes, bytes] = {}
+        self._sum: Any = None
+        self._name = b""
+
+    def _observe(self, entry: Optional[TarEntry], data: bytes) -> None:
+        if entry is not None:
+            self._sum.update(data)
+
+    def _finish(self, header: tuple[bytes, ...], records: list[tuple[bytes, bytes]],
+                longs: dict[int, bytes]) -> TarEntry:
+        entry = super()._finish(header, records, longs)
+        self.close()
+        self._name = os.path.normpath(b"/" + entry.name).lstrip(b"/") or b"."
+        self._sum = tarsum(entry.name, _number(header[1]), (entry.uid, entry.gid), entry.size, entry.kind,
+                           entry.link, entry.device, entry.xattrs)
+        return entry
+
+    def close(self) -> None:
+        """The current entry is over."""
+        if self._sum is not None:
+            self.sums[self._name] = self._sum.digest()
+
+
+class Found(NamedTuple):
+    """Something that COPY takes: its `path` as it was asked for, the `real` one without links, both in the
+    tree `source`, its hash, and whether it is a directory; `plain` is no archive to be unpacked."""
+
+    path: str
+    real: str
+    hash: str
+    directory: bool
+    source: Source
+    plain: bool = False
+
+
+class Source:
+    """A tree that COPY takes from: its `root` is a path or a descriptor, `sums` are the hashes that an
+    archive brought along, or None where the files are to be read."""
+
+    def __init__(self, root: Union[str, int], sums: Optional[dict[bytes, bytes]] = None) -> None:
+        self.root, self.sums = root, sums
+        self._known: dict[str, str] = {}
+        self._names = [{account.number: os.fsencode(account.name) for account in reversed(_accounts(
+            read_text(f"/etc/{file}").encode(), last))} for file, last in (("passwd", 5), ("group", 3))]
+
+    def find(self, path: str, literal: bool = False) -> list[Found]:
+        """What `path`, perhaps with wildcards, means here; FileNotFoundError where it is nothing."""
+        path = path[path.startswith("/"):]
+        path = path[2 * path.startswith("./"):]
+        if os.path.normpath(path).split("/")[0] == "..":
+            raise DockerError(f"forbidden path outside the build context: {path} ()")
+        wild = not literal and re.search(r"(?<!\\)(?:\\\\)*[*?[]", path)
+        return confined(self.root, self._find, path, compile_pattern(path) if wild else None)
+
+    def _find(self, path: str, pattern: Optional[re.Pattern[str]]) -> list[Found]:
+        if pattern is None:
+            return [self._found(path)]
+        return [self._found(name[1:]) for name in _walk("/") if pattern.fullmatch(name[1:])]
+
+    def _found(self, path: str) -> Found:
+        real = os.path.realpath("/" + path)
+        facts = os.lstat(real)
+        if not stat.S_ISDIR(facts.st_mode):
+            return Found(path, real, "file:" + self._hash(real), False, self)
+        hashes = sorted(self._hash(name) for name in _walk(real))
+        return Found(path, real, "dir:" + hashlib.sha256(",".join(hashes).encode()).hexdigest(), True, self)
+
+    def _hash(self, path: str) -> str:
+        """The hash of what is at an absolute path; of what a link leads to, as the classic builder has it."""
+        real = os.path.realpath(path) if os.path.islink(path) else path
+        if self.sums is not None:
+            known = self.sums.get(os.fsencode(real[1:] or "."))
+            return known.hex() if known else path[1:]
+        if real not in self._known:
+            self._known[real] = _file_sum(real, self._names)
+        return self._known[real]
+
+    def open(self, path: str) -> int:
+        """A descriptor of what is at a real path."""
+        return confined(self.root, os.open, path, UNFOLLOWED | os.O_CLOEXEC)
+
+
+def _walk(top: str) -> Iterator[str]:
+    """All paths below a directory, in the order of their names, a directory before what is in it."""
+    pending = [top]
+    while pending:
+        path = pending.pop()
+        if path != top:
+            yield path
+        if path == top or stat.S_ISDIR(os.lstat(path).st_mode):
+            pending += sorted((os.path.join(path, name) for name in os.listdir(path)), reverse=True)
+
+
+def _file_sum(path: str, names: list[dict[int, bytes]]) -> str:
+    """The hash of one file as an archive of it would have brought it along."""
+    try:
+        facts = os.lstat(path)
+    except FileNotFoundError:
+        return path[1:]
+    kind, name = TAR_KINDS.get(stat.S_IFMT(facts.st_mode), REGULAR), os.fsencode(path[1:])
+    capability = _xattr(name, "security.capability") if kind == REGULAR else b""
+    size = facts.st_size if kind == REGULAR else 0
+    device = (os.major(facts.st_rdev), os.minor(facts.st_rdev)) if kind in (CHARACTER, BLOCK) else (0, 0)
+    link = os.fsencode(os.readlink(path)) if kind == SYMLINK else b""
+    hasher = tarsum(name + b"/" * (kind == DIRECTORY), facts.st_mode, (facts.st_uid, facts.st_gid), size,
+                    kind, link, device, {b"security.capability": capability} if capability else {},
+                    (names[0].get(facts.st_uid, b""), names[1].get(facts.st_gid, b"")))
+    if size:
+        with opened(path, UNFOLLOWED) as fd:
+            while data := os.read(fd, CHUNK):
+                hasher.update(data)
+    return hasher.hexdigest()
+
+
+class StepCopier(TreeCopier):
+    """Copies for COPY and ADD: all becomes `owner`'s (None: as it was), with `mode` if that is given."""
+
+    def __init__(self, owner: Optional[tuple[int, int]], mode: Optional[int]) -> None:
+        super().__init__()
+        self.owner, self.mode = owner, mode
+
+    def attributes(self, source: str, target: str, facts: os.stat_result, follow: bool) -> None:
+        """As Docker leaves them: times in whole seconds, and of a new owner's file neither the capabilities
+        nor the bits that a change of owners takes away."""
+        capability = _xattr(os.fsencode(source), "security.capability")
+        link, mode = stat.S_ISLNK(facts.st_mode), stat.S_IMODE(facts.st_mode)
+        os.chown(target, *(self.owner or (facts.st_uid, facts.st_gid)), follow_symlinks=follow)
+        if not link:
+            os.chmod(target, mode if self.mode is None else self.mode)
+        if self.owner and self.mode is None and not link:
+            os.chown(target, *self.owner)
+        elif capability and not self.owner:
+            os.setxattr(target, "security.capability", capability)
+        when = facts.st_mtime_ns // 10**9 * 10**9
+        os.utime(target, ns=(when, when), follow_symlinks=follow)
+
+
+def make_owned(path: str, owner: tuple[int, int]) -> None:
+    """Make a directory, and those above it, as far as they are missing, as `owner`'s."""
+    missing = []
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+    for path in reversed(missing):
+        make_directory(path, 0o755, *owner)
+
+
+def open_place(path: str, name: str, owner: tuple[int, int]) -> tuple[int, str]:
+    """(a descriptor of a directory, a name in it): where in the thread's root a file goes that is called
+    `name` and copied to `path`; without `name` the directory `path` itself, which is made."""
+    real = os.path.realpath(path)
+    if name and not path.endswith("/") and not os.path.isdir(real):
+        real, name = os.path.split(real)
+    make_owned(real, owner)
+    return os.open(real, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), name
+
+
+def is_archive(fd: int) -> bool:
+    """Whether a file is a tar archive with something in it, perhaps compressed."""
+    with open(os.dup(fd), "rb") as file:
+        try:
+            return next(iter(TarReader(decompress(file))), None) is not None
+        except (DockerError, OSError, EOFError):
+            return False
+        finally:
+            os.lseek(fd, 0, os.SEEK_SET)
+
+
+# Stages
+
+
+class Voice:
+    """What a stage prints, as lines of the response: kept until it is that stage's turn, so that all output
+    comes in the order of the Dockerfile."""
+
+    def __init__(self, write: Callable[[bytes], Any]) -> None:
+        self._write, self._size = write, 0
+        self._kept: list[bytes] = []
+        self._turn, self._changed = False, threading.Condition()
+
+    def write(self, data: bytes) -> int:
+        """Pass `data`, whole lines, on, or keep it for later."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._turn or self._size < VOICE_LIMIT)
+            if self._turn:
+                self._write(data)
+            else:
+                self._kept.append(data)
+                self._size += len(data)
+        return len(data)
+
+    def say(self, text: str, warning: bool = False) -> None:
+        """Write text for the user; a warning is red."""
+        self.write(message_line(stream=f"\033[91m{text}\033[0m" if warning else text))
+
+    def speak(self) -> None:
+        """It is this stage's turn."""
+        with self._changed:
+            self._turn = True
+            kept, self._kept = self._kept, []
+            self._changed.notify_all()
+            for data in kept:
+                self._write(data)
+
+
+class Stage(Instructions):
+    """One stage: its steps, and the image that they have come to so far (None: nothing, as of scratch)."""
+
+    def __init__(self, build: Build, number: int, instructions: list[Instruction], escape: str) -> None:
+        super().__init__({}, escape)
+        self.build, self.number, self.origin, self.steps = build, number, instructions[0], instructions[1:]
+        self.base, self.name = self.origin.arguments
+        self.voice = Voice(build.write)
+        self.first = 1              # the number of its first step
+        self.image: Optional[Image] = None
+        self.parent: Optional[Image] = None     # the image that it began with
+        self.args: dict[str, Optional[str]] = {}
+        self.author = ""
+        self._busted = False        # a step was not in the cache: those after it are not either
+        self._containers: list[str] = []
+        self._lock = threading.Lock()
+        self._outcome: Optional[tuple[Optional[BaseException]]] = None
+
+    def ensure(self) -> Optional[Image]:
+        """The stage's image; builds it unless that is done.  A failure is raised to all who ask."""
+        with self._lock:
+            if self._outcome is None:
+                try:
+                    self._run()
+                    self._outcome = (None,)
+                except BaseException as error:
+                    self._outcome = (error,)
+        if self._outcome[0]:
+            raise self._outcome[0]
+        return self.image
+
+    def _run(self) -> None:
+        names = [stage.name for stage in self.build.stages[:self.number]]
+        if self.name and self.name in names:
+            raise DockerError(f"{self.name} stage name already used")
+        self._announce(0, self.origin)
+        self._begin()
+        for number, step in enumerate(self.steps, 1):
+            self.build.check()
+            self._announce(number, step)
+            self.dispatch(step)
+            self._tell_image()
+        if self.image is not None and not self.build.job.env.get_bool("withoutaux"):
+            self.voice.write(message_line(aux={"ID": self.image.id}))
+
+    def _announce(self, number: int, step: Instruction) -> None:
+        self.voice.say(f"Step {self.first + number}/{self.build.total} : {step.line.original}")
+        self.voice.say("\n")
+
+    def _tell_image(self) -> None:
+        self.voice.say(f" ---> {self.image.short_id if self.image else ''}\n")
+
+    def _begin(self) -> None:
+        """Take the base image, and run its triggers."""
+        platform = self.origin.flags.get("platform", "")
+        if platform:
+            platform = ShellWord(platform, self.build.global_arguments(), self.escape).expand()
+            try:
+                platform = str(parse_platform(platform))
+            except BadParameter as error:
+                raise BadParameter(f"failed to parse platform {platform}: {error}") from None
+        name = ShellWord(self.base, self.build.global_arguments(), self.escape).expand()
+        if not name:
+            raise DockerError(f"base name ({self.base}) should not be blank")
+        self.image = self.parent = self.build.image(self, name, platform)
+        self.config = copy.deepcopy(self.image.config) if self.image else {}
+        self.config.update(OpenStdin=False, StdinOnce=False)
+        if not any(item.startswith("PATH=") for item in self.config.get("Env") or ()):
+            self.config["Env"] = [*(self.config.get("Env") or ()), f"PATH={DEFAULT_PATH}"]
+        triggers = self.config.get("OnBuild") or []
+        if triggers:
+            self.config["OnBuild"] = None
+            plural = "s" * (len(triggers) > 1)
+            self.voice.say(f"# Executing {len(triggers)} build trigger{plural}")
+            self.voice.say("\n")
+        for trigger in triggers:
+            lines, _, _ = parse_dockerfile(trigger)
+            if len(lines) != 1:
+                raise DockerError("onbuild trigger should be a single expression")
+            self.dispatch(parse_instruction(lines[0], self.escape))
+        self._tell_image()
+
+    def dispatch(self, step: Instruction) -> None:
+        """Carry one instruction out, and remove its containers as the client asked for."""
+        failed = True
+        try:
+            comment = self.apply(step)
+            if comment is not None:
+                self.commit([*self.shell, "#(nop) ", comment])
+            failed = False
+        finally:
+            if self.build.job.env.get_bool("forcerm") or self.build.removes and not failed \
+                    or self.build.job.cancelled.is_set():
+                while self._containers:
+                    container_id = self._containers.pop()
+                    self.build.remove_container(container_id)
+                    self.voice.say(f"Removing intermediate container {container_id[:12]}\n")
+
+    # Arguments
+
+    def environment(self) -> list[str]:
+        env = self.config.get("Env") or []
+        return env + self.build_arguments(env)
+
+    def build_arguments(self, env: list[str]) -> list[str]:
+        """NAME=VALUE of all arguments that stand so far, but for those that ENV has too."""
+        names = {item.partition("=")[0] for item in env}
+        found = {name: self.build.argument(name, self.args.get(name))
+                 for name in (*self.args, *PROXY_ARGUMENTS) if name not in names}
+        return [f"{name}={value}" for name, value in found.items() if value is not None]
+
+    def do_arg(self, step: Instruction) -> str:
+        pairs = [(self.expand(name), value if value is None else self.expand(value))
+                 for name, value in step.arguments]
+        self.args.update(pairs)
+        self.build.referenced.update(self.args)
+        return " ".join(["ARG", *(name if value is None else f"{name}={value}" for name, value in pairs)])
+
+    def do_maintainer(self, step: Instruction) -> str:
+        self.author = step.arguments
+        return f"MAINTAINER {self.author}"
+
+    def do_healthcheck(self, step: Instruction) -> str:
+        old = (self.config.get("Healthcheck") or {}).get("Test") or ["NONE"]
+        if old[0] != "NONE":
+            self.voice.say(f"Note: overriding previous HEALTHCHECK: [{' '.join(old)}]\n")
+        return super().do_healthcheck(step)
+
+    # Images and the cache
+
+    def commit(self, command: list[str], write: Optional[Callable[[int], Any]] = None,
+               container: bool = True) -> None:
+        """Make the step's image, unless the cache has it: its layer is what `write` changes in a root, none
+        without; `command` says in the history how.  `container`: the output is to tell of one."""
+        step = {**self.config, "Cmd": command}
+        if self.cached(step):
+            return
+        diff_id = self.build.transaction.write(self.chain, write) if write else ""
+        container_id = self._stand_in(step) if container else ""
+        labels = {"Hostname": container_id[:12], "Labels": self.config.get("Labels") or {}}
+        self.make_image(diff_id, {**step, **labels} if container_id else step, container_id)
+
+    @property
+    def chain(self) -> str:
+        """The chain id of what the steps have come to."""
+        return self.image.chain_id if self.image else ""
+
+    def _stand_in(self, step: dict[str, Any]) -> str:
+        """The id of the container that a step is said to run in; one that nobody runs is made only if it is
+        to be left."""
+        container_id = secrets.token_hex(32)
+        if self.build.removes:
+            self.voice.say(f" ---> Running in {container_id[:12]}\n")
+            self.voice.say(f"Removing intermediate container {container_id[:12]}\n")
+            return container_id
+        return self.create(step, {}).id
+
+    def cached(self, step: dict[str, Any]) -> bool:
+        """Whether the cache has the image of a step with this container configuration; the stage goes on from
+        it then."""
+        found = None
+        if not self._busted and not self.build.job.env.get_bool("nocache"):
+            found = self.build.cache.find(self.image, full_config(step))
+        self._busted = found is None
+        if found is None:
+            return False
+        self.voice.say(" ---> Using cache\n")
+        self.build.keep(found)
+        self.image = found
+        return True
+
+    def make_image(self, diff_id: str, step: dict[str, Any], container_id: str = "") -> None:
+        """The step's image, of its layer (or '') and its container's configuration."""
+        parent = self.image.id if self.image else ""
+        raw = child_document(self.image, diff_id, {**self.config, "Image": parent}, {**step, "Image": parent},
+                             self.author, container=container_id)
+        self.image = self.build.store.create(raw, parent, saved=False)
+        self.build.images.append(self.image)
+
+    def do_workdir(self, step: Instruction) -> None:
+        comment = super().do_workdir(step)
+        path, owner = self.config["WorkingDir"], self.build.owner
+
+        def make(root: int) -> None:
+            try:
+                confined(root, lambda: make_owned(os.path.realpath(path), owner))
+            except NotADirectoryError:
+                raise DockerError(f"Cannot mkdir: {path} is not a directory") from None
+
+        self.commit([*self.shell, "#(nop) " + comment], make)
+
+    # RUN
+
+    def create(self, config: dict[str, Any], host: dict[str, Any]) -> Container:
+        """A container of the stage's image, which the end of the step removes."""
+        image = self.image or self.build.scratch()
+        body = {**config, "Image": image.id, "HostConfig": {**self.build.host_config, **host}}
+        made = self.build.engine.job("create", body=body).run()
+        for warning in made["Warnings"] or ():
+            self.voice.say(f" ---> [Warning] {warning}\n")
+        self._containers.append(made["Id"])
+        self.voice.say(f" ---> Running in {made['Id'][:12]}\n")
+        return self.build.find(made["Id"])
+
+    def do_run(self, step: Instruction) -> None:
+        words, text = step.arguments
+        command = [*self.shell, *([text] if text else [])] if words is None else words
+        env = self.config.get("Env") or []
+        arguments = self.build_arguments(env)
+        told = sorted(item for item in arguments if item.partition("=")[0] in self.args
+                      or item.partition("=")[0] not in PROXY_ARGUMENTS)
+        saved = [f"|{len(told)}", *told, *command] if arguments else command
+        probe = {**self.config, "Cmd": saved, **({"Entrypoint": None} if saved else {})}
+        if self.cached(probe):
+            return
+        container = self.create({
+            **self.config, "Cmd": command, "Env": [*env, *arguments], "Healthcheck": {"Test": ["NONE"]},
+            **({"Entrypoint": [""]} if saved else {})}, {})
+        code = self.build.run_container(container, self.voice)
+        if code:
+            raise StepFailed(command, code)
+        self.make_image(self.build.transaction.commit(container.id, not self.build.removes), probe,
+                        container.id)
+
+    # COPY and ADD
+
+    def do_copy(self, step: Instruction) -> None:
+        source, owned = self.build.context, True
+        if step.flags.get("from"):
+            try:
+                source = self.build.image_source(self, step.flags["from"])
+            except DockerError as error:
+                raise type(error)(f"invalid from flag value {step.flags['from']}: {error}") from None
+            owned = False
+        self._copy(step, source, owned)
+
+    def do_add(self, step: Instruction) -> None:
+        self._copy(step, self.build.context, True)
+
+    def _copy(self, step: Instruction, source: Source, owned: bool) -> None:
+        """COPY and ADD: find what is to be copied, ask the cache, copy; with `owned` all becomes root's."""
+        name = step.name.upper()
+        *paths, to = map(self.expand, step.arguments)
+        chown = self.expand(step.flags.get("chown", ""))
+        try:
+            found = [item for path in paths for item in self._find(step, source, path)]
+            if not found:
+                raise DockerError("no source files were specified")
+        except FileNotFoundError as error:
+            where = "file not found in build context or excluded by .dockerignore: " * (
+                source is self.build.context)
+            raise DockerError(f"{name} failed: {where}stat {(error.filename or '')[1:]}: file does not exist"
+                              ) from None
+        except (DockerError, OSError) as error:
+            raise DockerError(f"{name} failed: {error}") from None
+        if len(found) > 1 and not to.endswith("/"):
+            raise DockerError(f"When using {name} with more than one source file, the destination must be a "
+                              "directory and end with a /")
+        hashes = [item.hash for item in found]
+        digest = hashes[0] if len(hashes) == 1 else "multi:" + hashlib.sha256(
+            ",".join(hashes).encode()).hexdigest()
+        told = f"--chown={chown}" * bool(chown)
+
+        def write(root: int) -> None:
+            owner = self._owner(root, chown) if chown else self.build.owner if owned else None
+            place = to if to.startswith("/") else os.path.join("/", self.config.get("WorkingDir") or "", to)
+            for item in found:
+                self._copy_one(root, item, place, owner, step.name == "add")
+
+        self.commit([*self.shell, f"#(nop) {name} {told}{digest} in {to} "], write, container=False)
+
+    def _find(self, step: Instruction, source: Source, path: str) -> list[Found]:
+        """What one source of COPY or ADD means."""
+        if re.match("https?://", path):
+            if step.name == "copy":
+                raise DockerError("source can't be a URL for COPY")
+            return [self.build.download(self.voice, path, step.arguments[-1])]
+        return source.find(path)
+
+    def _owner(self, root: int, text: str) -> tuple[int, int]:
+        """The owner that --chown names, by the files of the image."""
+        user, colon, group = text.partition(":")
+        numbers = []
+        for asked, file, kind, last in ((user, "passwd", "uid for user", 5),
+                                        (group if colon else user, "group", "gid for group", 3)):
+            number = _go_integer(asked)
+            if number is None:
+                account = _find_account(_accounts(_read_in_root(root, f"/etc/{file}"), last), asked)
+                if account is None:
+                    raise DockerError("unable to convert uid/gid chown string to host mapping: can't find "
+                                      f"{kind} {asked}: no such {kind[8:]}: {asked}")
+                number = account.number
+            numbers.append(number)
+        return self.build.idmap.to_host(*numbers)
+
+    def _copy_one(self, root: int, item: Found, to: str, owner: Optional[tuple[int, int]],
+                  unpack: bool) -> None:
+        """Copy one file or directory, or unpack an archive, to `to` in the open `root`."""
+        maker = owner or self.build.owner
+        with closing_fd(item.source.open(item.real)) as fd:
+            archive = unpack and not (item.directory or item.plain) and is_archive(fd)
+            name = "" if item.directory or archive else os.path.basename(item.path) or item.path
+            try:
+                place, name = confined(root, open_place, to, name, maker)
+            except OSError as error:
+                reason = (error.strerror or "").lower()
+                raise DockerError(f"failed to copy files: mkdir {to}: {reason}") from None
+            with closing_fd(place):
+                copier, path = StepCopier(owner, None), f"/proc/self/fd/{place}"
+                if archive:
+                    with open(os.dup(fd), "rb") as file:
+                        apply_layer(decompress(file), place, "", self.build.idmap)
+                elif item.directory:
+                    copier.below(fd, place, path)
+                else:
+                    with closing_fd(item.source.open(os.path.dirname(item.real))) as above:
+                        copier.entry(above, os.path.basename(item.real), place, name, path)
+
+
+class Cache:
+    """Finds the image of a step: among the children of the image before it."""
+
+    def __init__(self, store: ImageStore) -> None:
+        self.store = store
+
+    def find(self, parent: Optional[Image], step: dict[str, Any]) -> Optional[Image]:
+        """The newest image that was made of `parent` by a container with this configuration."""
+        known = parent.id if parent else ""
+        matching = [image for image in self.store.all() if image.parent == known and self._same(
+            image.document.get("container_config") or {}, step)]
+        return max(matching, key=lambda image: image.created_ns, default=None)
+
+    @staticmethod
+    def _same(made: dict[str, Any], step: dict[str, Any]) -> bool:
+        return all((made.get(key) or None) == (step.get(key) or None) for key in _CONFIG_FIELDS
+                   if key not in ("Hostname", "Image"))
+
+
+class Build:
+    """One build, from the request to its images."""
+
+    def __init__(self, builder: Builder, job: Job) -> None:
+        self.job, self.engine, self.find = job, job.engine, builder.parts.find
+        self.parts, self.store, self.idmap = builder.parts, builder.images.store, builder.parts.idmap
+        self.image_jobs, self.owner = builder.images, builder.parts.idmap.root
+        env = job.env
+        self.removes, self.quiet = env.get_bool("rm") or env.get_bool("forcerm"), env.get_bool("q")
+        self.unsaid: list[bytes] = []   # by a quiet one
+        self.options = self._object("buildargs", "error reading build args")
+        self.labels = self._object("labels", "error reading labels")
+        self.host_config = self._host_config()
+        self.cache = Cache(self.store)
+        self.images: list[Image] = []   # those that it has made, and those from the cache
+        self.stages: list[Stage] = []
+        self.total = 0
+        self.before: dict[str, Optional[str]] = {}      # the arguments before the first FROM
+        self.referenced: set[str] = set()
+        self.context = Source("/nonexistent", {})
+        self.directory = ""
+        self.held = contextlib.ExitStack()
+        self._lock = threading.Lock()
+
+    def _object(self, name: str, refusal: str) -> dict[str, Any]:
+        value = self.job.env.get_json(name) or {}
+        if not isinstance(value, dict):
+            raise BadParameter(f"{refusal}: it must be a JSON object")
+        return value
+
+    def _host_config(self) -> dict[str, Any]:
+        """What the containers of RUN have in common."""
+        env, numbers = self.job.env, {"Memory": "memory", "MemorySwap": "memswap", "CpuShares": "cpushares",
+                                      "CpuPeriod": "cpuperiod", "CpuQuota": "cpuquota", "ShmSize": "shmsize"}
+        texts = {"CpusetCpus": "cpusetcpus", "CpusetMems": "cpusetmems", "CgroupParent": "cgroupparent",
+                 "Isolation": "isolation", "NetworkMode": "networkmode"}
+        if env.get("securityopt"):
+            raise BadParameter(
+                "The daemon on this platform does not support setting security options on build")
+        host = {"LogConfig": {"Type": "none"}, "AutoRemove": self.removes,
+                "ExtraHosts": env.get_list("extrahosts") or None, "Ulimits": env.get_json("ulimits") or None,
+                **{key: env.get_int(name, 0) for key, name in numbers.items()},
+                **{key: str(env.get(name) or "") for key, name in texts.items()}}
+        if host["NetworkMode"] in ("", "default") and self.parts.config.bridge == "none":
+            host["NetworkMode"] = "none"  # as in Docker, where a container then has no network
+        return host
+
+    # Arguments
+
+    def argument(self, name: str, default: Optional[str]) -> Optional[str]:
+        """The value of an argument: the client's, its `default`, or that from before the first FROM."""
+        given = self.options.get(name)
+        return str(given) if given is not None else self.before.get(name) if default is None else default
+
+    def global_arguments(self) -> list[str]:
+        """NAME=VALUE of what FROM may use."""
+        found = {name: self.argument(name, value)
+                 for name, value in {**dict.fromkeys(PROXY_ARGUMENTS), **self.before}.items()}
+        return [f"{name}={value}" for name, value in found.items() if value is not None]
+
+    # The whole
+
+    def run(self) -> None:
+        """Build; on return the images are on disk and tagged."""
+        references = self._references()
+        self.job.ready()
+        parent = os.path.join(self.parts.config.data_root, "tmp")
+        with self.held as held, self.image_jobs.layers.transaction() as self.transaction:
+            self.directory = os.path.join(parent, f"docker-builder{secrets.token_hex(5)}")
+            os.mkdir(self.directory, 0o700)
+            held.callback(remove_tree, self.directory)
+            dockerfile = self._open_context()
+            try:
+                image = self._build(dockerfile)
+            except BaseException:
+                self.job.stdout.write(b"".join(self.unsaid))
+                raise
+            finally:
+                self._save()
+            self._tag(image, references)
+            if self.quiet:
+                self.job.progress(stream=f"{image.id}\n")
+
+    def write(self, data: bytes) -> int:
+        """Write lines of output; one that is to be quiet shows them only if it fails."""
+        if self.quiet:
+            self.unsaid.append(data)
+        else:
+            self.job.stdout.write(data)
+        return len(data)
+
+    def _references(self) -> list[Reference]:
+        """The names that the result is to have."""
+        found: dict[str, Reference] = {}
+        for text in filter(None, self.job.env.get_list("t")):
+            reference = parse_reference(text)
+            if reference.digest:
+                raise BadParameter("build tag cannot contain a digest")
+            found.setdefault(str(reference.with_default_tag()), reference.with_default_tag())
+        return list(found.values())
+
+    def _plan(self, dockerfile: Dockerfile) -> Dockerfile:
+        """Make the stages, the last of which is the one that is wanted."""
+        before, stages = parse_stages(dockerfile)
+        self.stages = [Stage(self, number, instructions, dockerfile.escape)
+                       for number, instructions in enumerate(stages)]
+        target = str(self.job.env.get("target") or "")
+        if target:
+            wanted = [stage for stage in self.stages if target.lower() in (stage.name, str(stage.number))]
+            if not wanted:
+                raise BadParameter(f"failed to reach build target {target} in Dockerfile")
+            del self.stages[wanted[0].number + 1:]
+        for key, value in sorted(self.labels.items()):
+            line = DockerfileLine(0, "label", [], "", f"LABEL {key}={value}")
+            self.stages[-1].steps.append(Instruction("label", [(key, str(value))], {"raw": True}, line))
+        self.arguments = before
+        return dockerfile
+
+    def _build(self, dockerfile: Dockerfile) -> Image:
+        """Build the stages; the image of the last one."""
+        voice = Voice(self.write)
+        voice.speak()
+        if dockerfile.warnings:
+            end = "[WARNING]: Empty continuation lines will become errors in a future release.\n"
+            voice.say("\n".join([*dockerfile.warnings, end]), warning=True)
+        number = 1 + len(self.arguments)
+        for stage in self.stages:
+            stage.first = number
+            number += 1 + len(stage.steps)
+        self.total = number - 1
+        for number, step in enumerate(self.arguments, 1):
+            voice.say(f"Step {number}/{self.total} : {step.line.original}")
+            voice.say("\n")
+            for name, value in step.arguments:
+                known = self.global_arguments()
+                name = ShellWord(name, known, dockerfile.escape).expand()
+                self.before[name] = value and ShellWord(value, known, dockerfile.escape).expand()
+                self.referenced.add(name)
+        for stage in self.stages:
+            stage.voice.speak()
+            stage.ensure()
+        unused = [name for name in self.options if name not in {*self.referenced, *PROXY_ARGUMENTS}]
+        if unused:
+            voice.say(f"[Warning] One or more build-args [{' '.join(unused)}] were not consumed\n")
+        image = self.stages[-1].image
+        if image is None:
+            raise DockerError("No image was generated. Is your Dockerfile empty?")
+        voice.say(f"Successfully built {image.short_id}\n")
+        return image
+
+    def _save(self) -> None:
+        """Bring what was made to the disk, all at once."""
+        made = [image for image in self.images if image.unsaved is not None]
+        try:
+            if made:
+                self.transaction.sync()
+                self.store.save(made)
+        finally:
+            for image in reversed(made):
+                if image.unsaved is not None and self.store.get(image.id) is image:
+                    self.store.delete(image)
+
+    def _tag(self, image: Image, references: list[Reference]) -> None:
+        for reference in references:
+            self.image_jobs.set_tag(reference, image)
+            self.write(message_line(stream=f"Successfully tagged {reference.familiar}\n"))
+
+    def check(self) -> None:
+        """DockerError when the build is to end."""
+        if self.job.cancelled.is_set():
+            raise DockerError("Build cancelled")
+
+    # The context
+
+    def _open_context(self) -> Dockerfile:
+        """Unpack the context; the Dockerfile in it."""
+        root = os.path.join(self.directory, "context")
+        os.mkdir(root, 0o755)
+        feed = Feed()
+        reader = ContextReader(feed)
+        unpacker = Unpacker(reader, "", IdMap(), UnpackLimits())
+        unpack_confined(decompress(self.job.stdin), root, unpacker, feed)
+        reader.close()
+        self.context = Source(root, reader.sums)
+        name = str(self.job.env.get("dockerfile") or "Dockerfile")
+        data = self._read_dockerfile(name)
+        if not data:
+            raise BadParameter(f"the Dockerfile ({name}) cannot be empty")
+        try:
+            return self._plan(parse_dockerfile(data.decode("utf-8", "replace")))
+        except DockerfileError as error:
+            raise BadParameter(f"failed to parse {name}: {error}") from None
+
+    def _read_dockerfile(self, name: str) -> bytes:
+        for path in (name, name.lower()) if name == "Dockerfile" else (name,):
+            try:
+                found, = self.context.find(path, literal=True)
+            except FileNotFoundError:
+                continue
+            with open(self.context.open(found.real), "rb") as file:
+                return file.read()
+        raise DockerError(f"Cannot locate specified Dockerfile: {name}")
+
+    # What stages ask for
+
+    def keep(self, image: Image) -> None:
+        """Hold an image's layers until the end."""
+        if image.chain_id:
+            self.transaction.hold(image.chain_id)
+        self.images.append(image)
+
+    def scratch(self) -> Image:
+        """An image of nothing, for a container on scratch."""
+        image = self.store.create(child_document(None, "", {}, {}), saved=False)
+        self.held.callback(self.store.delete, image)
+        return image
+
+    def _stage(self, asking: Stage, name: str, numbers: bool) -> Optional[Stage]:
+        """The stage that `name` means to another one, if any."""
+        for stage in self.stages[:asking.number]:
+            if stage.name and stage.name == name.lower():
+                return stage
+        if not numbers or _go_integer(name) is None:
+            return None
+        number = int(name)
+        if number == asking.number:
+            raise DockerError("refers to current build stage")
+        if not 0 <= number < asking.number:
+            raise DockerError("index out of bounds")
+        return self.stages[number]
+
+    def image(self, asking: Stage, name: str, platform: str = "", numbers: bool = False) -> Optional[Image]:
+        """What the name of a stage or an image means, pulled where it must be; None for scratch."""
+        stage = self._stage(asking, name, numbers)
+        if stage is not None:
+            return stage.ensure()
+        if name == "scratch":
+            return None
+        platform = platform or str(self.job.env.get("platform") or "")
+        image, other = None, None
+        if not self.job.env.get_bool("pull"):
+            with contextlib.suppress(NotFound):
+                other = self.image_jobs.resolve(name)
+                image = self.image_jobs.resolve(name, platform)
+        try:
+            image = image or self._pull(asking, name, platform)
+        except DockerError:
+            if other is None:
+                raise
+            image = other  # as Docker, which takes what is here whatever platform it is of
+        self.keep(image)
+        return image
+
+    def _pull(self, asking: Stage, name: str, platform: str) -> Image:
+        reference = parse_reference(name)
+        known = self.job.env.get_json("authConfig") or {}
+        hosts = ["https://index.docker.io/v1/", "index.docker.io"] if reference.domain == "docker.io" else []
+        auth: Any = next((known[host] for host in [*hosts, reference.domain] if host in known), {})
+        pull = self.engine.job("pull", str(reference.with_default_tag()), authConfig=auth,
+                               **({"platform": platform} if platform else {}))
+        pull.stdout.add(asking.voice)
+        self.job.on_cancel(pull.cancel)
+        pull.run()
+        return self.image_jobs.resolve(name, platform)
+
+    def image_source(self, asking: Stage, name: str) -> Source:
+        """The tree of a stage's or an image's files."""
+        image = self.image(asking, name, numbers=True)
+        if image is None or not image.chain_id:
+            empty = os.path.join(self.directory, "empty")
+            os.makedirs(empty, exist_ok=True)
+            return Source(empty)
+        layers = self.image_jobs.layers
+        fd = layers.driver.mount(layers.get(image.chain_id).cache_id, readonly=True)
+        self.held.callback(os.close, fd)
+        return Source(fd)
+
+    def download(self, voice: Voice, address: str, to: str) -> Found:
+        """Fetch a URL of ADD."""
+        raise DockerError("not yet")
+
+    # Containers
+
+    def run_container(self, container: Container, voice: Voice) -> int:
+        """Run a step's container to its end; its exit code."""
+        import codecs
+        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(3)]
+
+        def write(stream: int, data: bytes) -> None:
+            text = decoders[stream].decode(data)
+            if text:
+                voice.say(text, warning=stream == STDERR)
+
+        self.job.on_cancel(lambda: self._end(container))
+        code = container.run_through(write)
+        self.check()
+        return code
+
+    @staticmethod
+    def _end(container: Container) -> None:
+        with contextlib.suppress(DockerError):
+            container.kill(signal.SIGKILL)
+
+    def remove_container(self, container_id: str) -> None:
+        """Remove a step's container."""
+        with contextlib.suppress(NotFound):
+            self.find(container_id).remove(force=True, volumes=True)
+
+
+class Builder:
+    """The jobs of builds."""
+
+    def __init__(self, parts: Parts, images: Images) -> None:
+        self.parts, self.images = parts, images
+
+    @job("build")
+    def build(self, job: Job) -> None:
+        """Build an image of the context on stdin, or at env `remote`; env: the parameters of POST /build."""
+        if str(job.env.get("version") or "1") != "1":
+            raise BadParameter("this daemon has no BuildKit: set DOCKER_BUILDKIT=0 and build again")
+        Build(self, job).run()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -20057,7 +21354,8 @@ class Daemon:
         for part in (self.events, self.images, self.volumes,
                      ContainerJobs(self.parts, self.images, self.containers, self.events),
                      NetworkJobs(self.networks, self.containers, self.events), Statistics(self.containers),
-                     execs, SystemJobs(self), Pulls(registry, self.images), Pushes(registry, self.images)):
+                     execs, SystemJobs(self), Pulls(registry, self.images), Pushes(registry, self.images),
+                     Builder(self.parts, self.images)):
             self.engine.install(part)
         self.engine.install(Container, self.containers.find)
         self.engine.install(ExecInstance, execs.find)
@@ -21077,8 +22375,9 @@ class Request:
         """Run `job` with its JSON progress lines as the response; an error after the first goes out as a
         line."""
         stream = self.stream()
-        stream.error_line = lambda error: to_json(
-            {"errorDetail": {"message": str(error)}, "error": str(error)}).rstrip() + b"\r\n"
+        stream.error_line = lambda error: to_json({
+            "errorDetail": {**({"code": error.code} if isinstance(error, StepFailed) else {}),
+                            "message": str(error)}, "error": str(error)}).rstrip() + b"\r\n"
         job.stdout.add(stream)
         job.stdin = self.body
         self.run(job)
@@ -21632,7 +22931,7 @@ BUILD_PARAMETERS = (
     "dockerfile t:list extrahosts:list remote q:bool nocache:bool cachefrom:json pull rm:bool forcerm:bool "
     "memory:int memswap:int cpushares:int cpusetcpus cpusetmems cpuperiod:int cpuquota:int buildargs:json "
     "shmsize:int squash:bool labels:json networkmode platform target outputs cgroupparent ulimits:json "
-    "securityopt:list isolation session buildid version")
+    "securityopt:list isolation session buildid version withoutaux:bool")
 PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
     ("POST", "/auth", runs("auth", body=True)),
     ("GET", "/version", runs("version"),
@@ -21713,7 +23012,8 @@ PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
     ("DELETE", "/images/{name}", runs("image_delete", "force:bool noprune:bool platforms:list"),
         shape_until("1.22", plain_ids)),
     ("POST", "/build", progresses("build", BUILD_PARAMETERS, "x-registry-config", rm=True),
-        until("1.40", ignores("outputs")), until("1.32", ignores("platform"))),
+        until("1.40", ignores("outputs")), until("1.32", ignores("platform")),
+        until("1.30", asks(withoutaux="1"))),
     ("POST", "/build/prune", runs("build_prune", "all:bool filters:json keep-storage:int reserved-space:int "
                                                  "max-used-space:int min-free-space:int")),
     ("POST", "/build/cancel", runs("build_cancel", "id", reply=False)),
