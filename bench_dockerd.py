@@ -298,6 +298,21 @@ def root_file_system(mark: str) -> bytes:
     return stream.getvalue()
 
 
+def plain_files(count: int, size: int, root: str = "") -> bytes:
+    """A tar archive of `count` files of `size` bytes that nothing compresses, a hundred in a directory."""
+    stream, content = io.BytesIO(), os.urandom(size)
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for number in range(count):
+            if number % 100 == 0:
+                directory = tarfile.TarInfo(f"{root}{number // 100}")
+                directory.type, directory.mode = tarfile.DIRTYPE, 0o755
+                tar.addfile(directory)
+            file = tarfile.TarInfo(f"{root}{number // 100}/{number}")
+            file.size = size
+            tar.addfile(file, io.BytesIO(content))
+    return stream.getvalue()
+
+
 def kernel_threads() -> dict[int, int]:
     """Nanoseconds of CPU time of each kernel thread: where namespaces, mounts and cgroups are torn down."""
     times = {}
@@ -484,6 +499,37 @@ def measure_logs(daemons: list[Daemon], rounds: int = 3, megabytes: int = 50) ->
     yield f"{megabytes} MB of log lines", "ms", [statistics.median(found) * 1e3 for found in times]
 
 
+def measure_copies(daemons: list[Daemon], rounds: int = 5) -> Rows:
+    """Time of cp into a container and out of it again, and of diff after one change to a large image."""
+    loads = {"300 MB": plain_files(1, 300 << 20), "10,000 files": plain_files(10000, 1024)}
+    for what, tree in loads.items():
+        times: list[dict[str, list[float]]] = [{"PUT": [], "GET": []} for _ in daemons]
+        for number in range(rounds):
+            for index in range(len(daemons)) if number % 2 else reversed(range(len(daemons))):
+                call, identity = daemons[index].connection.call, daemons[index].create(VARIANTS[0])
+                for method, found in times[index].items():
+                    begin = time.perf_counter()
+                    call(method, f"/containers/{identity}/archive?path=/tmp",
+                         tree if method == "PUT" else None)
+                    found.append(time.perf_counter() - begin)
+                call("DELETE", f"/containers/{identity}")
+        for method, words in (("PUT", "in"), ("GET", "out")):
+            yield f"cp of {what} {words}", "ms", [statistics.median(found[method]) * 1e3 for found in times]
+    tree, change = plain_files(20000, 100, "files/"), plain_files(1, 1)
+    figures: list[list[float]] = [[] for _ in daemons]
+    for daemon, taken in zip(daemons, figures):
+        call = daemon.connection.call
+        call("POST", "/images/create?fromSrc=-&repo=large&tag=latest", tree)
+        identity = daemon.create({"Image": "large", "Cmd": ["true"]})
+        call("PUT", f"/containers/{identity}/archive?path=/files", change)
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            call("GET", f"/containers/{identity}/changes")
+            taken.append(time.perf_counter() - begin)
+        call("DELETE", f"/containers/{identity}")
+    yield "diff in an image of 20,000 files", "ms", [statistics.median(taken) * 1e3 for taken in figures]
+
+
 def measure_start(daemons: list[Daemon], rounds: int = 5) -> Rows:
     """Time from the start of the process to the first answered ping and `info`."""
     times: list[list[float]] = [[] for _ in daemons]
@@ -540,6 +586,7 @@ def main() -> None:
             measure_stats,
             measure_after,
             measure_logs,
+            measure_copies,
             measure_start,
         ):
             for what, unit, row in measure(daemons):

@@ -505,13 +505,17 @@ def close_range(first: int, last: int = 0xFFFFFFFF, flags: int = 0) -> None:
     _syscall(SYSCALL_CLOSE_RANGE, first, last, flags)
 
 
-@contextlib.contextmanager
-def closing_fd(fd: int) -> Iterator[int]:
+class closing_fd:
     """The descriptor `fd` for the block, closed at its end."""
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def __enter__(self) -> int:
+        return self._fd
+
+    def __exit__(self, *error: Any) -> None:
+        os.close(self._fd)
 
 
 def directory_types(path: str) -> set[int]:
@@ -614,7 +618,7 @@ def openat2(dirfd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) 
 
 
 def opened(path: Any, flags: int = os.O_RDONLY | os.O_DIRECTORY, mode: int = 0o600,
-           dir_fd: Optional[int] = None) -> contextlib.AbstractContextManager[int]:
+           dir_fd: Optional[int] = None) -> closing_fd:
     """A descriptor of `path`, by default of a directory, for the block; it is closed by exec; open(2)."""
     return closing_fd(os.open(path, flags | os.O_CLOEXEC, mode, dir_fd=dir_fd))
 
@@ -3754,11 +3758,11 @@ def tar_header(entry: TarEntry) -> bytes:
 
     Times are cut to seconds, user and group names are left empty, as Docker does."""
     name, split = entry.name, _split_name(entry.name)
-    seconds = entry.mtime // 1_000_000_000
-    records = {b"SCHILY.xattr." + key: value for key, value in entry.xattrs.items()}
-    numbers = {"uid": (entry.uid, 7), "gid": (entry.gid, 7), "size": (entry.size, 11), "mtime": (seconds, 11)}
-    records.update({keyword.encode(): b"%d" % value for keyword, (value, digits) in numbers.items()
-                    if not 0 <= value < 8 ** digits})
+    numbers = ((b"uid", entry.uid, 21), (b"gid", entry.gid, 21), (b"size", entry.size, 33),
+               (b"mtime", entry.mtime // 1_000_000_000, 33))
+    records = {keyword: b"%d" % value for keyword, value, bits in numbers if value >> bits}
+    for key, value in entry.xattrs.items():
+        records[b"SCHILY.xattr." + key] = value
     if len(entry.link) > 100 or not entry.link.isascii():
         records[b"linkpath"] = entry.link
     if split is None or (records and (len(name) > 100 or not name.isascii())):
@@ -3793,22 +3797,25 @@ def _pax_record(keyword: bytes, value: bytes) -> bytes:
 
 
 def _tar_block(entry: TarEntry, name: bytes, prefix: bytes = b"") -> bytes:
-    """One ustar header block; what does not fit is cut or zero, because a pax record tells it."""
-
-    def octal(value: int, digits: int) -> bytes:
-        return b"%0*o\0" % (digits, value if 0 <= value < 8 ** digits else 0)
+    """One ustar header block; what does not fit is cut or zero, because a pax record tells it.  Its sum is
+    Adler-32's low half less one, as all of it is ASCII."""
 
     def text(value: bytes, size: int = 100) -> bytes:
-        value = value.decode("ascii", "ignore").encode()
+        value = value if value.isascii() else value.decode("ascii", "ignore").encode()
         return value if len(value) <= size else value[:size].rstrip(b"/")  # a slash would make it a directory
 
-    device = (b"", b"") if entry.kind == ord("x") else tuple(octal(number, 7) for number in entry.device)
-    fields = [text(name), octal(entry.mode, 7), octal(entry.uid, 7), octal(entry.gid, 7),
-              octal(entry.size, 11), octal(entry.mtime // 1_000_000_000, 11), b" " * 8, bytes([entry.kind]),
-              text(entry.link), b"ustar\00000", b"", b"", *device, prefix, b""]
-    total = sum(TAR_HEADER.pack(*fields))
-    fields[6] = b"%06o\0 " % total
-    return TAR_HEADER.pack(*fields)
+    device = (b"", b"") if entry.kind == ord("x") else map(_octal, entry.device, (7, 7))
+    block = TAR_HEADER.pack(
+        text(name), _octal(entry.mode, 7), _octal(entry.uid, 7), _octal(entry.gid, 7), _octal(entry.size, 11),
+        _octal(entry.mtime // 1_000_000_000, 11), b" " * 8, b"%c" % entry.kind, text(entry.link),
+        b"ustar\00000", b"", b"", *device, prefix, b"")
+    return b"%b%06o\0 %b" % (block[:148], (zlib.adler32(block) & 0xFFFF) - 1, block[156:])
+
+
+@functools.lru_cache(1024)  # modes, owners and times are the same in most headers
+def _octal(value: int, digits: int) -> bytes:
+    """A header's number; zero where it does not fit."""
+    return b"%0*o\0" % (digits, 0 if value >> 3 * digits else value)
 
 
 def write_tree(directory: Union[str, int, Callable[[], int]], write: Callable[[bytes], Any],
@@ -3911,12 +3918,15 @@ class TreePacker:
             entry.size = facts.st_size
         elif kind in (CHARACTER, BLOCK):
             entry.device = os.major(facts.st_rdev), os.minor(facts.st_rdev)
-        capability = _xattr(name, "security.capability") if kind == REGULAR else b""
-        if capability:
-            entry.xattrs[b"security.capability"] = _without_root_id(capability)
-        for key in os.listxattr(name, follow_symlinks=False) if self.attributes else ():
-            if not key.startswith("trusted.overlay."):
-                entry.xattrs.setdefault(os.fsencode(key), _xattr(name, key))
+        try:
+            keys = os.listxattr(name, follow_symlinks=False) if kind == REGULAR or self.attributes else []
+        except OSError:  # a file system without
+            keys = []
+        for key in keys:
+            if key == "security.capability":
+                entry.xattrs[b"security.capability"] = _without_root_id(_xattr(name, key))
+            elif self.attributes and not key.startswith("trusted.overlay."):
+                entry.xattrs[os.fsencode(key)] = _xattr(name, key)
         if facts.st_nlink > 1 and kind != DIRECTORY:
             first = self._inodes.setdefault((facts.st_dev, facts.st_ino), shown)
             if first != shown:
