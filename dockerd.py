@@ -30,6 +30,7 @@ Work flows one way: request -> route -> Job -> Daemon -> Container/Image -> driv
 """
 from __future__ import annotations
 
+import _thread
 import base64
 import collections
 import contextlib
@@ -103,6 +104,8 @@ BPF_PROG_LOAD = 5
 BPF_PROG_TYPE_CGROUP_DEVICE = 15
 
 # <linux/sched.h>
+CLONE_CLEAR_SIGHAND = 0x100000000
+CLONE_FILES = 0x00000400
 CLONE_FS = 0x00000200
 CLONE_INTO_CGROUP = 0x200000000
 CLONE_NEWCGROUP = 0x02000000
@@ -112,7 +115,6 @@ CLONE_NEWNS = 0x00020000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWUTS = 0x04000000
-CLONE_PARENT = 0x00008000
 CLONE_PIDFD = 0x00001000
 
 # <linux/close_range.h>
@@ -475,17 +477,15 @@ def capset(effective: int, permitted: int, inheritable: int) -> None:
 
 
 def clone3(flags: int, cgroup: Optional[int] = None) -> tuple[int, int]:
-    """Fork into the namespaces of `flags` (CLONE_NEW*), in the cgroup v2 directory `cgroup` when given; with
-    CLONE_PARENT the child is the caller's brother.
+    """Fork into the namespaces of `flags` (CLONE_NEW*), in the cgroup v2 directory `cgroup` when given.
 
-    Returns (0, -1) in the child and (pid, pidfd) in the parent.  The interpreter is told, as os.fork tells
-    it; glibc's own fork handlers do not run, so the caller must be single-threaded (pitfall 5).
-    clone3(2)."""
+    Returns (0, -1) in the child, in which no signal is caught, and (pid, pidfd) in the parent.  The
+    interpreter is told, as os.fork tells it; glibc's own fork handlers do not run, so no other thread may be
+    at work (pitfall 5).  clone3(2)."""
     pidfd = ctypes.c_int(-1)
-    flags |= CLONE_PIDFD | (0 if cgroup is None else CLONE_INTO_CGROUP)
+    flags |= CLONE_PIDFD | CLONE_CLEAR_SIGHAND | (0 if cgroup is None else CLONE_INTO_CGROUP)
     arguments = struct.pack(
-        "=11Q", flags, ctypes.addressof(pidfd), 0, 0, 0 if flags & CLONE_PARENT else signal.SIGCHLD, 0, 0, 0,
-        0, 0, cgroup or 0)
+        "=11Q", flags, ctypes.addressof(pidfd), 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup or 0)
     api = ctypes.pythonapi
     api.PyOS_BeforeFork()
     pid = _libc_with_gil.syscall(ctypes.c_long(SYSCALL_CLONE3), ctypes.c_char_p(arguments),
@@ -740,21 +740,24 @@ def start_thread(function: Callable[..., Any], *arguments: Any) -> Callable[[], 
     """Start `function(*arguments)` in a thread that ends with it; the result is a function that waits for the
     outcome, and returns or raises it."""
     outcome: dict[str, Any] = {}
+    running = _thread.allocate_lock()
+    running.acquire()
 
     def body() -> None:
         try:
             outcome["result"] = function(*arguments)
         except BaseException as error:
             outcome["error"] = error
+        running.release()
 
     def join() -> Any:
-        thread.join()
+        with running:
+            pass
         if "error" in outcome:
             raise outcome["error"]
         return outcome["result"]
 
-    thread = threading.Thread(target=body, name="confined", daemon=True)
-    thread.start()
+    _thread.start_new_thread(body, ())
     return join
 
 
@@ -10257,9 +10260,9 @@ def cgroup_manager(cgroup_parent: str, options: Iterable[str]) -> CgroupManager:
 # Execution driver: shim and init
 #
 # The shim is one process for all containers.  It forks every container's init, reaps it, and keeps the
-# daemon's ends of its streams open while no daemon runs.  It does no I/O of its own, has one thread and
-# imports nothing else: its code is this section with the constants, errors, kernel calls and netlink above,
-# run from cached bytecode.
+# daemon's ends of its streams open while no daemon runs.  It does no I/O of its own, has one thread at work
+# and imports nothing else: its code is this section with the constants, errors, kernel calls and netlink
+# above, run from cached bytecode.
 #
 # The daemon and the shim talk over a Unix SEQPACKET socket: one JSON object a packet, descriptors by
 # SCM_RIGHTS in the order of its "fds".  Requests carry "op" and "seq", answers "seq" and perhaps "error", the
@@ -10335,18 +10338,26 @@ class Init:
         self.root = self.host_root = self.proc = self.slave = self.devpts = -1
         self.cgroups: list[int] = []
 
-    def prepare(self) -> None:
-        """What needs the host's own /proc and /sys: the out-of-memory score, descriptors of the cgroups."""
+    def open_host(self) -> None:
+        """Open what is the host's own: its /proc, the cgroups."""
         for path, _ in self.plan["cgroup_join"]:
             with reworded(InitError, f"cannot join the cgroup {path}: "):
                 self.cgroups.append(os.open(path, os.O_WRONLY | os.O_CLOEXEC))
+        self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def prepare(self) -> None:
+        """What only the host's root may: the out-of-memory score, and limits before it is another's."""
         if self.plan.get("oom_score_adj") is not None:
             with reworded(InitError, "cannot set oom_score_adj: "):
-                with open("/proc/self/oom_score_adj", "wb", 0) as file:
-                    file.write(str(self.plan["oom_score_adj"]).encode())
-        self.proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        if self.plan.get("remapped"):  # while it may raise them
+                self._write_proc("oom_score_adj", str(self.plan["oom_score_adj"]))
+        if self.plan.get("remapped"):
             self._set_limits()
+
+    def _write_proc(self, name: str, text: str) -> None:
+        """Write to /proc/self/NAME of the host: a container's may lie (CVE-2019-16884)."""
+        fd = os.open("self/" + name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=self.proc)
+        os.write(fd, text.encode())
+        os.close(fd)
 
     def _set_limits(self) -> None:
         import resource
@@ -10361,6 +10372,7 @@ class Init:
             raise InitError("the daemon has gone before it let the container start")
         if plan["bare"]:
             self._run_bare()
+        self.open_host()
         self.prepare()
         self._be_root()
         self._enter_cgroups()
@@ -10433,11 +10445,9 @@ class Init:
             with reworded(InitError, f"cannot join the cgroup {path}: "):
                 os.write(fd, text.encode())
                 os.close(fd)
-        for name, text in self.plan["labels"]:  # by the host's /proc: a container's may lie (CVE-2019-16884)
+        for name, text in self.plan["labels"]:
             with reworded(InitError, f"cannot write {text!r} to /proc/self/attr/{name}: "):
-                fd = os.open(f"self/attr/{name}", os.O_WRONLY | os.O_CLOEXEC, dir_fd=self.proc)
-                os.write(fd, text.encode())
-                os.close(fd)
+                self._write_proc("attr/" + name, text)
 
     def _join(self, names: list[str]) -> None:
         """Join the namespaces behind the descriptors `names`, of another container or the host; the mounts'
@@ -10761,12 +10771,17 @@ def _child(sync: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        code = error.code if isinstance(error, InitError) else 128
-        text = str(error) if isinstance(error, InitError) else f"{type(error).__name__}: {error}"
-        with contextlib.suppress(OSError):
-            os.write(sync, json.dumps({"error": text, "code": code}).encode()[:SHIM_PACKET])
+        _tell_failure(sync, error)
     finally:
         os._exit(127)
+
+
+def _tell_failure(sync: int, error: BaseException) -> None:
+    """Tell the daemon what stood in the way."""
+    code = error.code if isinstance(error, InitError) else 128
+    text = str(error) if isinstance(error, InitError) else f"{type(error).__name__}: {error}"
+    with contextlib.suppress(OSError):
+        os.write(sync, json.dumps({"error": text, "code": code}).encode()[:SHIM_PACKET])
 
 
 def _read_plan(fds: dict[str, int]) -> dict[str, Any]:
@@ -10777,42 +10792,34 @@ def _read_plan(fds: dict[str, int]) -> dict[str, Any]:
     return plan
 
 
-def _let_go(fds: dict[str, int]) -> None:
-    """A fresh child lets go of all that is the shim's but `fds` (pitfalls 3 and 4)."""
-    signal.set_wakeup_fd(-1)
-    for name in ("PIPE", "XFSZ", "INT", "TERM", "HUP", "CHLD"):
-        signal.signal(getattr(signal, "SIG" + name), signal.SIG_DFL)
-    _close_others(set(fds.values()))
-    prctl(PR_SET_DUMPABLE, 0 if defended("undumpable") else 1)
-    sys.path.clear()
-    sys.meta_path.clear()
-    sys.path_hooks.clear()
-
-
 def _init_main(plan: dict[str, Any], fds: dict[str, int]) -> None:
     """The life of a container's first process."""
     with _child(fds["sync"]):
-        _let_go(fds)
+        _close_others(set(fds.values()))
         Init(plan, fds).run()
 
 
-def _join_main(plan: dict[str, Any], fds: dict[str, int], flags: int) -> None:
-    """The life of the helper that joins the namespaces `flags` of the process behind the descriptor `target`
-    and forks the process asked for into them.  What it tells on `told` is the pid of that one, its brother:
-    the shim's own child (pitfall 6)."""
-    with _child(fds["sync"]):
-        _let_go(fds)
-        init = Init(plan, fds)
-        init.prepare()
-        with reworded(InitError, "cannot join the container's namespaces: "):
-            setns(fds["target"], flags)
-            pid = clone3(CLONE_PARENT, fds.get("cgroup"))[0]
-        if pid:
-            os.write(fds["told"], b"%d" % pid)
-            os._exit(0)
-        for name in ("told", "target"):
-            os.close(fds.pop(name))
-        init.run_joined()
+def _fork_into(plan: dict[str, Any], fds: dict[str, int], flags: int) -> int:
+    """Fork a further process into the namespaces `flags` of the one behind the descriptor `target`; its pid.
+
+    For a thread of its own: with that it has the root, and of the descriptors those in `fds` alone, before a
+    process of the container can see it (pitfalls 4 and 6).  A user namespace is joined by the child, for no
+    thread among others may."""
+    unshare(CLONE_FS | CLONE_FILES)
+    _close_others(set(fds.values()))
+    init = Init(plan, fds)
+    init.open_host()
+    with reworded(InitError, "cannot join the container's namespaces: "):
+        setns(fds["target"], flags & ~CLONE_NEWUSER)
+        pid = clone3(0, fds.get("cgroup"))[0]
+    if pid == 0:
+        with _child(fds["sync"]):
+            init.prepare()
+            if flags & CLONE_NEWUSER:
+                setns(fds["target"], CLONE_NEWUSER)
+            os.close(fds.pop("target"))
+            init.run_joined()
+    return pid
 
 
 def _close_others(kept: set[int]) -> None:
@@ -10979,7 +10986,6 @@ class Shim(HelperProcess):
         self.processes: dict[str, ShimProcess] = {}
         self.orphans, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.watch(self.orphans, select.EPOLLIN, self._reap_orphans)
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
 
     def is_busy(self) -> bool:
@@ -10992,7 +10998,7 @@ class Shim(HelperProcess):
         with contextlib.suppress(BlockingIOError):
             os.read(self.orphans, 4096)
         own = {process.pid for process in self.processes.values() if process.end is None}
-        with open("/proc/thread-self/children") as file:
+        with open("/proc/thread-self/children", "rb") as file:
             children = set(map(int, file.read().split()))
         for pid in children - own:
             with contextlib.suppress(ChildProcessError):
@@ -11013,18 +11019,13 @@ class Shim(HelperProcess):
         """Fork a process into the namespaces `flags` of the process behind the descriptor `target`; where
         that fails there is no pid in the answer, and the reason comes on "sync"."""
         plan = _read_plan(fds)
-        reader, writer = os.pipe()
-        helper, helper_fd = clone3(0)
-        if helper == 0:
-            own = {name: fd for name, fd in fds.items() if not name.startswith("keep:")}
-            _join_main(plan, {**own, "told": writer}, request["flags"])
-        os.close(writer)
-        told = os.read(reader, 16)  # not to its end: the process may be born frozen
-        close_fds([reader, helper_fd])
-        os.waitpid(helper, 0)
-        if not told:
+        own = {name: fd for name, fd in fds.items() if not name.startswith("keep:")}
+        try:
+            pid = in_thread(_fork_into, plan, own, request["flags"])
+        except InitError as error:
+            _tell_failure(fds["sync"], error)
             return []
-        return self._follow(request, fds, answer, int(told), os.pidfd_open(int(told)))
+        return self._follow(request, fds, answer, pid, os.pidfd_open(pid))
 
     def op_take(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
         """Watch and keep a process whose own shim is gone; it is no child of this one."""
@@ -11109,13 +11110,15 @@ def helper_main(listener_fd: int, role: str) -> None:
     import resource  # noqa: F401  the init's: nothing is imported after pivot_root (pitfall 3)
     os.chdir("/")
     set_process_name("docker-" + role)
-    prctl(PR_SET_DUMPABLE, 0)
+    prctl(PR_SET_DUMPABLE, 0 if defended("undumpable") else 1)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("CHLD", "HUP", "INT", "PIPE", "TERM", "XFSZ"):  # caught and not ignored, which is inherited
+        signal.signal(getattr(signal, "SIG" + name), lambda number, frame: None)
     for real_time in (32, 33):  # posix_spawn leaves the C library's own ignored; containers would too
         reset_signal(real_time)
     helper = (Shim if role == "shim" else Proxy)(socket.socket(fileno=listener_fd))
+    for finders in (sys.path, sys.meta_path, sys.path_hooks):
+        finders.clear()  # a child that imports would run the container's files (pitfall 3)
     gc.collect()
     trim_memory()
     gc.freeze()
@@ -11136,8 +11139,8 @@ def helper_main(listener_fd: int, role: str) -> None:
 SHIM_SECTIONS = ("Constants", "Errors", "Kernel calls", "Netlink", "Execution driver: shim and init",
                  "Network driver: the proxy")
 SHIM_HEAD = (
-    "from __future__ import annotations\nimport contextlib, ctypes, errno, fcntl, json, os, select, signal, "
-    "socket, stat, struct, sys, time"
+    "from __future__ import annotations\nimport _thread, contextlib, ctypes, errno, fcntl, json, os, select, "
+    "signal, socket, stat, struct, sys, time"
 )
 SHIM_TIMEOUT = 10               # seconds that a shim has to take a request and to answer it
 JOINED_NAMESPACES = (       # of a further process: all that its container has, shared with the host or not
@@ -20946,6 +20949,7 @@ class ExecJobs:
         self.table = table
         self._lock = threading.Lock()
         self._by_id: dict[str, ExecInstance] = {}
+        self._full = 0      # instances, at which those that are gone are forgotten
 
     def find(self, name: str) -> ExecInstance:
         """The instance of this id; NotFound."""
@@ -20966,7 +20970,9 @@ class ExecJobs:
             container.require_exec(container.name)
             container.execs[instance.id] = instance
         with self._lock:
-            self._by_id = {key: other for key, other in self._by_id.items() if not other.gone}
+            if len(self._by_id) >= self._full:  # not at each: that would cost the more the more there are
+                self._by_id = {key: other for key, other in self._by_id.items() if not other.gone}
+                self._full = 2 * len(self._by_id) + 64
             self._by_id[instance.id] = instance
         instance.event("exec_create: " + instance.command)
         job.reply({"Id": instance.id})
