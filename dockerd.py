@@ -4228,6 +4228,7 @@ def _sync_file(path: str) -> None:
     """fsync a file or a directory; FileNotFoundError when it is gone, anything else is logged."""
     with opened(path, os.O_RDONLY) as fd:
         try:
+            failpoint("state-sync")
             os.fsync(fd)
         except OSError as error:
             log.error("cannot sync %s: %s", path, error.strerror)
@@ -4272,6 +4273,7 @@ def _write_whole(path: str, data: bytes, mode: int, durable: bool) -> bool:
             except OSError:
                 durable = True
         if durable:
+            failpoint("state-sync")
             os.fsync(fd)
     return durable
 
@@ -4313,7 +4315,8 @@ class Damage(NamedTuple):
 def unfinished(directory: str) -> list[Damage]:
     """Temporary files in `directory` of state files whose writer was killed."""
     paths = [os.path.join(directory, name) for name in os.listdir(directory) if name.startswith(".tmp-")]
-    return [Damage(f"{path} was never finished", functools.partial(os.unlink, path), True) for path in paths]
+    return [Damage(f"{path} was never finished", functools.partial(remove_tree, path), True)
+            for path in paths]
 
 
 def mend_what_is_safe(damages: Iterable[Damage]) -> None:
@@ -7777,7 +7780,8 @@ class Download:
         if self.received + len(data) > self.blob.size:
             raise DockerError(f"the blob {self.blob.digest} is longer than the {self.blob.size} bytes of its "
                               "manifest")
-        write_all(self.file.fileno(), data)
+        with reworded(DockerError, f"write {self.blobs.directory}: "):
+            write_all(self.file.fileno(), data)
         self._hash.update(data)
         with self.changed:
             self.received += len(data)
