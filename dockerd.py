@@ -4737,6 +4737,11 @@ class Overlay(StorageDriver):
         """As the upper directory is no more mounted, it can be moved as it is."""
         os.rename(self.diff_dir(cache_id), self.diff_dir(heir))
 
+    def restore(self, cache_id: str, source: str) -> None:
+        """Give a layer that has lost files the directory of another one with its content."""
+        os.rename(self.diff_dir(cache_id), os.path.join(self._path(source), "lost"))
+        os.rename(self.diff_dir(source), self.diff_dir(cache_id))
+
     @staticmethod
     def _mount_by_options(home: str, target: str, options: str) -> int:
         """mount(2) with names relative to `home`, since its options must fit a page, and a detached copy of
@@ -6008,6 +6013,7 @@ class LayerStore:
         self._writer = threading.Lock()
         self.retained: Callable[[str], bool] = lambda chain: False
         self.held: collections.Counter[str] = collections.Counter()
+        self._whole: dict[str, bool] = {}  # by chain id, of those that is_whole() was asked for
         self._directory, self._mounts_directory, self.tmp = (
             os.path.join(root, "layerdb", name) for name in ("sha256", "mounts", "tmp"))
         for path in (self._directory, self._mounts_directory, self.tmp):
@@ -6105,18 +6111,30 @@ class LayerStore:
         for cache_id in sorted(set(self.driver.ids()) - used):
             yield Damage(f"no record names the layer directory {cache_id}",
                          functools.partial(self.driver.remove, cache_id))
-        for layer in list(self._layers.values()) if self.driver.whiteouts == "overlay" else ():
-            files = confined(self.driver.diff_dir(layer.cache_id), _file_sizes)
-            missing = layer.size - sum(size for _, size, _ in files)
-            if missing > 0:
-                yield Damage(f"the layer {layer.chain_id} has lost {missing} bytes of its files: remove its "
-                             "images and pull or import them again")
+        for layer in list(self._layers.values()):
+            if lost := self._lost(layer):
+                yield Damage(f"the layer {layer.chain_id} has lost {lost} bytes of its files: pull or import "
+                             "its images again")
         for container, mount in list(self._mounts.items()):
             if not self.driver.exists(mount.mount_id):
                 yield Damage(f"the writable layer of the container {container} is missing",
                              functools.partial(self.remove_rw, container))
 
+    def _lost(self, layer: Layer) -> int:
+        """How many bytes a layer's files have less than they had, as far as the driver's directory tells."""
+        if self.driver.whiteouts != "overlay":
+            return 0
+        files = confined(self.driver.diff_dir(layer.cache_id), _file_sizes)
+        return max(layer.size - sum(size for _, size, _ in files), 0)
+
     # Read-only layers
+
+    def is_whole(self, layer: Layer) -> bool:
+        """Whether a layer still has its content, which a power cut can take from what others have unpacked;
+        looked at once."""
+        if layer.chain_id not in self._whole:
+            self._whole[layer.chain_id] = not self._lost(layer)
+        return self._whole[layer.chain_id]
 
     def has(self, chain: str) -> bool:
         """Whether there is a layer of this chain id."""
@@ -6172,12 +6190,17 @@ class LayerStore:
     def publish(self, layer: Layer, record: str) -> Layer:
         """Let `layer`, whose record stands in the directory `record`, be found, and hold it.
 
-        Where another was faster with the same chain id, that one is held and returned."""
+        Where another was faster with the same chain id, that one is held and returned; where it has lost its
+        content, with that of `layer`."""
         with self._writer:
             with self._tables:
                 known = self._layers.get(layer.chain_id)
                 self.held[layer.chain_id] += 1
             if known is not None:
+                if not self.is_whole(known):
+                    log.warning("the layer %s had lost files, and gets them back", known.chain_id)
+                    self.driver.restore(known.cache_id, layer.cache_id)
+                    self._whole[known.chain_id] = True
                 return known
             try:
                 if os.path.exists(self._path(layer.chain_id)):  # damaged, and ignored at the start
@@ -6189,6 +6212,7 @@ class LayerStore:
                 raise
             with self._tables:
                 self._layers[layer.chain_id] = layer
+            self._whole[layer.chain_id] = True
             return layer
 
     def hold(self, chain: str) -> Layer:
@@ -6475,10 +6499,10 @@ class LayerTransaction:
         return layer
 
     def hold(self, chain: str) -> bool:
-        """Keep the layer `chain` for as long as the transaction lasts; False when there is none."""
+        """Keep the layer `chain` for as long as the transaction lasts; False when there is none, or it is not
+        whole."""
         with contextlib.suppress(DockerError):
-            self._keep(self.store.hold(chain))
-            return True
+            return self.store.is_whole(self._keep(self.store.hold(chain)))
         return False
 
     def sync(self) -> None:

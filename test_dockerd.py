@@ -11363,6 +11363,45 @@ def test_a_kill_at_every_rename_and_sync_leaves_a_whole_store(
     set_up_crash(rig, "import")
 
 
+def test_a_layer_that_has_lost_its_content_is_pulled_again(pull_rig: PullRig,
+                                                           registry: FakeRegistry) -> None:
+    """As a power cut leaves a layer that another daemon has unpacked and not synced (moby 49784)."""
+    archives = [file_tar(name, name.encode() * 1000) for name in ("one", "two", "three")]
+    registry.image("a/b", "1", archives)
+    source = f"{registry.name}/a/b:1"
+    pull_rig.run("pull", source)
+    pull_rig.add("other", archive=archives[0])
+    image = pull_rig.images.resolve(source)
+    pull_rig.layers.create_rw("c", image.chain_id)
+    directories = [Path(pull_rig.layers.driver.diff_dir(pull_rig.layers.get(chain).cache_id))
+                   for chain in image.chain_ids]
+    os.truncate(directories[1] / "two", 0)
+    pull_rig.restart()
+    registry.seen.clear()
+    statuses = [line["status"] for line in pull_rig.lines("pull", source)]
+    assert statuses.count("Already exists") == 1 and statuses.count("Pull complete") == 2
+    assert len(registry.requests("/blobs/")) == 3  # the configuration, and what is at and above the loss
+    assert [path.read_bytes() for path in map(next, map(Path.iterdir, directories))] == [
+        b"one" * 1000, b"two" * 1000, b"three" * 1000]
+    with dockerd.closing_fd(pull_rig.layers.mount_rw("c")) as fd:
+        assert Path(f"/proc/self/fd/{fd}/two").read_bytes() == b"two" * 1000
+    pull_rig.layers.remove_rw("c")
+    os.unlink(directories[0] / "one")
+    pull_rig.restart()
+    pull_rig.add("other", archive=archives[0])
+    assert (directories[0] / "one").read_bytes() == b"one" * 1000
+    registry.seen.clear()
+    pull_rig.run("pull", source)
+    assert len(registry.requests("/blobs/")) == 1
+
+
+def pull(host: Host, image: str) -> None:
+    """Pull IMAGE:TAG over the API."""
+    name, _, tag = image.rpartition(":")
+    answer = host.http("POST", f"{API}/images/create?fromImage={name}&tag={tag}")
+    assert answer.status == 200 and "error" not in answer.lines[-1], answer.body
+
+
 @pytest.mark.torture
 @pytest.mark.timeout(3600)
 def test_a_daemon_killed_at_every_step_of_a_pull_a_commit_and_a_removal(new_host: Callable[..., Host],
@@ -11383,7 +11422,7 @@ def test_a_daemon_killed_at_every_step_of_a_pull_a_commit_and_a_removal(new_host
             host.start(wait=False)
             with contextlib.suppress(AssertionError, OSError, http.client.HTTPException):
                 host.wait_ready()
-                host.api("POST", f"/images/create?fromImage={registry.name}/a/b&tag=1")
+                pull(host, image)
                 host.api("POST", f"/commit?container={container}&repo=committed")
                 host.api("DELETE", f"/images/{image}")
             assert host.process
@@ -11393,7 +11432,7 @@ def test_a_daemon_killed_at_every_step_of_a_pull_a_commit_and_a_removal(new_host
             host.kill()
             del host.environment["DOCKERD_FAILPOINTS"]
             host.start()
-            host.api("POST", f"/images/create?fromImage={registry.name}/a/b&tag=1")
+            pull(host, image)
             assert host.run("wc", "-c", "/two", image=image) == (0, b"100000 /two\n"), (point, passage)
             if host.http("GET", f"{API}/images/committed/json").status == 200:
                 assert host.run("cat", "/x", image="committed") == (0, b"x\n"), (point, passage)
@@ -11893,8 +11932,7 @@ def test_what_is_pushed_goes_round_through_skopeo_and_podman(registries: Registr
     assert "sha256:" + found == image["Id"]
     registries.run(*podman, "push", "-q", "--tls-verify=false", found, f"{plain}/podman:1")
     for name in ("docker", "oci", "podman"):
-        answer = host.http("POST", f"{API}/images/create?fromImage={plain}/{name}&tag=1")
-        assert "error" not in answer.lines[-1], answer.body
+        pull(host, f"{plain}/{name}:1")
         there = host.api("GET", f"/images/{plain}/{name}:1/json")
         assert there["RootFS"] == image["RootFS"]
         assert name != "docker" or there["Id"] == image["Id"]
