@@ -220,6 +220,7 @@ IFA_F_NODAD = 2
 IFA_LOCAL = 2
 IFF_UP = 1
 IFLA_ADDRESS = 1
+IFLA_BRPORT_MODE = 4
 IFLA_IFNAME = 3
 IFLA_INFO_DATA = 2
 IFLA_INFO_KIND = 1
@@ -228,6 +229,9 @@ IFLA_LINKINFO = 18
 IFLA_MASTER = 10
 IFLA_MTU = 4
 IFLA_NET_NS_FD = 28
+IFLA_NUM_RX_QUEUES = 32
+IFLA_NUM_TX_QUEUES = 31
+IFLA_PROTINFO = 12
 IFLA_VLAN_ID = 1
 NETLINK_CAP_ACK = 10
 NETLINK_EXT_ACK = 11
@@ -255,6 +259,7 @@ RTM_GETROUTE = 26
 RTM_NEWADDR = 20
 RTM_NEWLINK = 16
 RTM_NEWROUTE = 24
+RTM_SETLINK = 19
 RTPROT_BOOT = 3
 RT_SCOPE_LINK = 253
 RT_TABLE_MAIN = 254
@@ -908,7 +913,8 @@ def attributes(data: bytes) -> dict[int, bytes]:
     return found
 
 
-def _netlink_socket(protocol: int) -> socket.socket:
+def netlink_socket(protocol: int = NETLINK_ROUTE) -> socket.socket:
+    """A socket that asks the kernel about this thread's network namespace, whatever thread uses it."""
     link = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
     for option in (NETLINK_EXT_ACK, NETLINK_CAP_ACK):
         with contextlib.suppress(OSError):
@@ -916,14 +922,17 @@ def _netlink_socket(protocol: int) -> socket.socket:
     return link
 
 
-def netlink_batch(messages: list[bytes], protocol: int = NETLINK_ROUTE) -> None:
-    """Send `messages` in one call and read their acknowledgements.
+def netlink_batch(messages: list[bytes], link: Optional[socket.socket] = None) -> None:
+    """Send `messages` in one call, by `link` (which is closed) or a socket for links, and read their
+    acknowledgements.
 
     Raises OSError with the kernel's extended text for the first that failed."""
-    if native is not None:
-        _netlink_batch_native(b"".join(messages), len(messages), protocol)
-        return
-    with _netlink_socket(protocol) as link:
+    with link or netlink_socket() as link:
+        if not messages:
+            return
+        if native is not None:
+            _netlink_batch_native(link, b"".join(messages), len(messages))
+            return
         link.send(b"".join(messages))
         waiting = len(messages)
         while waiting:
@@ -933,10 +942,10 @@ def netlink_batch(messages: list[bytes], protocol: int = NETLINK_ROUTE) -> None:
                     waiting -= 1
 
 
-def _netlink_batch_native(data: bytes, count: int, protocol: int) -> None:
+def _netlink_batch_native(link: socket.socket, data: bytes, count: int) -> None:
     from _native import ffi
     text = ffi.new("char[256]")
-    number = -native.netlink_batch(protocol, data, len(data), count, text, 256)
+    number = -native.netlink_batch(link.fileno(), data, len(data), count, text, 256)
     if number:
         words = ffi.string(text).decode(errors="replace")
         raise OSError(number, f"{os.strerror(number)}{': ' + words if words else ''}")
@@ -944,7 +953,7 @@ def _netlink_batch_native(data: bytes, count: int, protocol: int) -> None:
 
 def netlink_dump(kind: int, payload: bytes, protocol: int = NETLINK_ROUTE) -> Iterator[bytes]:
     """What the kernel lists for the request: the payload of each answer; OSError where it refuses."""
-    with _netlink_socket(protocol) as link:
+    with netlink_socket(protocol) as link:
         link.send(netlink_message(kind, payload, NLM_F_DUMP))
         while True:
             for answer, _, body in _netlink_answers(link.recv(1 << 18)):
@@ -973,9 +982,10 @@ def _raise_error(body: bytes) -> None:
         raise OSError(number, f"{os.strerror(number)}{': ' + text if text else ''}")
 
 
-def link_change(index: int, *settings: bytes, up: bool = True, kind: int = RTM_NEWLINK) -> bytes:
-    """The request that changes the link (loopback is 1 in every namespace) and brings it up or down."""
-    head = struct.pack("=BxHiII", 0, 0, index, IFF_UP * up, IFF_UP)
+def link_change(index: int, *settings: bytes, kind: int = RTM_NEWLINK, family: int = 0) -> bytes:
+    """The request that changes the link (loopback is 1 in every namespace) and brings it up; with AF_BRIDGE,
+    that changes a bridge's port."""
+    head = struct.pack("=BxHiII", family, 0, index, IFF_UP, IFF_UP)
     return netlink_message(kind, head + b"".join(settings))
 
 
@@ -1097,7 +1107,8 @@ def forget_flows(protocol: int, port: int) -> None:
         if (parts.get(CTA_PROTO_NUM), parts.get(CTA_PROTO_DST_PORT)) == wanted:
             doomed = body[:4] + attribute(CTA_TUPLE_ORIG | NLA_F_NESTED, flow)
             with contextlib.suppress(OSError):  # it may have ended meanwhile
-                netlink_batch([netlink_message(IPCTNL_MSG_CT_DELETE, doomed)], NETLINK_NETFILTER)
+                netlink_batch([netlink_message(IPCTNL_MSG_CT_DELETE, doomed)],
+                              netlink_socket(NETLINK_NETFILTER))
 
 
 # nf_tables.  A table's messages go in one batch, which the kernel carries out as a whole or not at all.  An
@@ -1117,7 +1128,7 @@ def nft_batch(family: int, messages: list[tuple[int, int, bytes]]) -> None:
     begin, end = (struct.pack("=IHHII", 20, kind, NLM_F_REQUEST, 1, 0) + edge
                   for kind in (NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END))
     packets[0], packets[-1] = begin + packets[0], packets[-1] + end
-    netlink_batch(packets, NETLINK_NETFILTER)
+    netlink_batch(packets, netlink_socket(NETLINK_NETFILTER))
 
 
 def _be32(number: int) -> bytes:
@@ -13129,10 +13140,12 @@ class Endpoint:
         mtu = attribute(IFLA_MTU, network.mtu) if network.mtu else b""
         inside = [attribute(IFLA_NET_NS_FD, namespace), mtu]
         if network.driver == "bridge":
+            # one queue: it has no lock to share, and each further one costs files in /sys
+            queues = attribute(IFLA_NUM_TX_QUEUES, 1) + attribute(IFLA_NUM_RX_QUEUES, 1)
             peer = attribute(VETH_INFO_PEER | NLA_F_NESTED, bytes(16), attribute(IFLA_IFNAME, self.link),
-                             attribute(IFLA_ADDRESS, mac), *inside)
+                             attribute(IFLA_ADDRESS, mac), queues, *inside)
             master = attribute(IFLA_MASTER, socket.if_nametoindex(network.bridge))
-            return link_message(self.host_link, "veth", master, mtu, data=peer)
+            return link_message(self.host_link, "veth", master, mtu, queues, data=peer)
         mode = LINK_MODES[network.driver][network.options.get(f"{network.driver}_mode", "")]
         parent = attribute(IFLA_LINK, socket.if_nametoindex(network.parent))
         if network.driver == "macvlan":
@@ -13140,10 +13153,6 @@ class Endpoint:
                                 data=attribute(1, mode))
         return link_message(self.link, "ipvlan", parent, *inside, up=False,
                             data=attribute(1, struct.pack("=H", mode)))
-
-    def set_ipv6(self) -> None:
-        """Have IPv6 on its link, in the container's namespace, only where it has an address."""
-        write_setting(f"/proc/sys/net/ipv6/conf/{self.link}/disable_ipv6", "0" if self.address(6) else "1")
 
     def configure(self) -> list[bytes]:
         """The requests that set its link up, in the container's namespace."""
@@ -13355,7 +13364,7 @@ class Sandbox:
         endpoint = self.endpoints.pop(name)
         if self.namespace >= 0:
             in_network(self.namespace, self._remove_link, endpoint.link)
-            in_network(self.namespace, self._set_routes)
+            in_network(self.namespace, lambda: netlink_batch(self._routes()))
             self.republish()
         endpoint.network.leave(endpoint)
         endpoint.network.give_back(endpoint)
@@ -13480,32 +13489,41 @@ class Sandbox:
         for endpoint in endpoints:
             endpoint.link = next(name for name in (f"eth{number}" for number in numbers) if name not in used)
         messages = [endpoint.message(self.namespace) for endpoint in endpoints]
-        if messages:
-            netlink_batch(messages)
-            if not self.networks.firewall.proxied:
-                for endpoint in endpoints:
-                    write_setting(f"/sys/class/net/{endpoint.host_link}/brport/hairpin_mode", "1")
+        host, six = netlink_socket(), any(endpoint.address(6) for endpoint in endpoints)
 
-        def configure() -> None:
-            six = any(endpoint.address(6) for endpoint in self.endpoints.values())
-            for name in ("all", "default"):  # this sets all links, so each is set again
-                write_setting(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "0" if six else "1")
-            for endpoint in self.endpoints.values():
-                endpoint.set_ipv6()
+        def set_ipv6(link: str, on: bool) -> None:
+            write_setting(f"/proc/sys/net/ipv6/conf/{link}/disable_ipv6", "0" if on else "1")
+
+        def make() -> None:
+            # A link has IPv6 only where it has an address.  One is made so: a later change of its setting
+            # takes the kernel's lock of all links, busily.
+            set_ipv6("default", six)
+            netlink_batch(messages, host)
+            set_ipv6("default", True)
+            for endpoint in endpoints:
+                if six and not endpoint.address(6):
+                    set_ipv6(endpoint.link, False)
             listed = [message for endpoint in endpoints for message in endpoint.configure()]
-            netlink_batch(([link_change(1)] if first else []) + listed)
-            self._set_routes()
+            netlink_batch([link_change(1)] * first + listed + self._routes())
 
-        in_network(self.namespace, configure)
+        in_network(self.namespace, make)
+        if not self.networks.firewall.proxied:
+            hairpin = attribute(IFLA_PROTINFO | NLA_F_NESTED, attribute(IFLA_BRPORT_MODE, b"\1"))
+            netlink_batch([link_change(socket.if_nametoindex(endpoint.host_link), hairpin, kind=RTM_SETLINK,
+                                       family=socket.AF_BRIDGE)
+                           for endpoint in endpoints if endpoint.network.driver == "bridge"])
 
-    def _set_routes(self) -> None:
-        """Set the default routes, in its namespace, by the endpoints that lead to the world."""
+    def _routes(self) -> list[bytes]:
+        """The requests that set the default routes, in its namespace, by the endpoints that lead to the
+        world."""
+        found = []
         for version, everywhere in ((4, "0.0.0.0/0"), (6, "::/0")):
             gate = self.gateway(version)
             if gate is not None:
                 gateway = next(gateway for gateway in gate.gateways if gateway.version == version)
                 index = socket.if_nametoindex(gate.link)
-                netlink_batch([route_message(RTM_NEWROUTE, index, ipaddress.ip_network(everywhere), gateway)])
+                found.append(route_message(RTM_NEWROUTE, index, ipaddress.ip_network(everywhere), gateway))
+        return found
 
     @property
     def has_resolver(self) -> bool:
@@ -17813,8 +17831,6 @@ class Container:
         check_sysctls(self.host_config)
         sysctls = dict(self.host_config.get("Sysctls") or {})
         if namespaces & CLONE_NEWNET:
-            if os.path.exists("/proc/sys/net/ipv6") and not (self.sandbox and self.sandbox.endpoints):
-                sysctls.setdefault("net.ipv6.conf.all.disable_ipv6", "1")
             sysctls.setdefault("net.ipv4.ip_unprivileged_port_start", "0")
             if not self.idmap:  # which has not that many groups
                 sysctls.setdefault("net.ipv4.ping_group_range", "0 2147483647")

@@ -5,7 +5,7 @@ from cffi import FFI
 
 DECLARATIONS = """
 int sd_notify(const char *address, const char *state);
-int netlink_batch(int protocol, const void *messages, size_t size, int count, char *text, size_t text_size);
+int netlink_batch(int fd, const void *messages, size_t size, int count, char *text, size_t text_size);
 """
 
 SOURCE = r"""
@@ -65,15 +65,11 @@ static void extended_text(const struct nlmsghdr *head, char *text, size_t size)
 }
 
 /* Send `count` requests in one call, read their acknowledgements: 0, or the first failure's -errno. */
-static int netlink_batch(int protocol, const void *messages, size_t size, int count, char *text,
+static int netlink_batch(int fd, const void *messages, size_t size, int count, char *text,
                          size_t text_size)
 {
     union { struct nlmsghdr head; char bytes[32768]; } answer;
-    int fd = socket(AF_NETLINK, SOCK_RAW | SOCK_CLOEXEC, protocol), one = 1, result = 0;
-    if (fd < 0)
-        return -errno;
-    setsockopt(fd, SOL_NETLINK, NETLINK_EXT_ACK, &one, sizeof one);
-    setsockopt(fd, SOL_NETLINK, NETLINK_CAP_ACK, &one, sizeof one);
+    int result = 0;
     if (send(fd, messages, size, 0) < 0)
         result = -errno;
     while (result == 0 && count > 0) {
@@ -94,7 +90,6 @@ static int netlink_batch(int protocol, const void *messages, size_t size, int co
             }
         }
     }
-    close(fd);
     return result;
 }
 """
