@@ -12404,11 +12404,12 @@ FirewallRule = Union[BridgeRule, PortRule, LinkRule]
 
 
 class FirewallChange:
-    """Rules to be added and removed; `done` and perhaps `error` once somebody has carried it out."""
+    """Rules to be added and removed, and what to do then; `error` where it could not be carried out."""
 
-    def __init__(self, added: Iterable[FirewallRule], removed: Iterable[FirewallRule]) -> None:
-        self.added, self.removed = list(added), list(removed)
-        self.done, self.error = False, None  # type: bool, Optional[DockerError]
+    def __init__(self, added: Iterable[FirewallRule], removed: Iterable[FirewallRule],
+                 then: Callable[[], Any] = lambda: None) -> None:
+        self.added, self.removed, self.then = list(added), list(removed), then
+        self.error: Optional[DockerError] = None
 
 
 class Firewall:
@@ -12430,8 +12431,27 @@ class Firewall:
         refuses, and then nothing is changed.  What many ask for at a time is done in one go."""
         mine = FirewallChange(added, removed)
         self.waiting.append(mine)
+        self.settle()
+        if mine.error:
+            raise mine.error
+
+    def remove_later(self, rules: list[FirewallRule], then: Callable[[], Any]) -> None:
+        """Remove the rules with the next change, or within a moment: nobody waits for it.  Call `then`, at
+        once where there are none."""
+        if not rules:
+            then()
+            return
+        mine = FirewallChange((), rules, then)
+        self.waiting.append(mine)
+        if list(self.waiting)[:1] == [mine]:  # else who carries out the first goes on with this
+            timer = threading.Timer(0.05, self.settle)
+            timer.daemon = True
+            timer.start()
+
+    def settle(self) -> None:
+        """Carry out all that has been asked for."""
         with self.lock:
-            if not mine.done:
+            while self.waiting:
                 batch = [self.waiting.popleft() for _ in range(len(self.waiting))]
                 try:
                     self._make([rule for each in batch for rule in each.added],
@@ -12443,9 +12463,7 @@ class Firewall:
                         except DockerError as error:
                             each.error = error
                 for each in batch:
-                    each.done = True
-        if mine.error:
-            raise mine.error
+                    each.then()
 
     def _make(self, added: list[FirewallRule], removed: list[FirewallRule]) -> None:
         fresh = list(dict.fromkeys(rule for rule in added if rule.version and rule not in self.rules))
@@ -13613,7 +13631,7 @@ class Sandbox:
             endpoint.network.leave(endpoint)
             endpoint.settings.update(ENDPOINT_STATUS)
         self.endpoints.clear()
-        self.networks.release(self.rules, functools.partial(self._give_back, endpoints))
+        self.networks.firewall.remove_later(self.rules, functools.partial(self._give_back, endpoints))
         if self.namespace >= 0:
             os.close(self.namespace)
             self.namespace = -1
@@ -13652,7 +13670,6 @@ class Networks:
         self.resolver = Resolver()
         self.proxy = ProxyClient(config.exec_root)
         self.firewall = Firewall()
-        self.released: queue.SimpleQueue[tuple[list[FirewallRule], Callable[[], Any]]] = queue.SimpleQueue()
         self.allocated: dict[str, Sandbox] = {}  # what the jobs of Docker 1.2.0 hold, by their ids
 
     def load(self) -> None:
@@ -13663,7 +13680,6 @@ class Networks:
         for record in records if isinstance(records, list) else []:
             self.table[record["Id"]] = Network(record)
         self.firewall = choose_firewall(self.config, self._enable_forwarding(4))
-        threading.Thread(target=self._release, name="release", daemon=True).start()
         self._load_predefined()
         for network in self.table.values():
             try:
@@ -13675,42 +13691,17 @@ class Networks:
         self.firewall.change([rule for network in self.table.values() for rule in network.rules()])
         self.save()
 
-    def release(self, rules: list[FirewallRule], give_back: Callable[[], Any]) -> None:
-        """Remove the rules of a container that has ended, which takes the kernel a while: nobody waits for
-        it.  What they led to is given back behind them."""
-        if rules:
-            self.released.put((rules, give_back))
-        else:
-            give_back()
-
-    def _release(self) -> None:
-        """The thread that removes rules; those of containers that end together go in one change."""
-        while True:
-            batch = [self.released.get()]
-            while not self.released.empty():
-                batch.append(self.released.get())
-            with contextlib.suppress(DockerError):
-                self.firewall.change((), [rule for rules, _ in batch for rule in rules])
-            for _, give_back in batch:
-                give_back()
-
-    def settle(self) -> None:
-        """Wait until all that has ended has given back what it had."""
-        done = threading.Event()
-        self.released.put(([], done.set))
-        done.wait(60)
-
     def patiently(self, take: Callable[..., Any], *arguments: Any) -> Any:
         """What `take` gives; where it fails, it is asked again when all that has ended has given back."""
         try:
             return take(*arguments)
         except DockerError:
-            self.settle()
+            self.firewall.settle()
             return take(*arguments)
 
     def close(self) -> None:
         """The daemon ends: rules of containers that have ended go, the proxy too when it has no port."""
-        self.settle()
+        self.firewall.settle()
         self.proxy.close()
 
     def save(self) -> None:
@@ -13779,7 +13770,7 @@ class Networks:
         """Remove it with its bridge and rules; Forbidden when it is predefined or in use."""
         if not network.is_user_defined:
             raise Forbidden(f"{network.name} is a pre-defined network and cannot be removed")
-        self.settle()
+        self.firewall.settle()
         with self.lock:
             with network.lock:
                 if network.endpoints:
