@@ -4082,21 +4082,32 @@ class TarRecord:
         self._write(self._compressor.flush())
 
 
+def tar_record(record: Any) -> Iterator[dict[str, Any]]:
+    """The lines of `record`, a file of TarRecord's or of tar-split."""
+    stream, rest = decompress(record), b""
+    while data := stream.read(CHUNK):
+        *lines, rest = (rest + data).split(b"\n")
+        yield from map(json.loads, lines)
+
+
+def recorded_size(record: Any) -> int:
+    """The bytes of the tar stream that tar_record() tells of."""
+    return sum(len(line["payload"]) // 4 * 3 - line["payload"].count("=") if line["type"] == 2 else
+               line.get("size") or 0 for line in tar_record(record))
+
+
 class TarRebuilder(TreePacker):
-    """Feeds the tar stream of which `record`, a file of TarRecord's or of tar-split, tells; the files are
-    below the current directory of a confined thread.  DockerError where that cannot be."""
+    """Feeds the tar stream that tar_record(`record`) tells of; the files are below the current directory of a
+    confined thread.  DockerError where that cannot be."""
 
     def __init__(self, feed: Feed, record: Any) -> None:
         super().__init__(feed, IdMap(), "")
-        self._record = decompress(record)
+        self._record = tar_record(record)
 
     def run(self) -> None:
         """Feed everything and finish the feed."""
-        rest = b""
-        while data := self._record.read(CHUNK):
-            *lines, rest = (rest + data).split(b"\n")
-            for line in lines:
-                self._rebuild(json.loads(line))
+        for line in self._record:
+            self._rebuild(line)
         self._flush()
         self.feed.finish()
 
@@ -6176,20 +6187,29 @@ class LayerStore:
         return self.driver.metadata(self.get(chain).cache_id) if chain else None
 
     @contextlib.contextmanager
+    def _tar_record(self, layer: Layer) -> Iterator[Any]:
+        """What the layer's archive had besides the files; DockerError where that is not known."""
+        try:
+            record = open(os.path.join(self._path(layer.chain_id), TAR_SPLIT), "rb")
+        except FileNotFoundError:
+            raise DockerError(f"the layer {layer.chain_id} has no record of the archive that it was made of: "
+                              "pull or import its images again") from None
+        with record:
+            yield record
+
+    def tar_size(self, chain: str) -> int:
+        """The bytes of the tar stream that a layer was made of; DockerError as tar() says."""
+        with self._tar_record(self.get(chain)) as record:
+            return recorded_size(record)
+
+    @contextlib.contextmanager
     def tar(self, chain: str) -> Iterator[HashingReader]:
-        """A block in which the tar stream can be read that a layer was made of; DockerError where the layer
-        cannot give it, or gives another one."""
-        layer = self.hold(chain)
-        with contextlib.ExitStack() as held:
-            held.callback(self.collect, chain)
-            held.callback(self.release, chain)
-            try:
-                record = held.enter_context(open(os.path.join(self._path(chain), TAR_SPLIT), "rb"))
-            except FileNotFoundError:
-                raise DockerError(f"the layer {chain} has no record of the archive that it was made of: pull "
-                                  "or import its images again") from None
-            directory = self.driver.diff_dir(layer.cache_id)
-            reader = HashingReader(held.enter_context(packed(directory, TarRebuilder(Feed(), record))))
+        """A block in which the tar stream can be read that a layer, which the caller holds, was made of;
+        DockerError where it cannot be had, or is another one."""
+        layer = self.get(chain)
+        directory = self.driver.diff_dir(layer.cache_id)
+        with self._tar_record(layer) as record, packed(directory, TarRebuilder(Feed(), record)) as feed:
+            reader = HashingReader(feed)
             yield reader
         if reader.digest != layer.diff_id:
             raise DockerError(f"the layer {chain} is damaged: remove its images and pull them again")
@@ -6704,6 +6724,18 @@ class ImageStore:
     def children(self, image: Image) -> list[Image]:
         """The images that were made from this one."""
         return [other for other in self.all() if other.parent == image.id]
+
+    def set_parent(self, image: Image, parent: Image) -> None:
+        """Let `image` be made from `parent`; BadParameter when it cannot have been."""
+        histories = [each.document.get("history") or [] for each in (image, parent)]
+        shorter = len(parent.chain_ids) < len(image.chain_ids)
+        if histories[1] != histories[0][:-1] or not (histories[0] or shorter) or (
+                parent.chain_ids != image.chain_ids[:len(parent.chain_ids)]):
+            raise BadParameter(f"image {parent.id} is not a valid parent for {image.id}")
+        with self._writer:
+            if image.id in self._images:
+                self._write_fact(image.id, "parent", parent.id)
+                image.parent = parent.id
 
     def touch(self, image: Image) -> None:
         """Note that the image was tagged now."""
@@ -8364,6 +8396,421 @@ class Pushes:
         if failure is not None:
             raise failure
         return [found[layer.diff_id] for layer in reversed(layers)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images: archives
+#
+# Images written to a tar archive and read from one.  What is written is what Docker 25 and later write: an
+# OCI image layout (OCI image specification, image-layout.md) in which manifest.json and `repositories` tell
+# earlier ones of the same blobs.  What is read is that, the layouts and docker-archives of others, compressed
+# or not, and the directories of Docker before 1.10.  The jobs of 1.2.0 on one image stand here too.
+# ------------------------------------------------------------------------------------------------------------
+
+OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
+NAME_ANNOTATION, TAG_ANNOTATION = "io.containerd.image.name", "org.opencontainers.image.ref.name"
+ARCHIVE_ENTRIES = 100_000  # files that an archive of images may have
+
+
+def _blob_path(digest: str) -> str:
+    return "blobs/" + digest.replace(":", "/")
+
+
+class SavedImages:
+    """What an archive of images consists of, from the images and the references that each is to have."""
+
+    def __init__(self, layers: LayerStore, wanted: Iterable[tuple[Image, list[Reference]]]) -> None:
+        self.layers, wanted = layers, list(wanted)
+        self.files: dict[str, Union[bytes, Layer]] = {}  # path: content, or the layer whose stream it is
+        self.sizes: dict[str, int] = {}
+        self._repositories: dict[str, dict[str, str]] = {}
+        ids = {image.id for image, _ in wanted}
+        items, entries = [], list[dict[str, Any]]()
+        for image, references in wanted:
+            item, manifest = self._add(image, references)
+            items.append({**item, "Parent": image.parent} if image.parent in ids - {image.id} else item)
+            entries += [{**manifest, "annotations": {NAME_ANNOTATION: str(reference),
+                                                     TAG_ANNOTATION: reference.tag}}
+                        for reference in references] or [manifest]
+        index = {"schemaVersion": 2, "mediaType": MANIFEST_LISTS[1], "manifests": entries}
+        self.files.update({"index.json": docker_json(index), "manifest.json": docker_json(items),
+                           "oci-layout": docker_json({"imageLayoutVersion": "1.0.0"})})
+        if self._repositories:
+            self.files["repositories"] = docker_json(self._repositories, sort=True)
+
+    def _add(self, image: Image, references: list[Reference]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Add an image's blobs; its item in manifest.json and its descriptor in index.json."""
+        layers = [self.layers.get(chain) for chain in image.chain_ids]
+        blobs = [{"mediaType": OCI_LAYER, "digest": layer.diff_id, "size": self._add_layer(layer)}
+                 for layer in layers]
+        for reference in references:
+            tags = self._repositories.setdefault(reference.familiar_name, {})
+            tags[reference.tag] = layers[-1].diff_id[7:] if layers else ""
+        config = {"mediaType": IMAGE_CONFIGS[1], **self._add_blob(image.raw)}
+        manifest = {"schemaVersion": 2, "mediaType": IMAGE_MANIFESTS[1], "config": config, "layers": blobs}
+        item = {"Config": _blob_path(image.id), "RepoTags": [name.familiar for name in references] or None,
+                "Layers": [_blob_path(layer.diff_id) for layer in layers],
+                "LayerSources": {str(blob["digest"]): blob for blob in blobs}}
+        platform = {key: value for key, value in image.platform._asdict().items() if value}
+        return item, {"mediaType": IMAGE_MANIFESTS[1], **self._add_blob(docker_json(manifest)),
+                      "platform": dict(sorted(platform.items()))}
+
+    def _add_blob(self, data: bytes) -> dict[str, Any]:
+        digest = _digest(data)
+        self.files[_blob_path(digest)] = data
+        return {"digest": digest, "size": len(data)}
+
+    def _add_layer(self, layer: Layer) -> int:
+        path = _blob_path(layer.diff_id)
+        if path not in self.files:
+            self.files[path], self.sizes[path] = layer, self.layers.tar_size(layer.chain_id)
+        return self.sizes[path]
+
+    def write(self, write: Callable[[bytes], Any]) -> None:
+        """Write the archive; DockerError where a layer is damaged."""
+        for name in ("blobs/", "blobs/sha256/"):
+            write(tar_header(TarEntry(name.encode(), DIRECTORY, 0o755)))
+        for path, content in sorted(self.files.items()):
+            size = len(content) if isinstance(content, bytes) else self.sizes[path]
+            write(tar_header(TarEntry(path.encode(), size=size)))
+            if isinstance(content, bytes):
+                write(content)
+            else:
+                with self.layers.tar(content.chain_id) as stream:
+                    while data := stream.read():
+                        write(data)
+            write(bytes(-size % TAR_BLOCK))
+        write(TAR_ZEROES * 2)
+
+
+class LoadedImage(NamedTuple):
+    """An image in an archive: its configuration, its layers' paths from the bottom, the tags that it is to
+    have, and the id of its parent or ''."""
+
+    raw: bytes
+    layers: list[str]
+    references: list[Reference]
+    parent: str
+
+
+class ImageArchive:
+    """The files of a tar archive of images, in an unnamed file that close() frees.
+
+    BadParameter for what is no such archive; paths are looked up among its entries alone."""
+
+    def __init__(self, stream: Any, directory: str) -> None:
+        import tempfile
+        self._file = tempfile.TemporaryFile(dir=directory)
+        self._places: dict[str, tuple[int, int]] = {}
+        self._links: dict[str, str] = {}
+        try:
+            for entry in (reader := TarReader(decompress(stream))):
+                self._keep(reader, entry)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _keep(self, reader: TarReader, entry: TarEntry) -> None:
+        name, target = os.fsdecode(entry.name), os.fsdecode(entry.link)
+        name = os.path.normpath("/" + name)
+        if len(self._places) + len(self._links) > ARCHIVE_ENTRIES:
+            raise BadParameter(f"the archive of images has more than {ARCHIVE_ENTRIES} files")
+        if entry.kind == SYMLINK:
+            self._links[name] = os.path.join(os.path.dirname(name), target)
+        elif entry.kind == HARD_LINK:
+            self._links[name] = "/" + target
+        elif entry.kind == REGULAR and entry.sparse is None:
+            self._places[name] = os.lseek(self._file.fileno(), 0, os.SEEK_CUR), entry.stored
+            reader.copy(self._file.fileno(), entry.stored)
+
+    def names(self) -> list[str]:
+        """The paths of all files, from the archive's root."""
+        return [name[1:] for name in self._places]
+
+    def close(self) -> None:
+        """Give the space back."""
+        self._file.close()
+
+    def _place(self, path: str) -> Optional[tuple[int, int]]:
+        name = os.path.normpath("/" + path)
+        for _ in range(8):
+            name = os.path.normpath(self._links.get(name, name))
+        return self._places.get(name)
+
+    def has(self, path: str) -> bool:
+        """Whether there is a file of this path."""
+        return self._place(path) is not None
+
+    def size(self, path: str) -> int:
+        """The bytes of a file; BadParameter where there is none."""
+        place = self._place(path)
+        if place is None:
+            raise BadParameter(f"open {path}: no such file or directory")
+        return place[1]
+
+    def pieces(self, path: str) -> Iterator[bytes]:
+        """The content of a file."""
+        size = self.size(path)
+        at, _ = self._place(path) or (0, 0)
+        end = at + size
+        while at < end:
+            yield os.pread(self._file.fileno(), min(CHUNK, end - at), at)
+            at += CHUNK
+
+    def stream(self, path: str) -> Any:
+        """The same, to be read."""
+        pieces = self.pieces(path)
+        return types.SimpleNamespace(read=lambda size=-1: next(pieces, b""))
+
+    def document(self, path: str) -> Any:
+        """A JSON file."""
+        with reworded(BadParameter, f"{path} is no JSON: ", ValueError, RecursionError):
+            return json.loads(self.raw(path))
+
+    def raw(self, path: str) -> bytes:
+        """A file that is read as a whole."""
+        if self.size(path) > CONFIG_LIMIT:
+            raise BadParameter(f"{path} is larger than {CONFIG_LIMIT} bytes")
+        return b"".join(self.pieces(path))
+
+    # What images there are, in each of the forms
+
+    def images(self, platform: Optional[Platform]) -> list[LoadedImage]:
+        """The images, those that others are made of first, of one platform where there are several."""
+        with reworded(BadParameter, "invalid archive of images: ", AttributeError, LookupError, TypeError,
+                      ValueError):
+            if self.has("manifest.json"):
+                return [self._of_manifest(item) for item in self.document("manifest.json")]
+            if self.has("index.json"):
+                return list(self._of_index(self.document("index.json"), platform))
+            return self._of_directories()
+
+    def _of_manifest(self, item: dict[str, Any]) -> LoadedImage:
+        return LoadedImage(self.raw(item["Config"]), list(map(str, item.get("Layers") or ())),
+                           list(map(_tag_to_load, item.get("RepoTags") or ())), str(item.get("Parent") or ""))
+
+    def _of_index(self, index: dict[str, Any], platform: Optional[Platform]) -> Iterator[LoadedImage]:
+        for entry in index["manifests"]:
+            notes = entry.get("annotations") or {}
+            manifest = self._blob(descriptor(entry))
+            if "manifests" in manifest:
+                manifest = self._blob(choose_platform(manifest["manifests"], platform or host_platform()))
+            config = descriptor(manifest["config"])
+            self._blob(config)
+            name = str(notes.get(NAME_ANNOTATION) or notes.get(TAG_ANNOTATION) or "")
+            yield LoadedImage(self.raw(_blob_path(config.digest)),
+                              [_blob_path(descriptor(layer).digest) for layer in manifest["layers"]],
+                              [_tag_to_load(name)] if re.search("[:/]", name) else [], "")
+
+    def _blob(self, blob: Descriptor) -> dict[str, Any]:
+        """A blob that is a JSON object; BadParameter when it has another digest."""
+        path = _blob_path(blob.digest)
+        if _digest(self.raw(path), blob.digest) != blob.digest:
+            raise BadParameter(f"{path} does not have its digest")
+        return dict(self.document(path))
+
+    def _of_directories(self) -> list[LoadedImage]:
+        """The form before Docker 1.10: a directory an image, with `json` and layer.tar."""
+        old = {name[:-5]: self.document(name) for name in self.names() if re.fullmatch("[^/]+/json", name)}
+        if not old:
+            raise BadParameter("the archive has no images: no manifest.json, no index.json, no directories")
+        found: dict[str, LoadedImage] = {}
+        while waiting := [key for key in old if key not in found]:
+            ready = [key for key in waiting if (old[key].get("parent") or "") in ("", *found)]
+            if not ready:
+                raise BadParameter(f"the parents of the image {waiting[0]} are not in the archive")
+            for key in ready:
+                below = found.get(old[key].get("parent") or "")
+                layer = f"{key}/layer.tar"
+                reader = HashingReader(decompress(self.stream(layer)))
+                while reader.read(CHUNK):
+                    pass
+                raw = legacy_document(self.raw(f"{key}/json"), below and below.raw, reader.digest)
+                found[key] = LoadedImage(raw, [*(below.layers if below else ()), layer], [],
+                                         _digest(below.raw) if below else "")
+        for name, tags in (self.document("repositories") if self.has("repositories") else {}).items():
+            for tag, key in tags.items():
+                if key not in found:
+                    raise BadParameter(f"invalid target ID: {key}")
+                found[key].references.append(parse_reference(name).with_tag(tag))
+        return list(found.values())
+
+
+def _tag_to_load(text: str) -> Reference:
+    reference = parse_reference(text)
+    if not reference.tag or reference.digest:
+        raise BadParameter(f"invalid tag {go_quote(text)}")
+    return reference
+
+
+def legacy_document(raw: bytes, parent: Optional[bytes], diff_id: str) -> bytes:
+    """The configuration of an image that Docker before 1.10 describes by `raw`: on top of the configuration
+    `parent`, with the layer `diff_id` ('' for none).  Byte for byte as moby makes it, which reads what is
+    older than 1.8.3 into its own structures first."""
+    old, base = json.loads(raw), json.loads(parent) if parent else {}
+    version = [int(number) for number in re.findall("[0-9]+", old.get("docker_version") or "")]
+    if version < [1, 8, 3]:
+        names = "architecture author comment config container created docker_version os variant".split()
+        old = {"created": ZERO_TIME, **{name: old[name] for name in names if old.get(name)},
+               "container_config": full_config(old.get("container_config") or {})}
+        if "config" in old:
+            old["config"] = full_config(old["config"])
+    step = {"created": old.get("created") or ZERO_TIME, "author": old.get("author"),
+            "created_by": " ".join((old.get("container_config") or {}).get("Cmd") or ()),
+            "comment": old.get("comment"), "empty_layer": not diff_id}
+    diff_ids = [*(base.get("rootfs") or {}).get("diff_ids", ()), *filter(None, [diff_id])]
+    dropped = ("id", "parent", "Size", "parent_id", "layer_id", "throwaway")
+    members = {**{key: value for key, value in old.items() if key not in dropped},
+               "history": [*base.get("history", ()), {key: value for key, value in step.items() if value}],
+               "rootfs": {"type": "layers", "diff_ids": diff_ids}}
+    return docker_json({key: members[key] for key in sorted(members)})
+
+
+class ImageArchives:
+    """The jobs that save and load, and those of Docker 1.2.0 on one image."""
+
+    def __init__(self, config: Any, images: Images) -> None:
+        self.images, self._directory = images, os.path.join(config.data_root, "tmp")
+
+    @job("image_export")
+    def save(self, job: Job) -> None:
+        """Write the images named by the arguments to stdout: of a name without a tag all its tags.
+
+        env: platform."""
+        images, wanted = self.images, dict[str, tuple[Image, list[Reference]]]()
+        for name in job.args:
+            for image, reference in self._named(name, images._platform(job)):
+                _, references = wanted.setdefault(image.id, (image, []))
+                if reference and reference.tag and reference not in references:
+                    references.append(reference)
+        with images.layers.transaction() as transaction:
+            for image, _ in wanted.values():
+                if image.chain_id and not transaction.hold(image.chain_id):
+                    raise NotFound(f"No such image: {image.id}")
+            SavedImages(images.layers, wanted.values()).write(job.stdout.write)
+        for image, _ in wanted.values():
+            images._log("save", image, image.id)
+
+    def _named(self, name: str, platform: str) -> Iterator[tuple[Image, Optional[Reference]]]:
+        names: list[Optional[Reference]] = []
+        with contextlib.suppress(BadParameter):  # a whole id
+            if not (reference := parse_reference(name)).suffix:
+                names += self.images.tags.repository(reference)
+        for each in names or [self.images._find(name)[1]]:
+            yield self.images.resolve(each.familiar if each else name, platform), each
+
+    @job("load")
+    def load(self, job: Job) -> None:
+        """Read images from stdin.  env: quiet, platform."""
+        text = self.images._platform(job)
+        archive = ImageArchive(job.stdin, self._directory)
+        with contextlib.closing(archive), self.images.layers.transaction() as transaction:
+            found = archive.images(parse_platform(text) if text else None)
+            for image in found:
+                self._unpack(job, transaction, archive, image)
+            transaction.sync()
+            ids = [self.images.store.create(image.raw).id for image in found]
+            for image_id, image in zip(ids, found):
+                self._finish(job, image_id, image, ids)
+
+    def _unpack(self, job: Job, transaction: LayerTransaction, archive: ImageArchive, image: LoadedImage) \
+            -> None:
+        """Have the layers of an image in the transaction."""
+        with reworded(BadParameter, "", ValueError):
+            facts = Image("", image.raw, "")
+        if facts.platform.os not in ("", "linux"):
+            raise BadParameter(f"cannot load {facts.platform.os} image on linux")
+        diff_ids = (json.loads(image.raw)["rootfs"].get("diff_ids") or [])
+        if len(image.layers) != len(diff_ids):
+            raise BadParameter(f"invalid manifest, layers length mismatch: expected {len(image.layers)}, got "
+                               f"{len(diff_ids)}")
+        below = ""
+        for number, (path, diff_id, chain) in enumerate(zip(image.layers, diff_ids, facts.chain_ids)):
+            if not transaction.hold(chain):
+                total, short = archive.size(path), diff_id[7:19]
+                stream = ProgressReader(archive.stream(path), lambda current: None if job.env.get_bool(
+                    "quiet") else job.progress(status="Loading layer", **progress_bar(current, total),  # noqa: B023
+                                               id=short))  # noqa: B023
+                made = transaction.unpack(decompress(stream), below)
+                if made.diff_id != diff_id:
+                    raise BadParameter(f"invalid diffID for layer {number}: expected {go_quote(diff_id)}, "
+                                       f"got {go_quote(made.diff_id)}")
+            below = chain
+
+    def _finish(self, job: Job, image_id: str, loaded: LoadedImage, ids: list[str]) -> None:
+        """Give an image that has come its parent and its tags, and tell of it."""
+        images, image = self.images, self.images.resolve(image_id)
+        if loaded.parent in ids and loaded.parent != image_id:
+            images.store.set_parent(image, images.resolve(loaded.parent))
+        for reference in loaded.references:
+            before = images.tags.get(reference)
+            if before not in ("", image_id):
+                job.progress(stream=f"The image {reference.familiar} already exists, renaming the old one "
+                                    f"with ID {before} to empty string\n")
+            images.set_tag(reference, image)
+            job.progress(stream=f"Loaded image: {reference.familiar}\n")
+        if not loaded.references:
+            job.progress(stream=f"Loaded image ID: {image_id}\n")
+        images._log("load", image, image_id)
+
+    # Docker 1.2.0's
+
+    @job("image_get")
+    def get(self, job: Job) -> None:
+        """The main facts of the image named by the argument; {} where there is none."""
+        try:
+            image = self.images.resolve(job.args[0])
+        except NotFound:
+            return job.reply({})
+        document = image.document
+        job.reply({"Id": image.id, "Parent": image.parent, "Created": image.created,
+                   "Author": document.get("author", ""), "Os": image.platform.os,
+                   "Architecture": image.platform.architecture,
+                   "DockerVersion": document.get("docker_version", "")})
+
+    @job("image_set")
+    def set(self, job: Job) -> None:
+        """Store an image that env `json` describes as Docker 1.2.0 did, with the layer on stdin, if any.
+
+        The argument, its id there, is not used: the reply has the one that its content gives it."""
+        given = str(job.env.get("json") or "")
+        if not given:
+            raise BadParameter("mandatory key 'json' is not set")
+        with reworded(BadParameter, "invalid image JSON: ", AttributeError, TypeError, ValueError):
+            name = json.loads(given).get("parent") or ""
+        parent = self.images.resolve(name) if name else None
+        with self.images.layers.transaction() as transaction:
+            head, diff_id = job.stdin.read(TAR_BLOCK), ""
+            if head:
+                stream = decompress(_Prefixed(head, job.stdin))
+                diff_id = transaction.unpack(stream, parent.chain_id if parent else "").diff_id
+                transaction.sync()
+            raw = legacy_document(given.encode(), parent.raw if parent else None, diff_id)
+            job.reply({"Id": self.images.store.create(raw, parent.id if parent else "").id})
+
+    @job("image_tarlayer")
+    def tarlayer(self, job: Job) -> None:
+        """Write the topmost layer of the image named by the argument to stdout."""
+        chain = self.images.resolve(job.args[0]).chain_id
+        with self.images.layers.transaction() as transaction:
+            transaction.hold(chain)
+            with self.images.layers.tar(chain) as stream:
+                while data := stream.read():
+                    job.stdout.write(data)
+
+    @job("viz")
+    def viz(self, job: Job) -> None:
+        """Write how images come from one another, as a graph for dot(1)."""
+        job.printf("digraph docker {\n")
+        for image in self.images.store.all():
+            job.printf(f' "{image.parent[7:19]}" -> "{image.short_id}"\n' if image.parent else
+                       f' base -> "{image.short_id}" [style=invis]\n')
+            names = "\\n".join([image.short_id, *map(str, self.images._names(
+                self.images.tags.references(image.id))[0])])
+            if "\\n" in names:
+                job.printf(f' "{image.short_id}" [label="{names}",shape=box,fillcolor="paleturquoise",'
+                           'style="filled,rounded"];\n')
+        job.printf(" base [style=invisible]\n}\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -21406,7 +21853,7 @@ class Daemon:
                      ContainerJobs(self.parts, self.images, self.containers, self.events),
                      NetworkJobs(self.networks, self.containers, self.events), Statistics(self.containers),
                      execs, SystemJobs(self), Pulls(registry, self.images), Pushes(registry, self.images),
-                     Builder(self.parts, self.images)):
+                     ImageArchives(self.config, self.images), Builder(self.parts, self.images)):
             self.engine.install(part)
         self.engine.install(Container, self.containers.find)
         self.engine.install(ExecInstance, execs.find)

@@ -9795,6 +9795,8 @@ class ImageRig:
         self.engine = dockerd.Engine()
         self.engine.logging = False
         self.engine.install(self.images)
+        os.makedirs(os.path.join(self.root, "tmp"), exist_ok=True)
+        self.engine.install(dockerd.ImageArchives(config, self.images))
 
     def run(self, name: str, *arguments: str, stdin: Any = b"", **env: Any) -> Any:
         """The reply of a job, else the last line of its progress."""
@@ -11920,6 +11922,13 @@ def test_a_pull_whose_client_leaves_leaves_nothing(registries: Registries) -> No
     fake.server_close()
 
 
+def podman_of(host: Host) -> tuple[str, ...]:
+    """podman's command line on files below a host's directory."""
+    return ("podman", "--root", host.path("pod"), "--runroot", host.path("podrun"), "--storage-driver", "vfs",
+            "--cgroup-manager", "cgroupfs", "--events-backend", "none", "--conmon", f"{PEER}/usr/bin/conmon",
+            "--runtime", f"{PEER}/usr/sbin/runc")
+
+
 def test_what_is_pushed_goes_round_through_skopeo_and_podman(registries: Registries) -> None:
     host, plain = registries.host, registries.plain
     image = host.api("GET", "/images/busybox/json")
@@ -11931,9 +11940,7 @@ def test_what_is_pushed_goes_round_through_skopeo_and_podman(registries: Registr
                    f"docker://{plain}/docker:1")
     registries.run("skopeo", "copy", "--dest-tls-verify=false", "oci:" + host.path("oci:1"),
                    f"docker://{plain}/oci:1")
-    podman = ("podman", "--root", host.path("pod"), "--runroot", host.path("podrun"), "--storage-driver",
-              "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "none", "--conmon",
-              f"{PEER}/usr/bin/conmon", "--runtime", f"{PEER}/usr/sbin/runc")
+    podman = podman_of(host)
     found = registries.run(*podman, "pull", "-q", "--tls-verify=false", f"{plain}/round:1")
     assert "sha256:" + found == image["Id"]
     registries.run(*podman, "push", "-q", "--tls-verify=false", found, f"{plain}/podman:1")
@@ -11943,6 +11950,299 @@ def test_what_is_pushed_goes_round_through_skopeo_and_podman(registries: Registr
         assert there["RootFS"] == image["RootFS"]
         assert name != "docker" or there["Id"] == image["Id"]
         assert host.run("echo", name, image=f"{plain}/{name}:1") == (0, name.encode() + b"\n")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Images: archives
+#
+# What we save the real dockerd, podman, skopeo and umoci read, and we read what they save, with equal ids.
+# ------------------------------------------------------------------------------------------------------------
+
+
+def saved(rig: ImageRig, *names: str) -> bytes:
+    """An archive of images."""
+    job, out = rig.engine.job("image_export", *names), io.BytesIO()
+    job.stdout.add(out)
+    job.run()
+    return out.getvalue()
+
+
+def files_of(archive: bytes) -> dict[str, bytes]:
+    """The files of a tar archive, a link's content being where it leads."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        return {entry.name: tar.extractfile(entry).read() for entry in tar  # type: ignore[union-attr]
+                if not entry.isdir()}
+
+
+def two_images(rig: ImageRig) -> list[str]:
+    """The ids of an image a:1, a:2 and of the image b:1 made from it, with a layer more."""
+    rig.add("a", "1", tar_of({"bin": None, "bin/one": b"1" * 3000}))
+    rig.run("tag", "a:1", "a", "2")
+    parent = rig.images.resolve("a:1")
+    rig.layers.create_rw("c", parent.chain_id)
+    with dockerd.closing_fd(rig.layers.mount_rw("c")) as fd:
+        Path(f"/proc/self/fd/{fd}/two").write_text("2")
+    with rig.layers.transaction() as transaction:
+        child = rig.images.commit(transaction, "c", parent, config={"Cmd": ["two"]}, container_config={})
+    rig.layers.remove_rw("c")
+    rig.run("tag", child.id, "b", "1")
+    return [parent.id, child.id]
+
+
+def names_of(rig: ImageRig) -> dict[str, tuple[str, list[str]]]:
+    """Parents and tags of all images, by id."""
+    return {image["Id"]: (image["ParentId"], image["RepoTags"]) for image in rig.run("images", all=True)}
+
+
+@pytest.mark.parametrize("driver, compress", [
+    ("overlay2", bytes), ("vfs", gzip.compress), ("overlay2", lzma.compress), ("overlay2", zstd)])
+def test_what_is_saved_is_loaded(tmp_path: Path, driver: str, compress: Callable[[bytes], bytes]) -> None:
+    rig = ImageRig(str(tmp_path), driver)
+    ids = two_images(rig)
+    before, archive = names_of(rig), saved(rig, "a", ids[1], "b:1")
+    files = files_of(archive)
+    for image in reversed(ids):
+        rig.run("image_delete", image, force=True)
+    rig.assert_whole()
+    job, out = rig.engine.job("load"), io.BytesIO()
+    job.stdin = io.BytesIO(compress(archive))
+    job.stdout.add(out)
+    job.run()
+    lines = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [line["stream"] for line in lines if "stream" in line] == [
+        f"Loaded image: {name}\n" for name in ("a:1", "a:2", "b:1")]
+    assert lines[0].keys() == {"status", "progressDetail", "progress", "id"}
+    assert names_of(rig) == before and saved(rig, "a", ids[1], "b:1") == archive
+    rig.restart()
+    rig.assert_whole()
+    assert names_of(rig) == before
+    assert set(files) == {"index.json", "manifest.json", "oci-layout", "repositories", *(
+        f"blobs/sha256/{sha256(data)[7:]}" for name, data in files.items() if name.startswith("blobs/"))}
+    assert rig.events[-1][:2] == ("save", ids[1])
+
+
+def test_save_takes_what_docker_takes(tmp_path: Path) -> None:
+    rig = ImageRig(str(tmp_path), "overlay2")
+    ids = two_images(rig)
+    for names, tags in ((["a"], [["a:1", "a:2"]]), (["a:2", "b"], [["a:2"], ["b:1"]]), ([ids[0]], [None]),
+                        ([ids[1][7:19], "a:1"], [None, ["a:1"]])):
+        items = json.loads(files_of(saved(rig, *names))["manifest.json"])
+        assert [item["RepoTags"] for item in items] == tags
+    assert rig.refused(404, "image_export", "nosuch") == "No such image: nosuch:latest"
+    assert rig.refused(404, "image_export", "a:1", "b:2") == "No such image: b:2"
+    assert "does not match" in rig.refused(404, "image_export", "a:1", platform="linux/s390x")
+    layer = rig.layers.get(rig.images.resolve("b:1").chain_ids[1])
+    Path(rig.layers.driver.diff_dir(layer.cache_id), "two").write_text("3")
+    assert "is damaged" in rig.refused(500, "image_export", "b:1")
+
+
+def other_form(rig: ImageRig, form: str) -> bytes:
+    """The archive of the two images as others write it."""
+    files = files_of(saved(rig, "a", "b"))
+    items = json.loads(files["manifest.json"])
+    if form == "layout":
+        del files["manifest.json"], files["repositories"]
+        return tar_of({f"./{name}": data for name, data in files.items()})
+    if form == "nested":  # as containerd writes one of several platforms, its layers compressed
+        inner, manifests = json.loads(files["index.json"]), []
+        for entry in inner["manifests"]:
+            manifest = json.loads(files[f"blobs/sha256/{entry['digest'][7:]}"])
+            for layer in manifest["layers"]:
+                data = gzip.compress(files[f"blobs/sha256/{layer['digest'][7:]}"])
+                layer.update(digest=sha256(data), size=len(data))
+                files[f"blobs/sha256/{sha256(data)[7:]}"] = data
+            data = json.dumps(manifest).encode()
+            files[f"blobs/sha256/{sha256(data)[7:]}"] = data
+            listed = [{"mediaType": MANIFEST, "digest": "sha256:" + "0" * 64, "size": 1, "platform": {
+                "os": "linux", "architecture": "s390x"}}, {**entry, "digest": sha256(data)}]
+            data = json.dumps({"schemaVersion": 2, "manifests": listed}).encode()
+            files[f"blobs/sha256/{sha256(data)[7:]}"] = data
+            manifests.append({"digest": sha256(data), "size": len(data),
+                              "annotations": entry["annotations"]})
+        files["index.json"] = json.dumps({"manifests": manifests}).encode()
+        del files["manifest.json"]
+        return tar_of(files)
+    links: dict[str, Any] = {}
+    for number, item in enumerate(items):  # a layer that two images have is a link, as 20.10 writes it
+        for place, layer in enumerate(item["Layers"]):
+            name = f"{number}{place}/layer.tar"
+            links[name] = files[layer] if (number, place) != (1, 0) else link_entry(name, "../00/layer.tar")
+            item["Layers"][place] = name
+        links[f"{number}.json"], item["Config"] = files[item["Config"]], f"{number}.json"
+    return tar_of({"manifest.json": json.dumps(items).encode(), **links})
+
+
+@pytest.mark.parametrize("form", ["layout", "nested", "links"])
+def test_other_forms_are_loaded(tmp_path: Path, form: str) -> None:
+    rig = ImageRig(str(tmp_path), "overlay2")
+    ids = two_images(rig)
+    before, archive = names_of(rig), other_form(rig, form)
+    for image in reversed(ids):
+        rig.run("image_delete", image, force=True)
+    rig.run("load", stdin=archive, quiet=True)
+    expected = before if form == "links" else {key: ("", tags) for key, (_, tags) in before.items()}
+    assert names_of(rig) == expected
+    rig.assert_whole()
+
+
+def old_archive(**documents: Any) -> bytes:
+    """An archive as Docker before 1.10 wrote it, with an image `one` and `two` made from it."""
+    one = {"id": "one", "created": "2014-01-01T00:00:00Z", "container_config": {"Cmd": ["/bin/sh", "x"]},
+           "config": {"Env": ["A=1"]}, "architecture": "amd64", "os": "linux", "Size": 5}
+    two = {**one, "id": "two", "parent": "one", "author": "me", "docker_version": "1.2.0"}
+    return tar_of({"two/json": json.dumps({**two, **documents.get("two", {})}).encode(),
+                   "two/layer.tar": file_tar("two"),
+                   "one/json": json.dumps({**one, **documents.get("one", {})}).encode(),
+                   "one/layer.tar": file_tar("one"), "one/VERSION": b"1.0",
+                   "repositories": json.dumps(documents.get("repositories", {"old": {"1": "two"}})).encode()})
+
+
+def test_archives_of_docker_before_1_10(tmp_path: Path, peer: Host) -> None:
+    rig = ImageRig(str(tmp_path), "overlay2")
+    rig.run("load", stdin=old_archive())
+    made = rig.images.resolve("old:1")
+    assert len(made.chain_ids) == 2 and rig.images.resolve(made.parent).chain_ids == made.chain_ids[:1]
+    peer.http("POST", "/images/load", old_archive(), {"Content-Type": "application/x-tar"})
+    assert peer.api("GET", "/images/old:1/json")["Id"] == made.id
+    peer.api("DELETE", "/images/old:1")
+
+
+def hostile_archives() -> dict[str, tuple[bytes, str]]:
+    """Archives that must not be loaded, and what is said of them."""
+    config = dockerd.docker_json({"os": "linux", "rootfs": {"type": "layers", "diff_ids": [
+        sha256(file_tar())]}})
+
+    def manifest(**changes: Any) -> bytes:
+        item = {"Config": "c.json", "RepoTags": ["x:1"], "Layers": ["l"], **changes.pop("item", {})}
+        return tar_of({"manifest.json": json.dumps(changes.pop("items", [item])).encode(), "c.json": config,
+                       "l": file_tar(), **changes})
+
+    loop = {name: dockerd.docker_json({"os": name, "rootfs": {"type": "layers"}}) for name in ("", "linux")}
+    ids = {name: sha256(data) for name, data in loop.items()}
+    index = {"manifests": [{"mediaType": MANIFEST, "digest": "sha256:" + "1" * 64, "size": 2}]}
+    return {
+        "nothing": (tar_of({}), "the archive has no images"),
+        "no tar": (b"x" * 2000, "archive/tar: invalid tar header"),
+        "cut off": (manifest()[:1300], "unexpected EOF"),
+        "no manifest": (tar_of({"manifest.json": b"{"}), "manifest.json is no JSON"),
+        "another shape": (tar_of({"manifest.json": b"[7]"}), "invalid archive of images"),
+        "deep JSON": (tar_of({"manifest.json": b"[" * 100000}), "manifest.json is no JSON"),
+        "much JSON": (tar_of({"manifest.json": bytes(17 << 20)}), "is larger than"),
+        "outside": (manifest(item={"Config": "../../etc/passwd"}), "open ../../etc/passwd: no such"),
+        "link outside": (manifest(item={"Config": "p"}, p=link_entry("p", "/etc/passwd")), "open p: no such"),
+        "link loop": (manifest(item={"Config": "p"}, p=link_entry("p", "p")), "open p: no such"),
+        "no config": (manifest(item={"Config": "nosuch"}), "open nosuch: no such"),
+        "no layer": (manifest(item={"Layers": ["nosuch"]}), "open nosuch: no such"),
+        "too few layers": (manifest(item={"Layers": []}), "layers length mismatch: expected 0, got 1"),
+        "another layer": (manifest(l=file_tar("other")), "invalid diffID for layer 0: expected"),
+        "hostile layer": (manifest(l=tar_of({"../x": b""})), 'invalid entry name "../x"'),
+        "no rootfs": (manifest(**{"c.json": b"{}"}), "no RootFS key"),
+        "windows": (manifest(**{"c.json": config.replace(b"linux", b"windows")}), "cannot load windows"),
+        "digest for a tag": (manifest(item={"RepoTags": ["x@sha256:" + "0" * 64]}), 'invalid tag "x@sha256'),
+        "no reference": (manifest(item={"RepoTags": ["X:1"]}), "must be lowercase"),
+        "parents in a loop": (manifest(items=[
+            {"Config": f"{name}.json", "Parent": ids["" if name else "linux"]} for name in loop],
+            **{f"{name}.json": data for name, data in loop.items()}), "is not a valid parent for"),
+        "another digest": (tar_of({"index.json": json.dumps(index).encode(),
+                                   "blobs/sha256/" + "1" * 64: b"{}"}), "does not have its digest"),
+        "old parents in a loop": (old_archive(one={"parent": "two"}), "are not in the archive"),
+        "old tag of nothing": (old_archive(repositories={"x": {"1": "three"}}), "invalid target ID: three"),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(hostile_archives()))
+def test_hostile_archives_of_images(tmp_path: Path, name: str) -> None:
+    archive, text = hostile_archives()[name]
+    rig = ImageRig(str(tmp_path), "overlay2")
+    assert text in rig.refused(400, "load", stdin=archive)
+    for image in rig.run("images", all=True):  # whole ones that came before their refused tag or parent
+        rig.run("image_delete", image["Id"], force=True)
+    rig.assert_whole()
+
+
+def test_a_loaded_tag_moves(tmp_path: Path) -> None:
+    rig = ImageRig(str(tmp_path), "overlay2")
+    two_images(rig)
+    archive, before = saved(rig, "a:1"), rig.images.resolve("b:1")
+    rig.run("tag", "b:1", "a", "1")
+    job, out = rig.engine.job("load", quiet=True), io.BytesIO()
+    job.stdin = io.BytesIO(archive)
+    job.stdout.add(out)
+    job.run()
+    assert [json.loads(line)["stream"] for line in out.getvalue().splitlines()] == [
+        f"The image a:1 already exists, renaming the old one with ID {before.id} to empty string\n",
+        "Loaded image: a:1\n"]
+
+
+def test_the_image_jobs_of_docker_1_2_0(tmp_path: Path) -> None:
+    rig = ImageRig(str(tmp_path), "overlay2")
+    ids = two_images(rig)
+    facts = rig.run("image_get", "b:1")
+    assert facts.items() >= {"Id": ids[1], "Parent": ids[0], "Os": "linux", "Author": ""}.items()
+    assert rig.run("image_get", "nosuch") == {}
+    assert rig.refused(400, "image_set", "x") == "mandatory key 'json' is not set"
+    made = rig.run("image_set", "x", stdin=file_tar("three"), json=json.dumps(
+        {"id": "x", "parent": ids[0][7:], "author": "me", "os": "linux"}))["Id"]
+    assert rig.run("image_get", made).items() >= {"Parent": ids[0], "Author": "me"}.items()
+    assert rig.images.resolve(made).chain_ids[:-1] == rig.images.resolve("a:1").chain_ids
+    empty = rig.run("image_set", "y", json='{"id": "y", "os": "linux"}')["Id"]
+    assert rig.images.resolve(empty).chain_ids == []
+    out = io.BytesIO()
+    job = rig.engine.job("image_tarlayer", made)
+    job.stdout.add(out)
+    job.run()
+    assert out.getvalue() == file_tar("three")
+    out = io.BytesIO()
+    job = rig.engine.job("viz")
+    job.stdout.add(out)
+    job.run()
+    graph, short = out.getvalue().decode(), [image[7:19] for image in ids]
+    assert graph.startswith("digraph docker {\n") and graph.endswith(" base [style=invisible]\n}\n")
+    assert f' "{short[0]}" -> "{short[1]}"\n' in graph and f' base -> "{short[0]}" [style=invis]\n' in graph
+    assert f'[label="{short[0]}\\na:1\\na:2",shape=box' in graph
+
+
+@pytest.mark.parametrize("way", ["to the peer", "from the peer"])
+def test_archives_between_daemons(docker: Docker, host: Host, peer: Host, tmp_path: Path, way: str) -> None:
+    """Through the CLI, with an image that was committed."""
+    theirs, shown = Docker(f"{PEER}/usr/bin/docker", peer), "{{.Id}} {{.RootFS}} {{.Config.Cmd}}"
+    first, second = (docker, theirs) if way == "to the peer" else (theirs, docker)
+    first("run", "--network=none", "--name=made", "busybox", "sh", "-c", "echo x >/new; rm /etc/plain")
+    first("commit", "-c", "CMD ls /etc/plain; cat /new", "made", "made:it")
+    first("rm", "made")
+    first("save", "-o", str(tmp_path / "archive"), "made:it")
+    known = first("inspect", "-f", shown, "made:it")
+    assert second("load", "-i", str(tmp_path / "archive")) == "Loaded image: made:it"
+    assert second("inspect", "-f", shown, "made:it") == known
+    assert second("run", "--rm", "--network=none", "made:it") == "x"
+    for each in (first, second):
+        each("rmi", "made:it")
+
+
+def test_archives_of_and_for_podman_skopeo_and_umoci(registries: Registries) -> None:
+    host, at = registries.host, registries.host.path
+    image = host.api("GET", "/images/busybox/json")
+    Path(at("ours")).write_bytes(host.http("GET", f"{API}/images/busybox/get").body)
+    ours, layout = at("ours"), at("layout")
+    registries.run("skopeo", "copy", f"docker-archive:{ours}", f"docker-archive:{at('skopeo')}:skopeo:1")
+    registries.run("skopeo", "copy", f"docker-archive:{ours}", f"oci-archive:{at('skopeo-oci')}:skopeo:oci")
+    registries.run("skopeo", "copy", f"oci-archive:{ours}:latest", f"oci:{layout}:latest")
+    registries.run("umoci", "config", "--image", layout + ":latest", "--config.workingdir=/tmp", "--tag=u")
+    podman, name = podman_of(host), "docker.io/library/busybox"
+    assert "busybox" in registries.run(*podman, "load", "-i", ours)
+    registries.run(*podman, "save", "-o", at("podman"), name)
+    registries.run(*podman, "save", "--format=oci-archive", "-o", at("podman-oci"), name)
+    for name in ("skopeo", "podman", "skopeo-oci", "podman-oci"):
+        answer = host.http("POST", f"{API}/images/load", Path(at(name)).read_bytes())
+        assert answer.lines[-1]["stream"].startswith("Loaded image: "), (name, answer.body)
+    assert [host.api("GET", f"/images/{name}/json")["Id"] == image["Id"]
+            for name in ("skopeo:1", "busybox", "skopeo:oci")] == [True, True, False]  # OCI's is written anew
+    archive = subprocess.run(["tar", "-C", layout, "-c", "."], stdout=subprocess.PIPE).stdout
+    answer = host.http("POST", f"{API}/images/load", archive)
+    made = [line["stream"].split()[-1] for line in answer.lines]
+    assert len(made) == 2 and all(re.fullmatch("sha256:[0-9a-f]{64}", each) for each in made), answer.body
+    assert sorted(host.run("pwd", image=each) for each in made) == [(0, b"/\n"), (0, b"/tmp\n")]
+    assert all(host.api("GET", f"/images/{each}/json")["RootFS"] == image["RootFS"] for each in made)
 
 
 # ------------------------------------------------------------------------------------------------------------
