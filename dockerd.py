@@ -1703,6 +1703,11 @@ OPTIONS = (
            functools.partial(_at_least_zero, "max concurrent uploads"), reload=True),
     Option("max-download-attempts", "--max-download-attempts", "int", "Set the max download attempts for "
            "each pull", 5, functools.partial(_at_least_zero, "max download attempts"), reload=True),
+    Option("image-gc-days", "--image-gc-days", "int", "Remove images of registries that no container has "
+           "used for so many days (0: never)", 0, functools.partial(_at_least_zero, "image gc days"),
+           reload=True),
+    Option("image-gc-space", "--image-gc-space", "size", "Remove unused images of registries, the longest "
+           "unused first, when all images take more space (0: never)", 0, reload=True),
     Option("allow-nondistributable-artifacts", "--allow-nondistributable-artifacts", "list",
            "Allow push of nondistributable artifacts to registry", status=("ignored", "they always are")),
     Option("http-proxy", "--http-proxy", "string", "HTTP proxy URL to use for outgoing traffic"),
@@ -2116,7 +2121,8 @@ def _man_page() -> str:
 
 
 def _commented_config() -> str:
-    entries = [f"  // {_help_text(option)}\n  // {json.dumps(option.name)}: {json.dumps(option.empty)}"
+    entries = [f"  // {_help_text(option)}\n  // {json.dumps(option.name)}: "
+               + json.dumps(str(option.empty) if option.kind == "size" else option.empty)
                for option in OPTIONS if option.in_file and option.status[0] == "served"]
     return ("{\n  // Remove the slashes before an option to set it; put commas between options.\n"
             + "\n".join(entries) + "\n}\n")
@@ -6133,7 +6139,7 @@ class LayerStore:
         for cache_id in sorted(set(self.driver.ids()) - used):
             yield Damage(f"no record names the layer directory {cache_id}",
                          functools.partial(self.driver.remove, cache_id))
-        for layer in list(self._layers.values()):
+        for layer in self.all():
             if lost := self._lost(layer):
                 yield Damage(f"the layer {layer.chain_id} has lost {lost} bytes of its files: pull or import "
                              "its images again")
@@ -6168,6 +6174,11 @@ class LayerStore:
         if layer is None:
             raise DockerError(f"layer does not exist: {chain}")
         return layer
+
+    def all(self) -> list[Layer]:
+        """All read-only layers."""
+        with self._tables:
+            return list(self._layers.values())
 
     def lineage(self, chain: str) -> list[Layer]:
         """The layers of a chain from the top; [] for ''."""
@@ -6737,15 +6748,20 @@ class ImageStore:
                 self._write_fact(image.id, "parent", parent.id)
                 image.parent = parent.id
 
-    def touch(self, image: Image) -> None:
-        """Note that the image was tagged now."""
+    def touch(self, image: Image, fact: str = "lastUpdated") -> None:
+        """Note that the image was tagged now, or what else `fact` means."""
         with self._writer:
             if image.id in self._images:
-                self._write_fact(image.id, "lastUpdated", rfc3339nano(time.time_ns()))
+                self._write_fact(image.id, fact, rfc3339nano(time.time_ns()))
 
     def last_updated(self, image: Image) -> str:
         """When the image was last tagged here, in RFC 3339; Go's zero time when it never was."""
         return self._fact(image.id, "lastUpdated") or ZERO_TIME
+
+    def last_used(self, image: Image) -> int:
+        """When a container was last seen to use the image, in ns since 1970; 0 when nobody has looked."""
+        text = self._fact(image.id, "lastUsed")
+        return parse_timestamp(text) if text else 0
 
 
 class TagStore:
@@ -7152,6 +7168,11 @@ class Images:
         if prune and parent is not None:
             self._delete_image(parent, False, True, True, records)
 
+    def discard(self, image: Image, records: list[dict[str, str]]) -> None:
+        """Remove an image with all its names; Conflict when a container or another image needs it."""
+        self._check_conflicts(image, False, references=False)
+        self._delete_image(image, True, True, False, records)
+
     def _check_conflicts(self, image: Image, force: bool, references: bool = True) -> None:
         """Conflict when something needs the image: children and running containers always, tags (not without
         `references`) and stopped containers unless `force`."""
@@ -7177,6 +7198,45 @@ class ImageConflict(Conflict):
         super().__init__(f"conflict: unable to delete {image.short_id} ({remedy}) - {reason} "
                          f"{container_id[:12]}".rstrip())
         self.used = bool(container_id)
+
+
+class ImageGarbage:
+    """Removes images by itself, as --image-gc-days and --image-gc-space ask: what no container uses, the
+    longest unused first, and only what can be had again (it has a digest of a registry) or has no name.
+
+    When an image was last used stands beside moby's facts of it: first when the first pass saw it."""
+
+    PERIOD = 600  # s between two passes
+
+    def __init__(self, config: Any, images: Images) -> None:
+        self.config, self.images = config, images
+        self._used: set[str] = set()
+
+    def note_use(self, image_id: str) -> None:
+        """A container of the image is going, which the next pass will not see."""
+        self._used.add(image_id)
+
+    def collect(self) -> list[dict[str, str]]:
+        """One pass; what was untagged and deleted."""
+        days, space, records = self.config.image_gc_days, self.config.image_gc_space, list[dict[str, str]]()
+        for used, image in self._unused() if days or space else ():
+            old = 0 < days <= (time.time_ns() - used) / 86400e9
+            if old or 0 < space < sum(layer.size for layer in self.images.layers.all()):
+                with contextlib.suppress(DockerError):  # it is another's parent, or used since
+                    self.images.discard(image, records)
+                    log.info("removed the image %s, unused since %s", image.id, rfc3339nano(used))
+        return records
+
+    def _unused(self) -> list[tuple[int, Image]]:
+        """(last use, image) of those that may go, the longest unused first; notes who is used now."""
+        found, noted, self._used = [], self._used, set()
+        for image in self.images.store.all():
+            used, references = self.images.store.last_used(image), self.images.tags.references(image.id)
+            if not used or image.id in noted or self.images.users(image.id):
+                self.images.store.touch(image, "lastUsed")
+            elif not references or any(reference.digest for reference in references):
+                found.append((used, image))
+        return sorted(found, key=lambda pair: pair[0])
 
 
 def one_repository(references: list[Reference]) -> bool:
@@ -21831,6 +21891,7 @@ class Daemon:
         self.driver = ExecutionDriver(config.exec_root)
         self.images = Images(config, self.events.image_event, self._image_users, self.idmap)
         self.layers = self.images.layers
+        self.garbage = ImageGarbage(config, self.images)
         engine.variables["config"] = config
         engine.job("init_networkdriver").run()
         self.networks: Networks = engine.variables["networks"]
@@ -21838,12 +21899,13 @@ class Daemon:
         self.volumes.renamed = self._volume_renamed
         self.parts = Parts(config, self.layers, self.driver, self.cgroups, LogPump(), self._seccomp_profile(),
                            self.events.container_event, self.events.network_event, self.workers.submit,
-                           self.workers.later, self.networks, self.containers.discard, self.containers.find,
+                           self.workers.later, self.networks, self._container_gone, self.containers.find,
                            self.idmap, self.containers.all, self.volumes)
         self._load_containers()
         self.networks.proxy.forget_strangers()
         self.driver.open()
         self._start_wanted()
+        self.workers.submit(self._collect_garbage)
         engine.on_shutdown(self.shutdown)
 
     def install(self) -> None:
@@ -21926,6 +21988,14 @@ class Daemon:
     def _image_users(self, image_id: str) -> list[tuple[str, bool]]:
         return [(container.id, container.state.running) for container in self.containers.all()
                 if image_id in (container.image_id, *(point["Name"] for point in container.points))]
+
+    def _container_gone(self, container: Container) -> None:
+        self.garbage.note_use(container.image_id)
+        self.containers.discard(container)
+
+    def _collect_garbage(self) -> None:
+        self.workers.later(ImageGarbage.PERIOD, self._collect_garbage)
+        self.garbage.collect()
 
     def _volume_renamed(self, volume: Volume, old: str) -> None:
         for container in self.containers.all():

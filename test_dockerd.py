@@ -11249,6 +11249,96 @@ def test_a_layer_is_taken_for_what_it_is_not_for_what_its_type_says(pull_rig: Pu
     assert layers == [sha256(archive) for archive in archives]
 
 
+# Automatic garbage collection
+
+
+def pull(host: Host, image: str) -> None:
+    """Pull IMAGE:TAG over the API."""
+    name, _, tag = image.rpartition(":")
+    answer = host.http("POST", f"{API}/images/create?fromImage={name}&tag={tag}")
+    assert answer.status == 200 and "error" not in answer.lines[-1], answer.body
+
+
+def set_last_use(rig: ImageRig, name: str, days: float) -> None:
+    """Let the last use of an image be so many days ago."""
+    fact = os.path.join(rig.root, "image", rig.driver, "imagedb", "metadata", "sha256",
+                        rig.images.resolve(name).id[7:], "lastUsed")
+    dockerd.write_state(fact, dockerd.rfc3339nano(time.time_ns() - int(days * 86400e9)).encode())
+
+
+def test_images_that_nobody_uses_go_by_themselves(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    rig, names = pull_rig, {}
+    config: Any = dockerd.Config()
+    for name in ("old", "used", "young", "parent", "noted"):
+        registry.image(f"a/{name}", "1", [file_tar(name, bytes(1000))])
+        names[name] = f"{registry.name}/a/{name}:1"
+        rig.run("pull", names[name])
+    rig.run("tag", names["old"], "another/name")
+    rig.add("local", archive=file_tar("local"))
+    dangling = rig.add(archive=file_tar("dangling"))
+    parent = rig.images.resolve(names["parent"])
+    rig.layers.create_rw("c", parent.chain_id)
+    with rig.layers.transaction() as transaction:
+        child = rig.images.commit(transaction, "c", parent, config={}, container_config={})
+        rig.images.set_tag(dockerd.parse_reference("child"), child)
+    rig.layers.remove_rw("c")
+    rig.containers["c"] = (rig.images.resolve(names["used"]).id, False)
+    garbage = dockerd.ImageGarbage(config, rig.images)
+    config.image_gc_days = 10
+    assert garbage.collect() == []  # it has seen them now
+    for name in (*names.values(), "local", dangling, "child"):
+        set_last_use(rig, name, 9 if name == names["young"] else 11)
+    garbage.note_use(rig.images.resolve(names["noted"]).id)
+    config.image_gc_days = 0
+    assert garbage.collect() == []
+    config.image_gc_days = 10
+    gone = {record["Untagged"] for record in garbage.collect() if "Untagged" in record}
+    assert {"another/name:latest", names["old"]} < gone and len(gone) == 3
+    left = {tag for image in rig.run("images") for tag in image["RepoTags"]}
+    assert left == {"local:latest", "child:latest", *names.values()} - {names["old"]}
+    assert dangling not in rig.listed() and len(rig.listed()) == 6
+    rig.restart()
+    rig.assert_whole()
+
+
+def test_unused_images_go_when_all_take_too_much_space(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    base, config = file_tar("base", bytes(100_000)), types.SimpleNamespace(
+        image_gc_days=0, image_gc_space=250_000)
+    names = [f"{registry.name}/a/{name}:1" for name in "xyz"]
+    garbage = dockerd.ImageGarbage(config, pull_rig.images)
+    for name, days in zip(names, (2, 3, 1)):
+        registry.image(f"a/{name[-3]}", "1", [base, file_tar(name[-3], bytes(50_000))])
+        pull_rig.run("pull", name)
+        assert garbage.collect() == []
+        set_last_use(pull_rig, name, days)
+    assert garbage.collect() == []  # the base is counted once
+    config.image_gc_space = 200_000
+    assert {record.get("Untagged") for record in garbage.collect()} >= {names[1]}
+    assert len(pull_rig.listed()) == 2
+    config.image_gc_space = 1
+    garbage.collect()
+    assert pull_rig.listed() == []
+
+
+def test_a_daemon_collects_images_as_its_options_say(new_host: Callable[..., Host]) -> None:
+    host = new_host()
+    registry = FakeRegistry(host)
+    registry.image("a/b", "1")
+    pull(host, f"{registry.name}/a/b:1")
+    registry.shutdown()
+    registry.server_close()
+    host.import_image("local", file_tar("local"))
+    host.stop()
+    host.options += ["--image-gc-space", "1b"]
+    host.start()
+    images = Path(host.data_root, "image/overlay2/imagedb/metadata/sha256")
+    wait_for(lambda: len(list(images.glob("*/lastUsed"))) == 2, "the first look")
+    assert len(host.api("GET", "/images/json")) == 2
+    host.stop()
+    host.start()
+    wait_for(lambda: [image["RepoTags"] for image in host.api("GET", "/images/json")] == [["local:latest"]])
+
+
 # Crashes
 
 CRASH_SCRIPT = """
@@ -11401,13 +11491,6 @@ def test_a_layer_that_has_lost_its_content_is_pulled_again(pull_rig: PullRig,
     registry.seen.clear()
     pull_rig.run("pull", source)
     assert len(registry.requests("/blobs/")) == 1
-
-
-def pull(host: Host, image: str) -> None:
-    """Pull IMAGE:TAG over the API."""
-    name, _, tag = image.rpartition(":")
-    answer = host.http("POST", f"{API}/images/create?fromImage={name}&tag={tag}")
-    assert answer.status == 200 and "error" not in answer.lines[-1], answer.body
 
 
 @pytest.mark.torture
@@ -12711,9 +12794,8 @@ def test_the_commented_daemon_json_is_the_defaults(configure):
     for entry in re.findall(r'// ("[a-z0-9-]+": .*)', text):
         (name, value), = json.loads("{" + entry + "}").items()
         assert name in [*KEYS_OF_DOCKERD, "api-enable-cors", "exec-driver",  # of 1.2.0, and of 29
-                        "bridge-accept-fwmark", "firewall-backend"]
-        if name != "default-shm-size":
-            configure(json={name: value})
+                        "bridge-accept-fwmark", "firewall-backend", "image-gc-days", "image-gc-space"]
+        configure(json={name: value})
 
 
 @pytest.mark.parametrize("what", ["openrc", "sysvinit", "bash"])
