@@ -9940,7 +9940,7 @@ def attach_device_program(directory: int, rules: Iterable[str]) -> None:
         os.close(program)
 
 
-def _device_lines(entries: Optional[list[dict[str, Any]]], key: str) -> list[tuple[str, Any]]:
+def _device_lines(entries: Optional[Iterable[dict[str, Any]]], key: str) -> list[tuple[str, Any]]:
     """("MAJOR:MINOR", value) of HostConfig's limits by device path."""
     lines = []
     for entry in entries or ():
@@ -9989,26 +9989,33 @@ def v1_settings(resources: dict[str, Any]) -> list[Setting]:
     return [Setting(file.partition(".")[0], file, str(value)) for file, value in values if value]
 
 
+# (v2's file, its text of HostConfig's numbers, of which those that are not set are 0)
+_V2_FILES: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
+    ("memory.max", lambda of: "max" if of["Memory"] < 0 else of["Memory"]),
+    ("memory.swap.max", lambda of: "max" if of["MemorySwap"] < 0 else
+     str(of["MemorySwap"] - of["Memory"]) if of["MemorySwap"] else ""),
+    ("memory.low", lambda of: of["MemoryReservation"]),
+    ("cpu.weight", lambda of: of["CpuShares"] and 1 + (
+        min(max(of["CpuShares"], 2), 1 << 18) - 2) * 9999 // 262142),
+    ("cpu.max", lambda of: (of["period"] or of["quota"]) and
+     f"{of['quota'] if of['quota'] > 0 else 'max'} {of['period'] or 100000}"),
+    ("cpuset.cpus", lambda of: of["CpusetCpus"]), ("cpuset.mems", lambda of: of["CpusetMems"]),
+    ("pids.max", lambda of: of["pids"]),
+)
+
+
 def v2_settings(resources: dict[str, Any]) -> list[Setting]:
     """What to write for HostConfig's resources on version 2, where swap counts without memory."""
-    get = resources.get
     period, quota = _cpu_time(resources)
-    memory, swap, shares = get("Memory") or 0, get("MemorySwap") or 0, get("CpuShares") or 0
-    weights: list[tuple[str, Any]] = [("default", get("BlkioWeight"))] if get("BlkioWeight") else []
-    weights += _device_lines(get("BlkioWeightDevice"), "Weight")
-    values = (
-        ("memory.max", "max" if memory < 0 else memory),
-        ("memory.swap.max", "max" if swap < 0 else str(swap - memory) if swap else ""),
-        ("memory.low", get("MemoryReservation")),
-        ("cpu.weight", 1 + (min(max(shares, 2), 1 << 18) - 2) * 9999 // 262142 if shares else ""),
-        ("cpu.max", f"{quota if quota > 0 else 'max'} {period or 100000}" if period or quota else ""),
-        ("cpuset.cpus", get("CpusetCpus")),
-        ("cpuset.mems", get("CpusetMems")),
-        ("pids.max", _pids_limit(resources)),
-        *(("io.bfq.weight", f"{device} {weight}") for device, weight in weights),
-        *(("io.weight", f"{device} {1 + (weight - 10) * 9999 // 990}") for device, weight in weights),
-        *(("io.max", f"{device} {name}={rate}") for key, _, name in _BLKIO_RATES
-          for device, rate in _device_lines(get(key), "Rate")))
+    of = collections.defaultdict(int, {key: value for key, value in resources.items() if value},
+                                 period=period, quota=quota, pids=_pids_limit(resources))
+    values = [(file, text(of)) for file, text in _V2_FILES]
+    weights: list[tuple[str, Any]] = [("default", of["BlkioWeight"])] if of["BlkioWeight"] else []
+    for device, weight in weights + _device_lines(of["BlkioWeightDevice"] or (), "Weight"):
+        values += [("io.bfq.weight", f"{device} {weight}"),
+                   ("io.weight", f"{device} {1 + (weight - 10) * 9999 // 990}")]
+    values += [("io.max", f"{device} {name}={rate}") for key, _, name in _BLKIO_RATES
+               for device, rate in _device_lines(of[key] or (), "Rate")]
     return [Setting("", file, str(value)) for file, value in values if value]
 
 
@@ -11729,20 +11736,35 @@ def _deny_beside(top: str, kept: str, access: str) -> list[str]:
     return [f"deny {top}/{kept[:end]}[^{kept[end]}]** {access}," for end in range(len(kept))]
 
 
+_APPARMOR_PROFILE = """\
+#include <tunables/global>
+
+profile docker-default flags=(attach_disconnected,mediate_deleted) {
+  #include <abstractions/base>
+  network,
+  capability,
+  file,
+  umount,
+  deny mount,
+  signal (receive) peer=unconfined,
+  signal (send,receive) peer=docker-default,
+  ptrace (trace,read,tracedby,readby) peer=docker-default,
+  deny @{PROC}/[^s0-9]** w,
+  @BESIDE_SHM@
+  deny @{PROC}/{kcore,sysrq-trigger} rwklx,
+  @BESIDE_CGROUP@
+  deny /sys/{firmware,kernel/security,devices/virtual/powercap}/** rwklx,
+}
+"""
+
+
 def apparmor_profile() -> str:
     """The profile docker-default: what a container's root may do but for the kernel's and the host's knobs in
     /proc and /sys, mounts, and processes outside.  apparmor.d(5)."""
-    rules = [
-        "#include <abstractions/base>", "network,", "capability,", "file,", "umount,", "deny mount,",
-        "signal (receive) peer=unconfined,", f"signal (send,receive) peer={APPARMOR_DEFAULT},",
-        f"ptrace (trace,read,tracedby,readby) peer={APPARMOR_DEFAULT},",
-        "deny @{PROC}/[^s0-9]** w,", *_deny_beside("@{PROC}", "sys/kernel/shm", "w")[1:],
-        "deny @{PROC}/{kcore,sysrq-trigger} rwklx,",
-        *_deny_beside("/sys", "fs/cgroup/", "wklx"),
-        "deny /sys/{firmware,kernel/security,devices/virtual/powercap}/** rwklx,"]
-    return "\n  ".join(["#include <tunables/global>\n\n"
-                        f"profile {APPARMOR_DEFAULT} flags=(attach_disconnected,mediate_deleted) {{", *rules]
-                       ) + "\n}\n"
+    beside_shm, beside_cgroup = _deny_beside("@{PROC}", "sys/kernel/shm", "w")[1:], _deny_beside(
+        "/sys", "fs/cgroup/", "wklx")
+    return _APPARMOR_PROFILE.replace("@BESIDE_SHM@", "\n  ".join(beside_shm)).replace(
+        "@BESIDE_CGROUP@", "\n  ".join(beside_cgroup))
 
 
 @functools.cache
@@ -13013,6 +13035,33 @@ class Iptables(Firewall):
     CHAINS = {"filter": ("DOCKER", "DOCKER-ISOLATION-STAGE-1", "DOCKER-ISOLATION-STAGE-2"),
               "nat": ("DOCKER",)}
     FIRST = ("DOCKER-ISOLATION-STAGE-1", "DOCKER-USER")
+    # (where this holds, table, how the rule is added, chain, the rule; {0} is the entry)
+    LINES = (
+        ("icc", "filter", "-I", "FORWARD", "-i {0.bridge} -o {0.bridge} -j ACCEPT"),
+        ("no icc", "filter", "-I", "FORWARD", "-i {0.bridge} -o {0.bridge} -j DROP"),
+        ("internal", "filter", "-I", "DOCKER-ISOLATION-STAGE-1", "! -s {0.subnet} -o {0.bridge} -j DROP"),
+        ("internal", "filter", "-I", "DOCKER-ISOLATION-STAGE-1", "! -d {0.subnet} -i {0.bridge} -j DROP"),
+        ("open", "filter", "-I", "FORWARD", "-i {0.bridge} ! -o {0.bridge} -j ACCEPT"),
+        ("open", "filter", "-I", "FORWARD", "-o {0.bridge} -j DOCKER"),
+        ("open", "filter", "-I", "FORWARD",
+         "-o {0.bridge} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"),
+        ("open", "filter", "-A", "DOCKER", "! -i {0.bridge} -o {0.bridge} -j DROP"),
+        ("open", "filter", "-I", "DOCKER-ISOLATION-STAGE-1",
+         "-i {0.bridge} ! -o {0.bridge} -j DOCKER-ISOLATION-STAGE-2"),
+        ("open", "filter", "-I", "DOCKER-ISOLATION-STAGE-2", "-o {0.bridge} -j DROP"),
+        ("masquerade", "nat", "-I", "POSTROUTING", "-s {0.subnet} ! -o {0.bridge} -j MASQUERADE"),
+        ("proxied", "nat", "-I", "DOCKER", "-i {0.bridge} -j RETURN"),
+        ("port", "nat", "-A", "DOCKER", "{host}{outside}-p {0.protocol} -m {0.protocol} --dport {0.port} "
+         "-j DNAT --to-destination {target}:{0.target_port}"),
+        ("port", "nat", "-A", "POSTROUTING", "-s {0.target} -d {0.target} -p {0.protocol} -m {0.protocol} "
+         "--dport {0.target_port} -j MASQUERADE"),
+        ("port", "filter", "-I", "DOCKER", "-d {0.target} ! -i {0.bridge} -o {0.bridge} -p {0.protocol} "
+         "-m {0.protocol} --dport {0.target_port} -m conntrack --ctstate DNAT -j ACCEPT"),
+        ("link", "filter", "-I", "DOCKER", "-s {0.parent} -d {0.child} -i {0.bridge} -o {0.bridge} "
+         "-p {0.protocol} -m {0.protocol} --dport {0.port} -j ACCEPT"),
+        ("link", "filter", "-I", "DOCKER", "-s {0.child} -d {0.parent} -i {0.bridge} -o {0.bridge} "
+         "-p {0.protocol} -m {0.protocol} --sport {0.port} -j ACCEPT"),
+    )
     LEFT_OVER = re.compile(r"-A (?:FORWARD|PREROUTING|OUTPUT|POSTROUTING) .*(?:-j DOCKER\b|-[io] (?:docker0|"
                            r"br-[0-9a-f]{12})\b)|-A POSTROUTING -s (\S+) -d \1 .*-j MASQUERADE")
 
@@ -13032,45 +13081,18 @@ class Iptables(Firewall):
 
     def _lines(self, rule: FirewallRule, remove: bool = False) -> list[tuple[str, str]]:
         """(table, line) that add the rule, or that take it away."""
+        holds, words = {"link"}, {}
         if isinstance(rule, BridgeRule):
-            listed = self._bridge_lines(rule)
+            holds = {"icc" if rule.icc else "no icc", "internal" if rule.internal else "open"}
+            if not rule.internal:
+                holds |= {"masquerade"} if rule.masquerade else set()
+                holds |= {"proxied"} if self.proxied else set()
         elif isinstance(rule, PortRule):
-            listed = self._port_lines(rule)
-        else:
-            within = f"-i {rule.bridge} -o {rule.bridge} -p {rule.protocol} -m {rule.protocol}"
-            listed = [("filter", "-I", "DOCKER",
-                       f"-s {one} -d {other} {within} --{side} {rule.port} -j ACCEPT")
-                      for one, other, side in ((rule.parent, rule.child, "dport"),
-                                               (rule.child, rule.parent, "sport"))]
-        return [(table, f"{'-D' if remove else how} {chain} {text}\n") for table, how, chain, text in listed]
-
-    def _bridge_lines(self, rule: BridgeRule) -> list[tuple[str, str, str, str]]:
-        name, one, two = rule.bridge, "DOCKER-ISOLATION-STAGE-1", "DOCKER-ISOLATION-STAGE-2"
-        within = ("filter", "-I", "FORWARD", f"-i {name} -o {name} -j {'ACCEPT' if rule.icc else 'DROP'}")
-        if rule.internal:
-            return [within, ("filter", "-I", one, f"! -s {rule.subnet} -o {name} -j DROP"),
-                    ("filter", "-I", one, f"! -d {rule.subnet} -i {name} -j DROP")]
-        lines = [within, ("filter", "-I", "FORWARD", f"-i {name} ! -o {name} -j ACCEPT"),
-                 ("filter", "-I", "FORWARD", f"-o {name} -j DOCKER"),
-                 ("filter", "-I", "FORWARD",
-                  f"-o {name} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"),
-                 ("filter", "-A", "DOCKER", f"! -i {name} -o {name} -j DROP"),
-                 ("filter", "-I", one, f"-i {name} ! -o {name} -j {two}"),
-                 ("filter", "-I", two, f"-o {name} -j DROP")]
-        if rule.masquerade:
-            lines.append(("nat", "-I", "POSTROUTING", f"-s {rule.subnet} ! -o {name} -j MASQUERADE"))
-        return lines + ([("nat", "-I", "DOCKER", f"-i {name} -j RETURN")] if self.proxied else [])
-
-    def _port_lines(self, rule: PortRule) -> list[tuple[str, str, str, str]]:
-        host = "" if rule.host.is_unspecified else f"-d {rule.host} "
-        outside = f"! -i {rule.bridge} " if self.proxied else ""
-        match = f"-p {rule.protocol} -m {rule.protocol} --dport"
-        to = f"{_bracketed(rule.target)}:{rule.target_port}"
-        return [("nat", "-A", "DOCKER", f"{host}{outside}{match} {rule.port} -j DNAT --to-destination {to}"),
-                ("nat", "-A", "POSTROUTING",
-                 f"-s {rule.target} -d {rule.target} {match} {rule.target_port} -j MASQUERADE"),
-                ("filter", "-I", "DOCKER", f"-d {rule.target} ! -i {rule.bridge} -o {rule.bridge} {match} "
-                 f"{rule.target_port} -m conntrack --ctstate DNAT -j ACCEPT")]
+            holds, words = {"port"}, {"host": "" if rule.host.is_unspecified else f"-d {rule.host} ",
+                                      "outside": f"! -i {rule.bridge} " if self.proxied else "",
+                                      "target": _bracketed(rule.target)}
+        return [(table, f"{'-D' if remove else how} {chain} {text.format(rule, **words)}\n")
+                for what, table, how, chain, text in self.LINES if what in holds]
 
     def _rebuild(self) -> None:
         """Our chains emptied and filled, what points at them put back at its place; other rules stay."""
@@ -15618,23 +15640,29 @@ class LogInfo(NamedTuple):
 
     def tag(self, default: str = "{{.ID}}") -> str:
         """The option tag, a Go template of which fields are understood; DockerError for another."""
-        fields = {"ID": self.id[:12], "FullID": self.id, "ContainerID": self.id, "Name": self.name[1:],
-                  "ContainerName": self.name, "ImageID": self.image_id[:12], "ImageFullID": self.image_id,
-                  "ContainerImageID": self.image_id, "ImageName": self.image,
-                  "ContainerImageName": self.image, "DaemonName": "docker", "Command": self.command,
-                  "Hostname": socket.gethostname()}
 
         def value(match: re.Match[str]) -> str:
             if match[1] is None:
                 raise DockerError("template: log-tag:1: " + (
                     f"{match[0]} is not understood here: a tag may name fields only"
                     if match[0].endswith("}}") else "unclosed action"))
-            if match[1] not in fields:
+            if match[1] not in TAG_FIELDS:
                 raise DockerError(f'template: log-tag:1:{match.start(1) - 1}: executing "log-tag" at '
                                   f"<.{match[1]}>: can't evaluate field {match[1]} in type *logger.Info")
-            return fields[match[1]]
+            return TAG_FIELDS[match[1]](self)
 
         return re.sub(r"\{\{\s*\.(\w+)\s*\}\}|\{\{.*?(?:\}\}|$)", value, self.options.get("tag") or default)
+
+
+# The fields of a tag
+TAG_FIELDS: dict[str, Callable[[LogInfo], str]] = {
+    "ID": lambda info: info.id[:12], "FullID": lambda info: info.id, "ContainerID": lambda info: info.id,
+    "Name": lambda info: info.name[1:], "ContainerName": lambda info: info.name,
+    "ImageID": lambda info: info.image_id[:12], "ImageFullID": lambda info: info.image_id,
+    "ContainerImageID": lambda info: info.image_id, "ImageName": lambda info: info.image,
+    "ContainerImageName": lambda info: info.image, "DaemonName": lambda info: "docker",
+    "Command": lambda info: info.command, "Hostname": lambda info: socket.gethostname(),
+}
 
 
 # The formats of log files
@@ -16960,17 +16988,20 @@ class Streams:
 # ------------------------------------------------------------------------------------------------------------
 
 
+# (below so many seconds, of which the first are those that rounding adds, in units of so many, these words)
+DURATIONS: tuple[tuple[float, int, int, str], ...] = (
+    (1, 0, 1, "Less than a second"), (2, 0, 1, "1 second"), (60, 0, 1, "{} seconds"),
+    (120, 0, 60, "About a minute"), (3600, 0, 60, "{} minutes"), (7200, 1800, 3600, "About an hour"),
+    (48 * 3600, 1800, 3600, "{} hours"), (14 * 86400, 1800, 86400, "{} days"),
+    (60 * 86400, 1800, 7 * 86400, "{} weeks"), (730 * 86400, 1800, 30 * 86400, "{} months"),
+    (math.inf, 0, 365 * 86400, "{} years"),
+)
+
+
 def human_duration(seconds: float) -> str:
     """A length of time in words (go-units: HumanDuration): "Less than a second" to "2 years"."""
-    minutes, hours = int(seconds / 60), int(seconds / 3600 + 0.5)
-    steps = (  # (whether this step serves, its words)
-        (seconds < 1, "Less than a second"), (seconds < 2, "1 second"),
-        (seconds < 60, f"{int(seconds)} seconds"), (minutes == 1, "About a minute"),
-        (minutes < 60, f"{minutes} minutes"), (hours == 1, "About an hour"),
-        (hours < 48, f"{hours} hours"), (hours < 24 * 14, f"{hours // 24} days"),
-        (hours < 24 * 60, f"{hours // 168} weeks"), (hours < 24 * 730, f"{hours // 720} months"),
-    )
-    return next((words for serves, words in steps if serves), f"{int(seconds / 3600) // 24 // 365} years")
+    added, unit, words = next(row[1:] for row in DURATIONS if seconds + row[1] < row[0])
+    return words.format(int((seconds + added) // unit))
 
 
 def status_text(state: dict[str, Any], now: int) -> str:
@@ -17583,6 +17614,13 @@ CONTAINER_STOP_TIMEOUT = 10     # seconds between the stop signal and SIGKILL
 RESTART_DELAY = (0.1, 60.0)     # seconds until a first restart, doubled at each, and the longest
 RESTART_RESET = 10              # seconds of running after which a restart is a first one again
 EXEC_KEPT = 300                 # seconds after which an ended exec instance may go; it goes after twice that
+
+
+# (HostConfig's member, the namespaces that it is about, Docker's text for another container that has none)
+SHARED_NAMESPACES = (
+    ("PidMode", ("pid",), "{1}"), ("IpcMode", ("ipc", "mnt"), "can't join IPC of container {0}: {1}"),
+    ("NetworkMode", ("net",), "cannot join network of a non running container: {0}"),
+)
 
 
 class Parts(NamedTuple):
@@ -18258,10 +18296,7 @@ class Container:
         "net", "ipc", and "mnt" for the shared memory.  DockerError, with Docker's text, where that cannot
         be."""
         joined = {}
-        for key, names, text in (("PidMode", ("pid",), "{1}"),
-                                 ("IpcMode", ("ipc", "mnt"), "can't join IPC of container {0}: {1}"),
-                                 ("NetworkMode", ("net",),
-                                  "cannot join network of a non running container: {0}")):
+        for key, names, text in SHARED_NAMESPACES:
             kind, _, other = self.host_config[key].partition(":")
             if kind != "container":
                 continue
