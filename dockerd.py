@@ -13655,6 +13655,7 @@ class Endpoint:
         self.gateways = [ipaddress.ip_address(settings[key]) for key in ("Gateway", "IPv6Gateway")
                          if settings[key]]
         self.link = ""  # its name in the container
+        self.host_link = "veth" + self.id[:7]   # the veth's end on the bridge
 
     @property
     def names(self) -> list[str]:
@@ -13665,11 +13666,6 @@ class Endpoint:
     def small_names(self) -> set[str]:
         """These in small letters, for the resolver."""
         return {name.lower() for name in self.names}
-
-    @property
-    def host_link(self) -> str:
-        """The name of the veth's end on the bridge."""
-        return "veth" + self.id[:7]
 
     @property
     def preference(self) -> tuple[int, int, str]:
@@ -13717,31 +13713,15 @@ class Network:
         self.id, self.name, self.driver = record["Id"], record["Name"], record["Driver"]
         self.options: dict[str, str] = record["Options"]
         self.internal: bool = record["Internal"]
+        self.is_user_defined = self.name not in PREDEFINED_NETWORKS     # names resolve on it
+        self.configured = not record.get("Automatic")   # its subnets were asked for, so that addresses may be
+        self.bridge = self.options.get(BRIDGE_OPTION + "name") or "br-" + self.id[:12]
+        self.parent = self.options.get("parent") or "dm-" + self.id[:12]    # of a macvlan or ipvlan network
         self.lock = threading.Lock()
         self.removed = False
         self.pools = [AddressPool(settings) for settings in record["IPAM"]["Config"] or []]
         self.endpoints: dict[str,
                              tuple[str, str, Endpoint]] = {}  # by id: container's id, its name, the endpoint
-
-    @property
-    def is_user_defined(self) -> bool:
-        """Whether names resolve on it."""
-        return self.name not in PREDEFINED_NETWORKS
-
-    @property
-    def configured(self) -> bool:
-        """Whether its subnets were asked for, so that addresses may be."""
-        return not self.record.get("Automatic")
-
-    @property
-    def bridge(self) -> str:
-        """The name of its bridge."""
-        return self.options.get(BRIDGE_OPTION + "name") or "br-" + self.id[:12]
-
-    @property
-    def parent(self) -> str:
-        """The host's link below a macvlan or ipvlan network; without one, a dummy of its own."""
-        return self.options.get("parent") or "dm-" + self.id[:12]
 
     @property
     def own_link(self) -> str:
@@ -13877,6 +13857,7 @@ class Sandbox:
 
     def __init__(self, networks: Networks, key: str, name: str) -> None:
         self.networks, self.key, self.name = networks, key, name
+        self.id = hashlib.sha256(key.encode()).hexdigest()
         self.endpoints: dict[str, Endpoint] = {}   # by the network's name
         self.published: list[Published] = []
         self.sockets: dict[tuple[IPAddress, str, int],
@@ -13887,11 +13868,6 @@ class Sandbox:
         self.seat: Optional[ResolverSeat] = None
         self.namespace = -1
         self._prepared: Callable[[], Any] = lambda: None   # waits for the rules
-
-    @property
-    def id(self) -> str:
-        """SandboxID."""
-        return hashlib.sha256(self.key.encode()).hexdigest()
 
     def join(self, network: Network, settings: dict[str, Any]) -> Endpoint:
         """Take a place on the network; with a namespace its link is made at once."""
@@ -17779,6 +17755,9 @@ class Container:
         self.host_config = host_config
         self.id: str = record["ID"]
         self.config: dict[str, Any] = record["Config"]
+        self.image_id: str = record["Image"]
+        self.directory = os.path.join(parts.config.data_root, "containers", self.id)
+        self.idmap = IdMap() if host_config["UsernsMode"] == "host" else parts.idmap
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
         self.state = State(self.changed)
@@ -17888,16 +17867,6 @@ class Container:
     def name(self) -> str:
         """The name without its slash."""
         return self.record["Name"][1:]
-
-    @property
-    def directory(self) -> str:
-        """Where the record stands."""
-        return os.path.join(self.parts.config.data_root, "containers", self.id)
-
-    @property
-    def image_id(self) -> str:
-        """The id of the image that it was made of."""
-        return self.record["Image"]
 
     def save(self, needed: bool = False) -> None:
         """Write the record: renamed at once, synced with the next group.  OSError only if it is `needed`: a
@@ -18320,11 +18289,6 @@ class Container:
                 undo.callback(os.close, fds[name])
             process.send_signal(0)  # it has not ended meanwhile: the pid was its own
         return fds
-
-    @property
-    def idmap(self) -> IdMap:
-        """Who its users are on the host."""
-        return IdMap() if self.host_config["UsernsMode"] == "host" else self.parts.idmap
 
     def _seccomp(self, options: SecurityOptions, capabilities: set[int]) -> tuple[bytes, int]:
         """The filter's program and flags: the container's own profile, else the daemon's; none when
@@ -19360,6 +19324,7 @@ class ExecInstance:
 
     def __init__(self, container: Container, config: dict[str, Any]) -> None:
         self.id = secrets.token_hex(32)
+        self.key = f"{container.id}/{self.id}"  # what names it towards the shim
         self.container, self.config = container, config
         self.command = " ".join([config["Cmd"][0], " ".join(config["Cmd"][1:])])
         self.keys = parse_detach_keys(config["DetachKeys"] or DETACH_KEYS, "escape")
@@ -19374,11 +19339,6 @@ class ExecInstance:
         self.on_end: Callable[[], None] = lambda: None  # its output is complete then; may not wait
         self._give_up_timer: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
-
-    @property
-    def key(self) -> str:
-        """What names it towards the shim."""
-        return f"{self.container.id}/{self.id}"
 
     def event(self, action: str, **attributes: str) -> None:
         """Tell the daemon's listeners."""
