@@ -6193,6 +6193,11 @@ class LayerStore:
         """The bytes of all layers of a chain together."""
         return sum(layer.size for layer in self.lineage(chain))
 
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each layer's own files, by its chain id."""
+        with self._tables:
+            return {chain: layer.size for chain, layer in self._layers.items()}
+
     def metadata(self, chain: str) -> Optional[dict[str, str]]:
         """What the driver tells of a chain's top layer."""
         return self.driver.metadata(self.get(chain).cache_id) if chain else None
@@ -6855,7 +6860,7 @@ class Images:
         root = os.path.join(config.data_root, "image", driver.name)
         tables = threading.RLock()
         os.makedirs(root, 0o700, exist_ok=True)
-        self.event, self.users = event, users
+        self.event, self.users, self._pruning = event, users, threading.Lock()
         self._distribution = os.path.join(root, "distribution")
         self.layers = LayerStore(root, driver, idmap, tables)
         self.store = ImageStore(root, self.layers, tables)
@@ -7116,7 +7121,11 @@ class Images:
 
         The reply lists what was untagged and deleted.  Conflict, as Docker has it, when something needs the
         image."""
-        name, force, prune = job.args[0], job.env.get_bool("force"), not job.env.get_bool("noprune")
+        job.reply(self.remove(job.args[0], job.env.get_bool("force"), not job.env.get_bool("noprune")))
+
+    def remove(self, name: str, force: bool = False, prune: bool = True) -> list[dict[str, str]]:
+        """Remove the reference or the image `name`, and with `prune` what it was made from as far as nothing
+        needs that; what was untagged and deleted."""
         image, reference = self._find(name)
         references = self.tags.references(image.id)
         records: list[dict[str, str]] = []
@@ -7128,7 +7137,30 @@ class Images:
             self._delete_reference(image, reference, name, force, records)
         if reference is None or not self.tags.references(image.id):
             self._delete_image(image, force, prune, reference is not None, records)
-        job.reply(records)
+        return records
+
+    @job("image_prune")
+    def prune(self, job: Job) -> None:
+        """Remove the images without a tag, with the filter `dangling`=false all, that no container has and
+        that match env `filters`: until, label, label!."""
+        filters = parse_filters(job.env.get("filters"), ("dangling", "label", "label!", "until"))
+        dangling, latest = self._dangling(filters.get("dangling")) is not False, until_filter(filters)
+        sizes, records = self.layers.sizes(), list[dict[str, str]]()
+        with pruning(self._pruning):
+            images = self.store.all()
+            parents = {image.parent for image in images}
+            for image in images:
+                references = self.tags.references(image.id)
+                if (image.id in parents and (dangling or not references)) or self.users(image.id) or (
+                        dangling and self._names(references)[0]) or image.created_ns > latest or (
+                        not matches_labels(filters, image.labels)) or job.cancelled.is_set():
+                    continue
+                for name in [reference.familiar for reference in references] or [image.id]:
+                    with contextlib.suppress(Conflict, NotFound):  # a container came, or it has gone
+                        records += self.remove(name)
+        reclaimed = sum(sizes.get(record.get("Deleted", ""), 0) for record in records)
+        self.event("prune", "", {"reclaimed": str(reclaimed)})
+        job.reply({"ImagesDeleted": records or None, "SpaceReclaimed": reclaimed})
 
     def _delete_reference(self, image: Image, reference: Reference, name: str, force: bool,
                           records: list[dict[str, str]]) -> None:
@@ -21681,6 +21713,22 @@ class SystemJobs:
             "DiscoveredDevices": [{"Source": "cdi", "ID": name} for name in cdi_devices(cdi_directories)],
             "Warnings": daemon.cgroups.warnings() + (
                 [] if forwards else ["WARNING: IPv4 forwarding is disabled"])})
+
+    @job("system_df")
+    def disk_usage(self, job: Job) -> None:
+        """What takes space: env `type` is a list of container, image, volume, build-cache; without, all."""
+        daemon, run = self.daemon, self.daemon.engine.job
+        found: dict[str, dict[str, Callable[[], Any]]] = {
+            "image": {"LayersSize": lambda: sum(daemon.layers.sizes().values()),
+                      "Images": lambda: run("images", **{"shared-size": True}).run()},
+            "container": {"Containers": lambda: run("containers", all=True, size=True).run()},
+            "volume": {"Volumes": daemon.volumes.usage}, "build-cache": {"BuildCache": list}}
+        wanted = job.env.get_list("type") or list(found)
+        unknown = [kind for kind in wanted if kind not in found]
+        if unknown:
+            raise BadParameter(f"unknown object type: {unknown[0]}")
+        job.reply({name: measure() if kind in wanted else 0 if name == "LayersSize" else None
+                   for kind, parts in found.items() for name, measure in parts.items()})
 
     @job("version")
     def version(self, job: Job) -> None:

@@ -10145,6 +10145,61 @@ def test_images_share_a_layer_until_the_last_is_gone(rig: ImageRig) -> None:
     rig.assert_whole()
 
 
+def test_prune_removes_what_nobody_needs(rig: ImageRig) -> None:
+    """Untagged heads by default, all with dangling=false; never what a container has, or others are made
+    of."""
+
+    def prune(**filters: Any) -> Any:
+        answer = rig.run("image_prune", filters=filters)
+        return list(answer["ImagesDeleted"] or ()), answer["SpaceReclaimed"]
+
+    base = rig.add("base", archive=file_tar("base", b"x" * 100))
+    child = add_child(rig, base, "child")
+    untagged, used = rig.add(archive=file_tar("u", b"x" * 30)), rig.add(archive=file_tar("c", b"x" * 7))
+    labelled = rig.add(archive=file_tar("l", b"x" * 5), changes=["LABEL keep=1"])
+    rig.run("tag", base, "base", "2")
+    rig.containers["c"] = (used, False)
+    assert prune(until=["1h"]) == ([], 0)
+    records, size = prune(**{"label!": ["keep"]})
+    assert {"Deleted": untagged} in records and {"Deleted": child} in records and size == 30
+    assert rig.listed() and set(rig.listed()) == {base, used, labelled}
+    records, size = prune(dangling=["false"])
+    assert {"Untagged": "base:2"} in records and {"Deleted": base} in records and size == 105
+    assert rig.listed() == [used]
+    assert rig.events[-1] == ("prune", "", {"reclaimed": "105"})
+    assert rig.refused(400, "image_prune", filters={"dangling": ["x"]}) == "invalid filter 'dangling=[x]'"
+    rig.assert_whole()
+
+
+def test_what_takes_space(host: Host, peer: Host) -> None:
+    shapes = []
+    for each in (host, peer):
+        each.http("POST", "/v1.41/containers/create?name=sized", {
+            "Image": "busybox", "Cmd": ["sh", "-c", "echo 12345 >/file; echo 123 >/v/file"],
+            "HostConfig": {"NetworkMode": "none", "Binds": ["sized:/v"]}})
+        for step in ("start", "wait"):
+            each.http("POST", f"/v1.41/containers/sized/{step}")
+        found = each.http("GET", "/v1.41/system/df").json
+        container, = found["Containers"]
+        volume, = [volume for volume in found["Volumes"] if volume["Name"] == "sized"]
+        image, = [image for image in found["Images"] if "busybox:latest" in image["RepoTags"]]
+        assert container["SizeRw"] == 6 and container["SizeRootFs"] == image["Size"] + 6
+        assert volume["UsageData"] == {"RefCount": 1, "Size": 4} and image["Containers"] == 1
+        assert found["LayersSize"] >= image["Size"] >= image["SharedSize"] >= 0
+        assert found["BuildCache"] in ([], None) and found["BuilderSize"] == 0
+        shapes.append([sorted(found), sorted(container), sorted(volume), sorted(image)])
+        each.http("DELETE", "/v1.41/containers/sized")
+        each.http("DELETE", "/v1.41/volumes/sized")
+    assert shapes[0] == shapes[1]
+    some = host.api("GET", "/system/df?type=volume&type=build-cache")
+    assert some.items() >= {"Images": None, "Containers": None, "LayersSize": 0, "BuildCache": []}.items()
+    assert host.api("GET", "/system/df?type=x", status=400)["message"] == "unknown object type: x"
+    docker = Docker(docker_clis()[max(docker_clis())], host)
+    lines = docker("system", "df").splitlines()
+    assert {"Images", "Containers", "Local"} <= {line.split()[0] for line in lines}
+    assert "VOLUME NAME" in docker("system", "df", "-v")
+
+
 @pytest.mark.parametrize(
     "archive",
     [file_tar()[:514], b"notatar" * 1000, b"x", b"\x1f\x8b\x08xx"],
