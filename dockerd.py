@@ -8450,9 +8450,7 @@ class Pushes:
 
     def _push(self, job: Job, client: RegistryClient, reference: Reference, image: Image) -> None:
         """Push one reference: its layers, its configuration, then the manifest that names them."""
-        with self.images.layers.transaction() as transaction:
-            transaction.hold(image.chain_id)
-            blobs = self._push_layers(job, client, reference, self.images.layers.lineage(image.chain_id))
+        blobs = self._push_layers(job, client, reference, self.images.layers.lineage(image.chain_id))
         raw = image.raw
         if client.blob_size(image.id) is None:
             client.upload([raw], lambda: image.id)

@@ -11631,18 +11631,9 @@ def test_a_pull_onto_a_disk_that_is_full_leaves_nothing(new_host: Callable[..., 
 # Pushing
 
 
-def packed(archive: bytes) -> bytes:
-    """The same archive as the daemon packs it."""
-    pieces: list[bytes] = []
-    with tempfile.TemporaryDirectory() as directory:
-        dockerd.apply_layer(io.BytesIO(archive), directory, "", dockerd.IdMap())
-        dockerd.write_tree(directory, pieces.append)
-    return b"".join(pieces)
-
-
 def pushable(rig: PullRig, registry: FakeRegistry, *names: str) -> list[str]:
     """The layers' digests, from the bottom, of an image that was pulled and has these names at a registry."""
-    layers = [packed(file_tar(name, data)) for name, data in (
+    layers = [file_tar(name, data) for name, data in (
         ("one", b"1" * 3000), ("two", secrets.token_bytes(1_000_000)), ("one", b"1"))]
     source = FakeRegistry()
     source.image("from/here", "1", layers, config={"Labels": {"a": "b"}})
@@ -11923,14 +11914,15 @@ class Registries:
         """A path in the host's own /etc."""
         return Path(f"/proc/{self.host.holder.pid}/root/etc", *names)
 
-    def start(self, name: str, address: str, http: str = "", rest: str = "") -> subprocess.Popen[Any]:
-        """Start one registry, and wait until it listens."""
+    def start(self, name: str, address: str, http: str = "", rest: str = "", data: str = "",
+              host: Optional[Host] = None) -> subprocess.Popen[Any]:
+        """Start one registry, and wait until it listens; on another `host` with another's `data`."""
         config = Path(self.host.path(name))
-        data = self.host.path(name + "-data")
+        data = self.host.path(f"{data or name}-data")
         config.write_text(REGISTRY_CONFIG.format(data=data, address=address, http=http, rest=rest))
         with open(self.host.path(name + "-log"), "wb") as log:
-            process = self.host.enter(f"{PEER}/usr/bin/docker-registry", "serve", str(config), stdout=log,
-                                      stderr=log)
+            process = (host or self.host).enter(f"{PEER}/usr/bin/docker-registry", "serve", str(config),
+                                                stdout=log, stderr=log)
         wait_for(lambda: "listening on" in read_text(self.host.path(name + "-log")), name)
         return process
 
@@ -11959,7 +11951,7 @@ def registries(certificates: Path, busybox: bytes) -> Iterator[Registries]:
     host = Host("-D", f"--registry-mirror=http://{Registries.plain}")
     made = Registries(host, certificates)
     try:
-        host.start().import_image("busybox", packed(busybox), *BUSYBOX_CHANGES)
+        host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
         yield made
     finally:
         made.close()
@@ -12065,6 +12057,23 @@ def podman_of(host: Host) -> tuple[str, ...]:
     return ("podman", "--root", host.path("pod"), "--runroot", host.path("podrun"), "--storage-driver", "vfs",
             "--cgroup-manager", "cgroupfs", "--events-backend", "none", "--conmon", f"{PEER}/usr/bin/conmon",
             "--runtime", f"{PEER}/usr/sbin/runc")
+
+
+def test_the_real_dockerd_pulls_what_is_pushed_and_pushes_it(registries: Registries, peer: Host) -> None:
+    ours, theirs = (Docker(docker_clis()[max(docker_clis())], host) for host in (registries.host, peer))
+    image = ours("inspect", "-f", "{{.Id}}", "busybox")
+    ours("tag", "busybox", f"{registries.plain}/ours")
+    ours("push", "-q", f"{registries.plain}/ours")
+    process = registries.start("theirs", registries.plain, data="plain", host=peer)
+    theirs("pull", "-q", f"{registries.plain}/ours")
+    assert theirs("inspect", "-f", "{{.Id}}", f"{registries.plain}/ours") == image
+    theirs("tag", f"{registries.plain}/ours", f"{registries.plain}/theirs")
+    assert "Mounted from ours" in theirs("push", f"{registries.plain}/theirs")
+    theirs("rmi", f"{registries.plain}/ours", f"{registries.plain}/theirs")
+    process.terminate()
+    process.wait()
+    ours("pull", "-q", f"{registries.plain}/theirs")
+    assert ours("inspect", "-f", "{{.Id}}", f"{registries.plain}/theirs") == image
 
 
 def test_what_is_pushed_goes_round_through_skopeo_and_podman(registries: Registries) -> None:
