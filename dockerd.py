@@ -1703,6 +1703,11 @@ OPTIONS = (
            functools.partial(_at_least_zero, "max concurrent uploads"), reload=True),
     Option("max-download-attempts", "--max-download-attempts", "int", "Set the max download attempts for "
            "each pull", 5, functools.partial(_at_least_zero, "max download attempts"), reload=True),
+    Option("max-layer-entries", "--max-layer-entries", "int", "Refuse layers of more entries (0: none)",
+           4_000_000, functools.partial(_at_least_zero, "max layer entries")),
+    Option("max-layer-ratio", "--max-layer-ratio", "int", "Refuse layers that unpack to more than so many "
+           "times their size, from 1 GiB on (0: none)", 1000,
+           functools.partial(_at_least_zero, "max layer ratio")),
     Option("image-gc-days", "--image-gc-days", "int", "Remove images of registries that no container has "
            "used for so many days (0: never)", 0, functools.partial(_at_least_zero, "image gc days"),
            reload=True),
@@ -2839,10 +2844,12 @@ UNFOLLOWED = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a file, whatever it 
 
 
 class UnpackLimits(NamedTuple):
-    """What an archive may ask for: `entries` in it, `size` in bytes of the tar stream; 0 is no limit."""
+    """What an archive may ask for: `entries` in it, `size` in bytes of the tar stream, `ratio` of that to the
+    compressed one; 0 is no limit."""
 
     entries: int = 4_000_000
     size: int = 0
+    ratio: int = 1000
 
 
 class LayerStats(NamedTuple):
@@ -3049,7 +3056,7 @@ class Decompressor:
             raise BadParameter(f"the compressed stream is damaged: {error}") from error
         self._left = getattr(self._decoder, "unconsumed_tail", b"")
         self._given += len(data)
-        if self._given > max(self.HONEST, self._taken * self._ratio):
+        if self._given > max(self.HONEST, self._taken * self._ratio) and self._ratio:
             raise BadParameter(f"the compressed stream unpacks to more than {self._ratio} times its size")
         if not source and not data and not self._decoder.eof and getattr(self._decoder, "needs_input", True):
             raise BadParameter("unexpected EOF")
@@ -6041,6 +6048,7 @@ class LayerStore:
         self._writer = threading.Lock()
         self.retained: Callable[[str], bool] = lambda chain: False
         self.held: collections.Counter[str] = collections.Counter()
+        self.limits = UnpackLimits()
         self._whole: dict[str, bool] = {}  # by chain id, of those that is_whole() was asked for
         self._directory, self._mounts_directory, self.tmp = (
             os.path.join(root, "layerdb", name) for name in ("sha256", "mounts", "tmp"))
@@ -6443,7 +6451,7 @@ class LayerTransaction:
         self._chains: list[str] = []
         os.mkdir(self._directory, 0o700)
 
-    def unpack(self, stream: Any, parent: str = "", **limits: Any) -> Layer:
+    def unpack(self, stream: Any, parent: str = "") -> Layer:
         """Unpack the tar `stream` as the layer above the chain `parent`, hash it, and put it into the store.
 
         DockerError, OSError or what the stream raises; then nothing is left of the layer."""
@@ -6451,8 +6459,8 @@ class LayerTransaction:
 
         def fill(cache_id: str, below: str, split: TarRecord) -> tuple[str, int]:
             reader, directory = HashingReader(stream), driver.diff_dir(cache_id)
-            stats = apply_layer(reader, directory, driver.whiteouts, self.store.idmap, observer=split,
-                                **limits)
+            stats = apply_layer(reader, directory, driver.whiteouts, self.store.idmap, self.store.limits,
+                                split)
             return reader.digest, stats.size
 
         layer = self._make(parent, fill)
@@ -6863,6 +6871,7 @@ class Images:
         self.event, self.users, self._pruning = event, users, threading.Lock()
         self._distribution = os.path.join(root, "distribution")
         self.layers = LayerStore(root, driver, idmap, tables)
+        self.layers.limits = UnpackLimits(config.max_layer_entries, 0, config.max_layer_ratio)
         self.store = ImageStore(root, self.layers, tables)
         self.tags = TagStore(os.path.join(root, "repositories.json"), tables)
         self.damages = [*self.layers.damages, *self.store.damages, *self.layers.leftovers(),
@@ -7083,7 +7092,7 @@ class Images:
         with contextlib.ExitStack() as opened:
             stream = job.stdin if source == "-" else opened.enter_context(self._download(job, source))
             transaction = opened.enter_context(self.layers.transaction())
-            layer = transaction.unpack(decompress(stream))
+            layer = transaction.unpack(decompress(stream, self.layers.limits.ratio))
             transaction.sync()
             document = import_document(config, layer.diff_id, platform, message, time.time_ns())
             image = self.store.create(document)
@@ -8301,7 +8310,8 @@ class Pulls:
             if not transaction.hold(layer.chain):
                 below = layers.index(layer)
                 layer.stage = _EXTRACTING
-                made = transaction.unpack(decompress(layer.reader), layers[below - 1].chain if below else "")
+                made = transaction.unpack(decompress(layer.reader, transaction.store.limits.ratio),
+                                          layers[below - 1].chain if below else "")
                 if made.diff_id != layer.diff_id:
                     raise DockerError("layers from manifest don't match image configuration")
         layer.stage = _PULLED
@@ -8821,7 +8831,7 @@ class ImageArchives:
                 stream = ProgressReader(archive.stream(path), lambda current: None if job.env.get_bool(
                     "quiet") else job.progress(status="Loading layer", **progress_bar(current, total),  # noqa: B023
                                                id=short))  # noqa: B023
-                made = transaction.unpack(decompress(stream), below)
+                made = transaction.unpack(decompress(stream, transaction.store.limits.ratio), below)
                 if made.diff_id != diff_id:
                     raise BadParameter(f"invalid diffID for layer {number}: expected {go_quote(diff_id)}, "
                                        f"got {go_quote(made.diff_id)}")
@@ -8872,7 +8882,7 @@ class ImageArchives:
         with self.images.layers.transaction() as transaction:
             head, diff_id = job.stdin.read(TAR_BLOCK), ""
             if head:
-                stream = decompress(_Prefixed(head, job.stdin))
+                stream = decompress(_Prefixed(head, job.stdin), transaction.store.limits.ratio)
                 diff_id = transaction.unpack(stream, parent.chain_id if parent else "").diff_id
                 transaction.sync()
             raw = legacy_document(given.encode(), parent.raw if parent else None, diff_id)

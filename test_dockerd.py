@@ -9771,6 +9771,8 @@ def file_tar(name: str = "hello", data: bytes = b"hi\n") -> bytes:
 class ImageRig:
     """The image jobs on a data root of their own, with containers that the test declares."""
 
+    options: dict[str, Any] = {}
+
     def __init__(self, root: str, driver: str) -> None:
         self.root, self.driver = root, driver
         self.containers: dict[str, tuple[str, bool]] = {}  # container id: (image id, running)
@@ -9779,9 +9781,7 @@ class ImageRig:
 
     def restart(self) -> None:
         """Load everything from disk again."""
-        config = types.SimpleNamespace(
-            data_root=self.root, storage_driver=self.driver, storage_opts=[], userns_remap=""
-        )
+        config = dockerd.Config(data_root=self.root, storage_driver=self.driver, **self.options)
         self.images = dockerd.Images(
             config,
             lambda *event: self.events.append(event),
@@ -9923,11 +9923,8 @@ def test_import_lists_inspects_and_tells_the_history(rig: ImageRig) -> None:
     layer = rig.layers.get(digest)
     assert os.listdir(rig.layers.driver.diff_dir(layer.cache_id)) == ["x"]
     record = os.path.join(rig.root, "image", rig.driver, "layerdb", "sha256", digest[7:])
-    assert {name: read_or_none(os.path.join(record, name)) for name in os.listdir(record)} == {
-        "cache-id": layer.cache_id,
-        "diff": digest,
-        "size": "1000",
-    }
+    assert sorted(os.listdir(record)) == ["cache-id", "diff", "size", "tar-split.json.gz"]
+    assert list(dockerd.read_facts(record, ("cache-id", "diff", "size"))) == [layer.cache_id, digest, "1000"]
     assert read_or_none(os.path.join(rig.root, "image", rig.driver, "repositories.json")) == (
         '{"Repositories":{"b":{"b:v1":"' + image + '"}}}'
     )
@@ -11302,6 +11299,61 @@ def test_a_layer_is_taken_for_what_it_is_not_for_what_its_type_says(pull_rig: Pu
     pull_rig.run("pull", f"{registry.name}/a/b:1")
     layers = pull_rig.run("image_inspect", f"{registry.name}/a/b:1")["RootFS"]["Layers"]
     assert layers == [sha256(archive) for archive in archives]
+
+
+def test_bombs_are_refused_unless_an_option_allows_them(pull_rig: PullRig, registry: FakeRegistry,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dockerd.Decompressor, "HONEST", 1 << 20)
+    entries = tar_of({f"f{number}": b"" for number in range(300)})
+    registry.image("a/entries", "1", [entries])
+    registry.image("a/zeroes", "1", [file_tar("zeroes", bytes(24 << 20))])
+    for name, option, text in (
+            ("entries", "max_layer_entries", "the archive has more than 200 entries"),
+            ("zeroes", "max_layer_ratio", "the compressed stream unpacks to more than 200 times its size")):
+        pull_rig.options = {option: 200}
+        pull_rig.restart()
+        assert pull_rig.refused(400, "pull", f"{registry.name}/a/{name}:1") == text
+        if name == "entries":
+            with pytest.raises(BadParameter, match="more than 200 entries"):
+                pull_rig.add("imported", archive=entries)
+        pull_rig.assert_clean()
+        for more in (2000, 0):
+            pull_rig.options = {option: more}
+            pull_rig.restart()
+            pull_rig.run("pull", f"{registry.name}/a/{name}:1")
+            pull_rig.run("image_delete", f"{registry.name}/a/{name}:1")
+
+
+HOSTILE: dict[str, tuple[tuple[Any, ...], ...]] = {
+    "an entry that climbs": (("../outside/passwd", b"owned"),),
+    "a hard link to outside": (("h", "1", {"linkname": "../../../../outside/passwd"}), ("h", b"owned")),
+    "a whiteout outside": (("../outside/.wh.passwd", b""),),
+    "a file over a parent's symlinked directory": (("link/passwd", b"owned"),),
+    "a hard link through a parent's link": (("h", "1", {"linkname": "link/passwd"}), ("h", b"owned")),
+    "an overlay redirect": (("d", "5", {"pax_headers": {"SCHILY.xattr.trusted.overlay.redirect": "/x"}}),),
+    "a negative size": (("x", b"x", {"pax_headers": {"size": "-1"}}),),
+    "a huge size": (("x", b"x", {"pax_headers": {"size": str(1 << 62)}}),),
+    "an entry twice": (("x", b"1"), ("x", "2", {"linkname": "../outside/passwd"}), ("x", b"owned")),
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+def test_hostile_layers_of_a_registry_leave_the_host_as_it_is(registry: FakeRegistry, tmp_path: Path,
+                                                              attack: str) -> None:
+    """Above a layer whose links lead to the host's files, as an image's layers may be stacked."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "passwd").write_bytes(b"s3cret")
+    link = make_tar(("link", "2", {"linkname": str(outside)}))
+    registry.image("a/b", "1", [link, make_tar(*HOSTILE[attack])])
+    for driver in ("overlay2", "vfs"):
+        (tmp_path / driver).mkdir()
+        rig = PullRig(str(tmp_path / driver), driver)
+        with contextlib.suppress(DockerError):
+            rig.run("pull", f"{registry.name}/a/b:1")
+        assert (outside / "passwd").read_bytes() == b"s3cret"
+        assert [path.name for path in outside.iterdir()] == ["passwd"]
+        assert os.stat(outside / "passwd").st_nlink == 1
 
 
 # Automatic garbage collection
@@ -12858,7 +12910,8 @@ def test_the_commented_daemon_json_is_the_defaults(configure):
     for entry in re.findall(r'// ("[a-z0-9-]+": .*)', text):
         (name, value), = json.loads("{" + entry + "}").items()
         assert name in [*KEYS_OF_DOCKERD, "api-enable-cors", "exec-driver",  # of 1.2.0, and of 29
-                        "bridge-accept-fwmark", "firewall-backend", "image-gc-days", "image-gc-space"]
+                        "bridge-accept-fwmark", "firewall-backend", "image-gc-days", "image-gc-space",
+                        "max-layer-entries", "max-layer-ratio"]
         configure(json={name: value})
 
 
