@@ -373,13 +373,24 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def reworded(kind: Callable[[str], Exception], text: str, *errors: type[Exception]) -> Iterator[None]:
-    """Any of `errors` (OSError where none is named) that the block raises becomes `kind` with this text; one
-    that ends with a blank, or is empty, is followed by the error's reason."""
+def reworded(kind: Optional[Callable[[str], Exception]], text: str,
+             *errors: type[Exception]) -> Iterator[None]:
+    """Any of `errors` (OSError where none is named) that the block raises becomes `kind`, or stays of its
+    own, with this text; one that ends with a blank, or is empty, is followed by the error's reason."""
     try:
         yield
     except (errors or OSError) as error:  # noqa: B030
-        raise kind(text + reason(error) if text[-1:] in (" ", "") else text) from None
+        raise (kind or type(error))(text + reason(error) if text[-1:] in (" ", "") else text) from None
+
+
+@contextlib.contextmanager
+def noted(say: Callable[..., None], text: str, *errors: type[Exception]) -> Iterator[None]:
+    """Any of `errors` that the block raises ends it, and becomes a line of the log, by log.error or the like,
+    with this text before its reason."""
+    try:
+        yield
+    except errors as error:
+        say("%s: %s", text, reason(error))
 
 
 def _parse_failpoints(text: str) -> dict[str, tuple[str, int]]:
@@ -4130,11 +4141,9 @@ class TarRebuilder(TreePacker):
         size, name = line.get("size") or 0, base64.b64decode(line.get("name_raw") or "")
         name = name or os.fsencode(line.get("name", ""))
         if size:
-            try:
+            with reworded(DockerError, f"the layer has lost {quoted(name)}: "):
                 with opened(b"./" + name, UNFOLLOWED) as fd:
                     left = self._copy(fd, size)
-            except OSError as error:
-                raise DockerError(f"the layer has lost {quoted(name)}: {error.strerror}") from None
             if left:
                 raise DockerError(f"the layer has lost {left} bytes of {quoted(name)}")
 
@@ -4262,11 +4271,9 @@ STATE_SYNC = StateSync()
 def _sync_file(path: str) -> None:
     """fsync a file or a directory; FileNotFoundError when it is gone, anything else is logged."""
     with opened(path, os.O_RDONLY) as fd:
-        try:
+        with noted(log.error, f"cannot sync {path}", OSError):
             failpoint("state-sync")
             os.fsync(fd)
-        except OSError as error:
-            log.error("cannot sync %s: %s", path, error.strerror)
 
 
 def write_state(path: str, data: Union[bytes, dict[str, Any], list[Any]], mode: int = 0o600,
@@ -4359,10 +4366,8 @@ def mend_what_is_safe(damages: Iterable[Damage]) -> None:
     for damage in damages:
         log.warning("%s", damage.text)
         if damage.mend and damage.safe:
-            try:
+            with noted(log.error, "cannot mend that", OSError, DockerError):
                 damage.mend()
-            except (OSError, DockerError) as error:
-                log.error("cannot mend that: %s", error)
 
 
 def make_directory(path: str, mode: int, uid: int = 0, gid: int = 0) -> None:
@@ -4956,10 +4961,8 @@ def _select(root: str, name: str, options: list[str], idmap: IdMap) -> StorageDr
     if prior:
         return _prior(root, prior, options, idmap)
     for name, driver in DRIVERS.items():
-        try:
+        with noted(log.info, f"[graphdriver] {name} cannot be used", DriverNotSupported):
             return driver(root, options, idmap)
-        except DriverNotSupported as error:
-            log.info("[graphdriver] %s cannot be used: %s", name, error)
     raise DriverNotSupported("no supported storage driver found")
 
 
@@ -6311,10 +6314,8 @@ class LayerStore:
     def erase(self, taken: list[tuple[Layer, str]]) -> list[Layer]:
         """Remove what retire() took, from disk; what cannot be removed now goes at the next start."""
         for layer, path in taken:
-            try:
+            with noted(log.error, f"cannot remove the layer {layer.chain_id}", OSError):
                 self._erase(path, ())
-            except OSError as error:
-                log.error("cannot remove the layer %s: %s", layer.chain_id, error)
         return [layer for layer, path in taken]
 
     def _erase(self, path: str, used: Iterable[str]) -> None:
@@ -10445,10 +10446,8 @@ class CgroupManager:
         given = _read_file(directory + "/cgroup.subtree_control").split()
         for name in _read_file(directory + "/cgroup.controllers").split():
             if name not in given:
-                try:
+                with noted(log.warning, f"cgroups: containers cannot have the controller {name}", OSError):
                     _write_file(directory + "/cgroup.subtree_control", "+" + name)
-                except OSError as error:
-                    log.warning("cgroups: containers cannot have the controller %s: %s", name, error)
 
     def remove_later(self, cgroup: Cgroup, directories: list[str]) -> None:
         """Go on removing busy directories in the background; a new cgroup of that name waits for it."""
@@ -13393,10 +13392,9 @@ class ProxyClient(HelperClient):
     def _gone(self) -> None:
         """It was killed: another one serves its ports."""
         for key, rule in [] if self._closing else list(self.ports.items()):
-            try:
+            with noted(log.error, f"the port {rule.port}/{rule.protocol} is not published any more",
+                       OSError, DockerError):
                 self.publish(key, rule)
-            except (OSError, DockerError) as error:
-                log.error("the port %d/%s is not published any more: %s", rule.port, rule.protocol, error)
 
     def close(self) -> None:
         """Let it go; with ports it serves on."""
@@ -14111,15 +14109,14 @@ class Sandbox:
         for (name, port), hosts in by_port.items():
             self.published.append(Published(name, hosts, port))
             networks.ports.hold(self.published[-1].protocol, hosts, port)
-        try:
+        with noted(log.info, f"the network of {self.name} is not as it was",
+                   OSError, DockerError):  # it has ended, or is about to
             self.namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             for number, endpoint in enumerate(self.endpoints.values()):
                 endpoint.link = f"eth{number}"
             self.republish()
             if self.has_resolver:
                 self.open_resolver(servers, from_host)
-        except (OSError, DockerError) as error:  # it has ended, or is about to
-            log.info("the network of %s is not as it was: %s", self.name, error)
 
     def open_resolver(self, servers: list[str], from_host: bool) -> None:
         """Give the container the resolver; it asks no server while no network leads out (CVE-2024-29018)."""
@@ -18009,10 +18006,8 @@ class Container:
                 self._root_fd = os.open(f"/proc/{process.pid}/root", flags)
             self._resume_sandbox(process.pid)
             kept, process.kept = process.kept, {}
-            try:
+            with noted(log.error, f"container {self.id[:12]} runs on without a log", DockerError):
                 self._open_log(connect=False)
-            except DockerError as error:
-                log.error("container %s runs on without a log: %s", self.id[:12], error)
             self._watch_health()
             self._connect(process, kept)
 
@@ -18699,10 +18694,8 @@ class Container:
         with self.lock:
             self._await_clearing()
             if self._awaits_restart(finished_at):
-                try:
+                with noted(log.error, f"cannot restart the container {self.id}", DockerError):
                     self._start_or_fail()
-                except DockerError as error:
-                    log.error("cannot restart the container %s: %s", self.id, error)
 
     def restart_unhealthy(self) -> None:
         """End this run, by force after the stop timeout, and start again; who stops it meanwhile has the last
@@ -18752,10 +18745,8 @@ class Container:
             check_rules(POLICY_RULES, changes)
         warnings = _warnings(changes) + self.parts.cgroups.adapt(changes, update=True)
         with self.lock:
-            try:
+            with reworded(None, f"Cannot update container {self.id}: ", DockerError):
                 self._update(changes)
-            except DockerError as error:
-                raise type(error)(f"Cannot update container {self.id}: {error}") from None
             self.event("update")
         return {"Warnings": warnings or None}
 
@@ -19230,14 +19221,13 @@ def cdi_devices(directories: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
         here: dict[str, list[dict[str, Any]]] = {}
         names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
         for path in (os.path.join(directory, name) for name in names if name.endswith(".json")):
-            try:
+            with noted(log.warning, f"the CDI specification {path} is not one",
+                       ValueError, LookupError, TypeError, AttributeError):
                 specification = json.loads(read_text(path))
                 common = specification.get("containerEdits", {})
                 for device in specification["devices"]:
                     name = f"{specification['kind']}={device['name']}"
                     here[name] = [] if name in here else [common, device.get("containerEdits", {})]
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                log.warning("the CDI specification %s is not one: %s", path, error)
         found.update(here)
     return found
 
@@ -20315,10 +20305,8 @@ class Stage(Instructions):
         platform = self.origin.flags.get("platform", "")
         if platform:
             platform = ShellWord(platform, self.build.global_arguments(), self.escape).expand()
-            try:
+            with reworded(BadParameter, f"failed to parse platform {platform}: ", BadParameter):
                 platform = str(parse_platform(platform))
-            except BadParameter as error:
-                raise BadParameter(f"failed to parse platform {platform}: {error}") from None
         name = ShellWord(self.base, self.build.global_arguments(), self.escape).expand()
         if not name:
             raise DockerError(f"base name ({self.base}) should not be blank")
@@ -20442,10 +20430,8 @@ class Stage(Instructions):
         path, owner = self.config["WorkingDir"], self.build.owner
 
         def make(root: int) -> None:
-            try:
+            with reworded(DockerError, f"Cannot mkdir: {path} is not a directory", NotADirectoryError):
                 confined(root, lambda: make_owned(os.path.realpath(path), owner))
-            except NotADirectoryError:
-                raise DockerError(f"Cannot mkdir: {path} is not a directory") from None
 
         self.commit([*self.shell, "#(nop) " + comment], make)
 
@@ -20487,10 +20473,8 @@ class Stage(Instructions):
     def do_copy(self, step: Instruction) -> None:
         source, owned = self.build.context, True
         if step.flags.get("from"):
-            try:
+            with reworded(None, f"invalid from flag value {step.flags['from']}: ", DockerError):
                 source = self.build.image_source(self, step.flags["from"])
-            except DockerError as error:
-                raise type(error)(f"invalid from flag value {step.flags['from']}: {error}") from None
             owned = False
         self._copy(step, source, owned)
 
@@ -20784,10 +20768,8 @@ class Build:
         data = self._read_dockerfile(name)
         if not data:
             raise BadParameter(f"the Dockerfile ({name}) cannot be empty")
-        try:
+        with reworded(BadParameter, f"failed to parse {name}: ", DockerfileError):
             return self._plan(parse_dockerfile(data.decode("utf-8", "replace")))
-        except DockerfileError as error:
-            raise BadParameter(f"failed to parse {name}: {error}") from None
 
     def _read_dockerfile(self, name: str) -> bytes:
         for path in (name, name.lower()) if name == "Dockerfile" else (name,):
@@ -21168,10 +21150,8 @@ class ContainerTable:
                 raise Conflict("container is marked for removal and cannot be renamed")
             if name == old:
                 raise BadParameter("Renaming a container with the same name as its current name")
-            try:
+            with reworded(None, "Error when allocating new name: ", BadParameter, Conflict):
                 self.reserve("/" + name, container.id)
-            except (BadParameter, Conflict) as error:
-                raise type(error)(f"Error when allocating new name: {error}") from None
             container.take_name("/" + name)
             try:
                 container.save(needed=True)
@@ -22081,10 +22061,8 @@ class Daemon:
                 container.resume(process or self._without_shim(container))
         elif state.removing or container.host_config["AutoRemove"]:
             state.removing = False
-            try:
+            with noted(log.warning, f"cannot remove the container {container.id}", DockerError):
                 container.remove()
-            except DockerError as error:
-                log.warning("cannot remove the container %s: %s", container.id, error)
 
     def _without_shim(self, container: Container) -> Process:
         """The process of a container that no shim knows: it runs on without one, or nobody can tell how it
@@ -22184,11 +22162,9 @@ class Daemon:
 
     @staticmethod
     def _stop_one(container: Container) -> None:
-        try:
+        with noted(log.error, f"cannot stop the container {container.id}", DockerError):
             with contextlib.suppress(NotModified):
                 container.stop(manually=False)
-        except DockerError as error:
-            log.error("cannot stop the container %s: %s", container.id, error)
 
     def shutdown_timeout(self) -> float:
         """How long shutdown may take, in seconds: --shutdown-timeout, or the longest stop timeout and 5 s."""
@@ -24387,12 +24363,10 @@ def restart_from_bytecode(exec_root: str, code: types.CodeType) -> None:
     To compile it leaves 30 MiB behind that no allocator gives back; this process has done it, the next image
     need not.  Where that fails it is a matter of memory alone, and the process goes on as it is."""
     path = os.path.join(exec_root, "dockerd.pyc")
-    try:
+    with noted(log.warning, "cannot restart from bytecode, and go on with more memory", OSError):
         os.makedirs(exec_root, 0o711, exist_ok=True)
         write_bytecode(path, code)
         os.execv(sys.executable, [sys.executable, path, *sys.argv[1:]])
-    except OSError as error:
-        log.warning("cannot restart from bytecode, and go on with more memory: %s", error)
 
 
 def main(argv: Optional[list[str]] = None, code: Optional[types.CodeType] = None) -> int:
@@ -24423,10 +24397,8 @@ def reload_configuration(config: Config, engine: Engine) -> None:
     """SIGHUP: take over what daemon.json says by now of the options that can change, a bad one is refused;
     and write the firewall's rules anew, which somebody may have flushed."""
     if "networks" in engine.variables:
-        try:
+        with noted(log.error, "the firewall's rules are not written anew", OSError, DockerError):
             engine.variables["networks"].firewall.rebuild()
-        except (OSError, DockerError) as error:
-            log.error("the firewall's rules are not written anew: %s", error)
     try:
         changes = changed_options(config)
     except DockerError as error:
