@@ -267,6 +267,10 @@ SOL_NETLINK = 270
 VETH_INFO_PEER = 1
 
 # <linux/netfilter.h>, <linux/netfilter/nfnetlink.h>, nf_tables.h, nfnetlink_conntrack.h
+CTA_FILTER = 25
+CTA_FILTER_ORIG_FLAGS = 1
+CTA_FILTER_PROTO_DST_PORT = 1 << 5
+CTA_FILTER_PROTO_NUM = 1 << 3
 CTA_PROTO_DST_PORT = 3
 CTA_PROTO_NUM = 1
 CTA_TUPLE_ORIG = 1
@@ -1110,15 +1114,18 @@ def in_network(namespace: int, function: Callable[..., Any], *arguments: Any) ->
 
 def forget_flows(protocol: int, port: int) -> None:
     """Make the kernel forget the flows to `port` of this machine that it translates or passes: those of UDP
-    would otherwise never see a new rule.  Source: nfnetlink_conntrack.h."""
-    wanted = (bytes([protocol]), struct.pack(">H", port))
-    for body in list(netlink_dump(IPCTNL_MSG_CT_GET, bytes(4), NETLINK_NETFILTER)):
-        flow = attributes(body[4:]).get(CTA_TUPLE_ORIG, b"")
-        parts = attributes(attributes(flow).get(CTA_TUPLE_PROTO, b""))
-        if (parts.get(CTA_PROTO_NUM), parts.get(CTA_PROTO_DST_PORT)) == wanted:
-            doomed = body[:4] + attribute(CTA_TUPLE_ORIG | NLA_F_NESTED, flow)
+    would otherwise never see a new rule.  The kernel finds them.  Source: nfnetlink_conntrack.h."""
+    wanted = attribute(CTA_TUPLE_ORIG | NLA_F_NESTED, attribute(
+        CTA_TUPLE_PROTO | NLA_F_NESTED, attribute(CTA_PROTO_NUM, bytes([protocol])),
+        attribute(CTA_PROTO_DST_PORT, struct.pack(">H", port))))
+    what = attribute(CTA_FILTER | NLA_F_NESTED, attribute(
+        CTA_FILTER_ORIG_FLAGS, CTA_FILTER_PROTO_NUM | CTA_FILTER_PROTO_DST_PORT))
+    for family in (socket.AF_INET, socket.AF_INET6):
+        head = struct.pack("=BxH", family, 0)
+        for body in list(netlink_dump(IPCTNL_MSG_CT_GET, head + wanted + what, NETLINK_NETFILTER)):
+            flow = attribute(CTA_TUPLE_ORIG | NLA_F_NESTED, attributes(body[4:]).get(CTA_TUPLE_ORIG, b""))
             with contextlib.suppress(OSError):  # it may have ended meanwhile
-                netlink_batch([netlink_message(IPCTNL_MSG_CT_DELETE, doomed)],
+                netlink_batch([netlink_message(IPCTNL_MSG_CT_DELETE, head + flow)],
                               netlink_socket(NETLINK_NETFILTER))
 
 
@@ -13418,6 +13425,8 @@ DNS_SERVFAIL = 2
 DNS_TTL = 600  # seconds, as Docker's
 DNS_UDP_SIZE = 512
 DNS_TIMEOUT = 4.0  # seconds that an upstream has to answer
+DNS_PENDING = 512  # questions of one container that upstreams have not answered
+DNS_TCP_SLOTS = 16  # connections of one container
 
 
 def parse_query(message: bytes) -> Query:
@@ -13447,8 +13456,8 @@ def dns_answer(query: Query, records: Iterable[bytes] = (), code: int = 0) -> by
 
 def dns_name(name: str) -> bytes:
     """A name as labels."""
-    return b"".join(bytes([len(label)]) + label.encode("latin-1", "replace")
-                    for label in name.split(".")) + b"\0"
+    labels = [label.encode("latin-1", "replace")[:63] for label in name.split(".") if label]
+    return b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
 
 
 def upstream_socket() -> socket.socket:
@@ -13460,13 +13469,11 @@ def upstream_socket() -> socket.socket:
         upstream = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
     if upstream.family == socket.AF_INET6:
         upstream.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    upstream.setblocking(False)
     return upstream
 
 
 class Forward(NamedTuple):
     """A question that an upstream has been asked."""
-    seat: ResolverSeat
     query: Query
     client: Any
     servers: list[str]   # those not yet asked
@@ -13474,24 +13481,34 @@ class Forward(NamedTuple):
 
 
 class ResolverSeat:
-    """The resolver's place in one container: sockets at 127.0.0.11 in its network namespace, the servers to
-    ask now with a socket to ask by, and how names are found.  Made in the container's namespace."""
+    """The resolver's place in one container: sockets at 127.0.0.11 in its network namespace, one to ask the
+    servers by, which are those of now, and how names are found.  The shim keeps the sockets as SOCKETS, so
+    that what is asked while no daemon runs is answered by the next."""
+
+    SOCKETS = ("resolver-udp", "resolver-tcp", "resolver-upstream")
 
     def __init__(self, lookup: Callable[[str, int], Optional[list[bytes]]],
-                 servers: Callable[[], list[str]], upstream: Optional[socket.socket]) -> None:
-        self.lookup, self.servers = lookup, servers
-        self.upstream = upstream or upstream_socket()
-        self.udp, self.tcp = (socket.socket(socket.AF_INET, kind | socket.SOCK_CLOEXEC)
-                              for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM))
-        for server in (self.udp, self.tcp):
-            server.bind((RESOLVER_ADDRESS, 0))
-            server.setblocking(False)
-        self.tcp.listen(64)
+                 servers: Callable[[], list[str]], sockets: Iterable[socket.socket]) -> None:
+        self.lookup, self.servers, self.sockets = lookup, servers, tuple(sockets)
+        self.udp, self.tcp, self.upstream = self.sockets
+        for each in self.sockets:
+            each.setblocking(False)
+        self.pending: dict[bytes, Forward] = {}  # by the number asked under
+        self.tcp_slots = threading.BoundedSemaphore(DNS_TCP_SLOTS)
 
-    @property
-    def sockets(self) -> tuple[socket.socket, ...]:
-        """All of them."""
-        return self.udp, self.tcp, self.upstream
+    @staticmethod
+    def bind() -> Iterator[socket.socket]:
+        """Its own two sockets, made in this thread's namespace."""
+        for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM):
+            server = socket.socket(socket.AF_INET, kind | socket.SOCK_CLOEXEC)
+            server.bind((RESOLVER_ADDRESS, 0))
+            if kind == socket.SOCK_STREAM:
+                server.listen(64)
+            yield server
+
+    def copies(self) -> dict[str, int]:
+        """Duplicates of its descriptors, for a shim."""
+        return {name: os.dup(each.fileno()) for name, each in zip(self.SOCKETS, self.sockets)}
 
     def redirect(self) -> None:
         """Send what the container asks at port 53 to the sockets, whose ports are random: its own port 53 is
@@ -13525,21 +13542,20 @@ class Resolver:
 
     def __init__(self) -> None:
         self.seats: dict[int, tuple[ResolverSeat, Callable[[ResolverSeat], None]]] = {}
-        self.pending: dict[tuple[int, bytes], Forward] = {}
+        self.asking: set[ResolverSeat] = set()  # those with questions at upstreams
         self.poll = select.epoll()
         self.lock = threading.Lock()
-        self.tcp_slots = threading.BoundedSemaphore(64)
-        self._thread: Optional[threading.Thread] = None
+
+    def begin(self) -> None:
+        """Answer from now on; what was asked before waits in the sockets."""
+        threading.Thread(target=self._run, name="resolver", daemon=True).start()
 
     def add(self, seat: ResolverSeat) -> None:
-        """Serve the seat from now on."""
+        """Serve the seat."""
         with self.lock:
             for each, serve in zip(seat.sockets, (self._serve_udp, self._serve_tcp, self._serve_upstream)):
                 self.seats[each.fileno()] = seat, serve
                 self.poll.register(each, select.EPOLLIN)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="resolver", daemon=True)
-                self._thread.start()
 
     def remove(self, seat: ResolverSeat) -> None:
         """The container is gone."""
@@ -13548,40 +13564,39 @@ class Resolver:
                 if self.seats.pop(each.fileno(), None):
                     self.poll.unregister(each)
                 each.close()
-            self.pending = {key: forward for key, forward in self.pending.items() if forward.seat is not seat}
+            self.asking.discard(seat)
 
     def _run(self) -> None:
-        while True:
-            for fd, _ in self.poll.poll(1.0 if self.pending else -1):
+        while True:  # one question of each that asks, so that nobody has to wait for one who asks much
+            for fd, _ in self.poll.poll(1.0 if self.asking else -1):
                 with self.lock:
                     seat, serve = self.seats.get(fd, (None, None))
                     if seat is not None and serve is not None:
-                        with contextlib.suppress(OSError):
+                        with contextlib.suppress(OSError, ValueError):
                             serve(seat)
             self._retry(time.monotonic())
 
     def _serve_udp(self, seat: ResolverSeat) -> None:
         message, client = seat.udp.recvfrom(4096)
-        with contextlib.suppress(ValueError):
-            query = parse_query(message)
-            found = seat.lookup(query.name, query.kind)
-            if found is not None:
-                seat.udp.sendto(_cut(query, dns_answer(query, found)), client)
-            else:
-                self._forward(Forward(seat, query, client, seat.servers(), 0))
+        query = parse_query(message)
+        found = seat.lookup(query.name, query.kind)
+        if found is not None:
+            seat.udp.sendto(_cut(query, dns_answer(query, found)), client)
+        else:
+            self._forward(seat, Forward(query, client, seat.servers(), 0))
 
-    def _forward(self, forward: Forward) -> None:
+    def _forward(self, seat: ResolverSeat, forward: Forward) -> None:
         """Ask the next upstream, under a number of our own; without one, say that it failed."""
-        seat, servers = forward.seat, list(forward.servers)
-        while servers and len(self.pending) < 4096:
+        servers = list(forward.servers)
+        while servers and len(seat.pending) < DNS_PENDING:
             server, number = servers.pop(0), secrets.token_bytes(2)
             with contextlib.suppress(OSError):
                 mapped = "." in server and seat.upstream.family == socket.AF_INET6
                 place = (f"::ffff:{server}" if mapped else server, 53)
                 seat.upstream.sendto(number + forward.query.message[2:], place)
                 deadline = time.monotonic() + DNS_TIMEOUT
-                self.pending[seat.upstream.fileno(), number] = forward._replace(servers=servers,
-                                                                                deadline=deadline)
+                seat.pending[number] = forward._replace(servers=servers, deadline=deadline)
+                self.asking.add(seat)
                 return
         with contextlib.suppress(OSError):
             seat.udp.sendto(dns_answer(forward.query, code=DNS_SERVFAIL), forward.client)
@@ -13589,26 +13604,29 @@ class Resolver:
     def _serve_upstream(self, seat: ResolverSeat) -> None:
         message, (address, port, *_) = seat.upstream.recvfrom(65535)
         server = address[7:] if address.startswith("::ffff:") else address
-        forward = self.pending.get((seat.upstream.fileno(), message[:2]))
+        forward = seat.pending.get(message[:2])
         asked = forward and forward.query.message[12:forward.query.end].lower()
         if forward is None or port != 53 or server not in seat.servers() or len(message) < 12 or (
                 message[12:forward.query.end].lower() != asked):
             return
-        del self.pending[seat.upstream.fileno(), message[:2]]
+        del seat.pending[message[:2]]
         if message[3] & 0x0F in (DNS_SERVFAIL, 5) and forward.servers:  # failed, refused: the next may know
-            self._forward(forward)
+            self._forward(seat, forward)
         else:
             seat.udp.sendto(forward.query.message[:2] + message[2:], forward.client)
 
     def _retry(self, now: float) -> None:
         with self.lock:
-            late = [key for key, forward in self.pending.items() if forward.deadline <= now]
-            for forward in [self.pending.pop(key) for key in late]:
-                self._forward(forward)
+            for seat in list(self.asking):
+                late = [number for number, forward in seat.pending.items() if forward.deadline <= now]
+                for forward in [seat.pending.pop(number) for number in late]:
+                    self._forward(seat, forward)
+                if not seat.pending:
+                    self.asking.discard(seat)
 
     def _serve_tcp(self, seat: ResolverSeat) -> None:
         client, _ = seat.tcp.accept()
-        if not self.tcp_slots.acquire(blocking=False):
+        if not seat.tcp_slots.acquire(blocking=False):
             client.close()
             return
         threading.Thread(target=self._answer_tcp, args=(seat, client), name="resolver-tcp",
@@ -13627,7 +13645,7 @@ class Resolver:
         except (OSError, ValueError):
             pass
         finally:
-            self.tcp_slots.release()
+            seat.tcp_slots.release()
 
     @staticmethod
     def _ask_tcp(seat: ResolverSeat, query: Query) -> bytes:
@@ -13694,16 +13712,12 @@ class Endpoint:
                          if settings[key]]
         self.link = ""  # its name in the container
         self.host_link = "veth" + self.id[:7]   # the veth's end on the bridge
+        self.keys: list[tuple[bool, str]] = []  # under which its network finds it
 
     @property
     def names(self) -> list[str]:
         """What it is called on its network."""
         return self.settings["DNSNames"] or []
-
-    @property
-    def small_names(self) -> set[str]:
-        """These in small letters, for the resolver."""
-        return {name.lower() for name in self.names}
 
     @property
     def preference(self) -> tuple[int, int, str]:
@@ -13758,8 +13772,10 @@ class Network:
         self.lock = threading.Lock()
         self.removed = False
         self.pools = [AddressPool(settings) for settings in record["IPAM"]["Config"] or []]
-        self.endpoints: dict[str,
-                             tuple[str, str, Endpoint]] = {}  # by id: container's id, its name, the endpoint
+        # by id: container's id, its name, the endpoint
+        self.endpoints: dict[str, tuple[str, str, Endpoint]] = {}
+        # by what the resolver asks for: (False, name in small letters) or (True, address as PTR has it)
+        self.index: dict[tuple[bool, str], list[Endpoint]] = {}
 
     @property
     def own_link(self) -> str:
@@ -13797,10 +13813,27 @@ class Network:
         shown = {key: value for key, value in self.record.items() if key not in ("Automatic", "OwnLink")}
         return {**shown, "Containers": listed}
 
-    def all_endpoints(self) -> list[Endpoint]:
-        """The endpoints that are there now."""
+    def find(self, key: tuple[bool, str]) -> list[Endpoint]:
+        """The endpoints of a name or address; see `index`."""
         with self.lock:
-            return [endpoint for _, _, endpoint in self.endpoints.values()]
+            return list(self.index.get(key, ()))
+
+    def enter(self, owner: str, name: str, endpoint: Endpoint) -> None:
+        """Have the endpoint found by its container's names of now.  Call with the lock held."""
+        self._drop(endpoint)
+        self.endpoints[endpoint.id] = owner, name, endpoint
+        endpoint.keys = [(False, key) for key in {name.lower() for name in endpoint.names}]
+        endpoint.keys += [(True, address.ip.reverse_pointer) for address in endpoint.addresses]
+        for key in endpoint.keys:
+            self.index.setdefault(key, []).append(endpoint)
+
+    def _drop(self, endpoint: Endpoint) -> None:
+        self.endpoints.pop(endpoint.id, None)
+        for key in endpoint.keys:
+            self.index[key].remove(endpoint)
+            if not self.index[key]:
+                del self.index[key]
+        endpoint.keys = []
 
     def join(self, owner: str, name: str, settings: dict[str, Any]) -> Endpoint:
         """Take addresses for a container and write them into its `settings`.
@@ -13830,7 +13863,7 @@ class Network:
                 settings.update(zip(keys, values))
             settings["MacAddress"] = settings.get("DesiredMacAddress") or _mac_address(taken)
             endpoint = Endpoint(self, settings)
-            self.endpoints[endpoint.id] = owner, name, endpoint
+            self.enter(owner, name, endpoint)
             undo.pop_all()
         return endpoint
 
@@ -13841,13 +13874,13 @@ class Network:
             for pool, address in itertools.product(self.pools, endpoint.addresses):
                 if address.ip in pool.subnet:
                     pool.taken.add(int(address.ip))
-            self.endpoints[endpoint.id] = owner, name, endpoint
+            self.enter(owner, name, endpoint)
         return endpoint
 
     def leave(self, endpoint: Endpoint) -> None:
         """The endpoint is gone; its addresses are to be given back when nothing leads to them any more."""
         with self.lock:
-            self.endpoints.pop(endpoint.id, None)
+            self._drop(endpoint)
 
     def give_back(self, endpoint: Endpoint) -> None:
         """Its addresses are free as soon as its link is gone."""
@@ -14024,7 +14057,7 @@ class Sandbox:
         self.name = name
         for endpoint in self.endpoints.values():
             with endpoint.network.lock:
-                endpoint.network.endpoints[endpoint.id] = self.key, name, endpoint
+                endpoint.network.enter(self.key, name, endpoint)
 
     # The namespace
 
@@ -14096,10 +14129,10 @@ class Sandbox:
         if settings["EndpointID"]:
             self.endpoints[network.name] = network.adopt(self.key, self.name, settings)
 
-    def resume(self, pid: int, ports: dict[str, Optional[list[dict[str, str]]]], servers: list[str],
-               from_host: bool) -> None:
-        """Go on with a run that an earlier daemon began: its rules, ports and resolver; `ports` are those of
-        its record."""
+    def resume(self, pid: int, ports: dict[str, Optional[list[dict[str, str]]]], kept: list[socket.socket],
+               servers: list[str], from_host: bool) -> None:
+        """Go on with a run that an earlier daemon began: its rules, ports and resolver, with its `kept`
+        sockets; `ports` are those of its record."""
         networks = self.networks
         by_port: dict[tuple[str, int], list[IPAddress]] = {}
         for name, listed in ports.items():
@@ -14116,18 +14149,21 @@ class Sandbox:
                 endpoint.link = f"eth{number}"
             self.republish()
             if self.has_resolver:
-                self.open_resolver(servers, from_host)
+                self.open_resolver(servers, from_host, kept)
+        if self.seat is None:
+            for each in kept:
+                each.close()
 
-    def open_resolver(self, servers: list[str], from_host: bool) -> None:
-        """Give the container the resolver; it asks no server while no network leads out (CVE-2024-29018)."""
-        upstream = upstream_socket() if from_host else None
-
-        def servers_now() -> list[str]:
-            return servers if self.gateway(4) or self.gateway(6) else []
+    def open_resolver(self, servers: list[str], from_host: bool, kept: Iterable[socket.socket] = ()) -> None:
+        """Give the container the resolver, by sockets that were `kept` for it, if any; it asks no server
+        while no network leads out (CVE-2024-29018)."""
+        upstream = upstream_socket() if from_host and not kept else None
 
         def seat() -> ResolverSeat:
-            made = ResolverSeat(self.lookup, servers_now, upstream)
-            made.redirect()
+            made = ResolverSeat(self.lookup, lambda: servers if self.gateway(4) or self.gateway(6) else [],
+                                kept or [*ResolverSeat.bind(), upstream or upstream_socket()])
+            if not kept:
+                made.redirect()
             return made
 
         self.seat = in_network(self.namespace, seat)
@@ -14139,16 +14175,14 @@ class Sandbox:
         networks = [endpoint.network for endpoint in self.endpoints.values()
                     if endpoint.network.is_user_defined]
         if kind == DNS_PTR:
-            found = [dns_name(f"{endpoint.names[0]}.{network.name}") for network in networks
-                     for endpoint in network.all_endpoints() if endpoint.names and name in
-                     (address.ip.reverse_pointer for address in endpoint.addresses)]
-            return found or None
+            return [dns_name(f"{endpoint.names[0]}.{network.name}") for network in networks
+                    for endpoint in network.find((True, name)) if endpoint.names] or None
         wanted = self.aliases.get(name, name)
         addresses: list[IPAddress] = []
         for network in networks:
             short = wanted[:-len(network.name) - 1] if wanted.endswith("." + network.name.lower()) else wanted
-            addresses += [address.ip for endpoint in network.all_endpoints() for address in endpoint.addresses
-                          if short in endpoint.small_names]
+            addresses += [address.ip for endpoint in network.find((False, short))
+                          for address in endpoint.addresses]
         if not addresses:
             return None
         version = {DNS_A: 4, DNS_AAAA: 6}.get(kind)
@@ -14232,6 +14266,11 @@ class Networks:
                 log.error("the network %s cannot be used: %s", network.name, error)
         self.firewall.change([rule for network in self.table.values() for rule in network.rules()])
         self.save()
+
+    def begin(self) -> None:
+        """All containers that run have their names and ports again: serve these alone."""
+        self.proxy.forget_strangers()
+        self.resolver.begin()
 
     def patiently(self, take: Callable[..., Any], *arguments: Any) -> Any:
         """What `take` gives; where it fails, it is asked again when all that has ended has given back."""
@@ -17980,6 +18019,7 @@ class Container:
                 spec = self._spec(user, self._joined(held), self._open_mounts(held))
                 process, ours = launch(parts.driver, spec, self.config["OpenStdin"], notes=notes)
             undo.pop_all()
+        self._keep_resolver(process)
         self._record_ports()
         self._log_networks("connect")
         self.state.running, self.state.restarting, self.state.pid = True, False, process.pid
@@ -18004,8 +18044,9 @@ class Container:
             with contextlib.suppress(OSError):  # it has ended
                 flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
                 self._root_fd = os.open(f"/proc/{process.pid}/root", flags)
-            self._resume_sandbox(process.pid)
             kept, process.kept = process.kept, {}
+            sockets = [kept.pop(name) for name in ResolverSeat.SOCKETS if name in kept]
+            self._resume_sandbox(process.pid, [socket.socket(fileno=fd) for fd in sockets])
             with noted(log.error, f"container {self.id[:12]} runs on without a log", DockerError):
                 self._open_log(connect=False)
             self._watch_health()
@@ -18015,8 +18056,20 @@ class Container:
         """Let the streams and the end of a run come to this container; `ours` are our ends, by name."""
         self.process = process
         self.streams.connect(ours)
-        process.streams = self.streams.copies
+        process.streams = lambda: {**self.streams.copies(), **self._resolver_copies()}
         process.deliver(self._process_ended)
+
+    def _resolver_copies(self) -> dict[str, int]:
+        seat = self.sandbox.seat if self.sandbox else None
+        return seat.copies() if seat else {}
+
+    def _keep_resolver(self, process: Process) -> None:
+        """Have the shim keep the resolver's sockets, for the next daemon."""
+        copies = self._resolver_copies()
+        with contextlib.suppress(DockerError):
+            if copies:
+                process.shim.call("keep", copies, key=process.key)
+        close_fds(copies.values())
 
     def _open_log(self, connect: bool = True) -> None:
         driver, record = self.streams.driver, self.record
@@ -18106,15 +18159,15 @@ class Container:
             with contextlib.suppress(NotFound):
                 self.parts.log_network(action, self.parts.networks.find(name), container=self.id)
 
-    def _resume_sandbox(self, pid: int) -> None:
-        """Take the addresses and ports of a run that an earlier daemon began."""
+    def _resume_sandbox(self, pid: int, kept: list[socket.socket]) -> None:
+        """Take the addresses and ports of a run that an earlier daemon began, and its resolver's sockets."""
         recorded = self.record["NetworkSettings"]
         if self._namespaces() & CLONE_NEWNET:
             self.sandbox = Sandbox(self.parts.networks, self.id, self.name)
             for name, settings in recorded["Networks"].items():
                 with contextlib.suppress(NotFound):
                     self.sandbox.adopt(self.parts.networks.find(name), settings)
-            self.sandbox.resume(pid, recorded["Ports"], *self._name_servers())
+            self.sandbox.resume(pid, recorded["Ports"], kept, *self._name_servers())
 
     def _write_network_files(self) -> None:
         """Write hostname, hosts and resolv.conf, which are bound into the container; one that shares
@@ -18172,6 +18225,8 @@ class Container:
         """A container that came to its first user network gets the resolver."""
         assert self.sandbox is not None
         self.sandbox.open_resolver(*self._name_servers())
+        if self.process is not None:
+            self._keep_resolver(self.process)
         text = resolv_text(self.host_config, self.parts.config, True).encode()
         with contextlib.suppress(OSError), open(self.record["ResolvConfPath"], "r+b") as file:
             file.write(text)
@@ -21933,7 +21988,7 @@ class Daemon:
                            self.workers.later, self.networks, self._container_gone, self.containers.find,
                            self.idmap, self.containers.all, self.volumes)
         self._load_containers()
-        self.networks.proxy.forget_strangers()
+        self.networks.begin()
         self.driver.open()
         self._start_wanted()
         self.workers.submit(self._collect_garbage)

@@ -7756,8 +7756,65 @@ OUTSIDE = "10.99.0.254"   # a neighbour of the host's, which routes to the conta
 HOST_ADDRESS = "10.99.0.1"
 
 
+def dns_question(name: str, kind: int = dockerd.DNS_A, number: int = 7) -> bytes:
+    """A DNS question as a stub resolver sends it."""
+    head = struct.pack(">HHHHHH", number, 0x0100, 1, 0, 0, 0)
+    return head + dockerd.dns_name(name) + struct.pack(">HH", kind, 1)
+
+
+class NameServer:
+    """A name server of the world at the address of a network namespace, by UDP and TCP: it refuses
+    refused.test, leaves silent.test without an answer, has 40 addresses of big.test, which it tells by TCP
+    alone, and the one of known.test; `asked` are the names that it was asked for."""
+
+    def __init__(self, namespace: int, address: str) -> None:
+        def bind() -> list[socket.socket]:
+            sockets = [socket.socket(type=kind) for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM)]
+            sockets[1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            for each in sockets:
+                each.bind((address, 53))
+            sockets[1].listen()
+            return sockets
+
+        self.sockets = dockerd.in_network(namespace, bind)
+        self.asked: list[str] = []
+        for serve in (self._serve_udp, self._serve_tcp):
+            threading.Thread(target=serve, daemon=True).start()
+
+    def _answer(self, message: bytes, tcp: bool) -> bytes:
+        query = dockerd.parse_query(message)
+        self.asked.append(query.name)
+        if query.name == "big.test" and not tcp:
+            cut = dockerd.dns_answer(query)
+            return cut[:2] + bytes([cut[2] | 2]) + cut[3:]
+        count = {"big.test": 40, "known.test": 1}.get(query.name, 0)
+        code = 0 if count else 5 if query.name == "refused.test" else 3
+        return dockerd.dns_answer(query, [bytes([192, 0, 2, last]) for last in range(count)], code)
+
+    def _serve_udp(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while True:
+                message, client = self.sockets[0].recvfrom(4096)
+                if b"silent" not in message:
+                    self.sockets[0].sendto(self._answer(message, False), client)
+
+    def _serve_tcp(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while True:
+                with self.sockets[1].accept()[0] as client, client.makefile("rb") as file:
+                    answer = self._answer(dockerd._read_framed(file), True)
+                    client.sendall(struct.pack(">H", len(answer)) + answer)
+
+    def close(self) -> None:
+        """End it."""
+        for each in self.sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+
 class Networked:
-    """A host with a network beside loopback and a neighbour in it, and a CLI."""
+    """A host with a network beside loopback and a neighbour in it, which is its name server, and a CLI."""
 
     def __init__(self, *options: str) -> None:
         self.host = Host("-D", *options)
@@ -7771,7 +7828,29 @@ class Networked:
         subprocess.run(["nsenter", "-t", str(pid), "-n", "sh", "-c", f"ip addr add {OUTSIDE}/24 dev up1 && "
                                                                      "ip link set "
                         f"up1 up && ip route add 172.16.0.0/12 via {HOST_ADDRESS}"], check=True)
+        with open(f"/proc/{pid}/ns/net") as namespace:
+            self.server = NameServer(namespace.fileno(), OUTSIDE)
+        self.shell(f"echo nameserver {OUTSIDE} > resolv.conf && mount --bind resolv.conf /etc/resolv.conf")
         self.docker = Docker(docker_clis()[max(docker_clis())], self.host)
+
+    def socket_in(self, name: str, kind: int) -> socket.socket:
+        """A socket that a process in the container would have."""
+        with open(f"/proc/{self.docker('inspect', '-f', '{{.State.Pid}}', name)}/ns/net") as namespace:
+            found = dockerd.in_network(namespace.fileno(), lambda: socket.socket(type=kind))
+        found.settimeout(15)
+        return found
+
+    def ask(self, name: str, question: str, kind: int = dockerd.DNS_A, tcp: bool = False) -> bytes:
+        """The resolver's answer to a container's question."""
+        message = dns_question(question, kind)
+        with self.socket_in(name, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM) as sock:
+            sock.connect((dockerd.RESOLVER_ADDRESS, 53))
+            if not tcp:
+                sock.send(message)
+                return sock.recv(4096)
+            sock.sendall(struct.pack(">H", len(message)) + message)
+            with sock.makefile("rb") as file:
+                return dockerd._read_framed(file)
 
     def shell(self, command: str, check: bool = True) -> str:
         """What a shell command prints in the host's namespaces."""
@@ -7797,7 +7876,9 @@ class Networked:
     def close(self) -> None:
         """Stop everything."""
         self.host.remove_all()
+        self.shell("umount /etc/resolv.conf")
         self.host.close()
+        self.server.close()
         for stream in (self.neighbour.stdin, self.neighbour.stdout):
             assert stream is not None
             stream.close()
@@ -7898,6 +7979,73 @@ def test_user_networks_resolve_and_are_apart(networked: Networked) -> None:
     docker("network", "rm", "left", "right")
 
 
+def dns_facts(answer: bytes) -> tuple[int, bool, int]:
+    """(code, whether it is cut off, how many records) of an answer."""
+    return answer[3] & 15, bool(answer[2] & 2), struct.unpack_from(">H", answer, 6)[0]
+
+
+def test_other_names_come_from_the_hosts_servers(networked: Networked) -> None:
+    """By UDP and TCP, cut off as they come; a server that refuses is followed by the next.  Who has no way to
+    the world is answered at once, and nobody is asked for it; who asks much holds up nobody else."""
+    docker, ask, asked = networked.docker, networked.ask, networked.server.asked
+    docker("network", "create", "out")
+    docker("network", "create", "--internal", "in")
+    asked.clear()
+    own = ["--dns", "10.99.0.253", "--dns", OUTSIDE]
+    networked.shell("ip addr add 10.99.0.253/24 dev up0")  # nobody listens there
+    docker("run", "-d", "--name", "one", "--net", "out", "busybox", "sleep", NEVER)
+    docker("run", "-d", "--name", "two", "--net", "out", *own, "busybox", "sleep", NEVER)
+    docker("run", "-d", "--name", "shut", "--net", "in", "busybox", "sleep", NEVER)
+    assert dns_facts(ask("two", "known.test")) == (0, False, 1)
+    assert dns_facts(ask("two", "big.test", tcp=True)) == (0, False, 40)
+    assert dns_facts(ask("one", "big.test")) == (0, True, 0)
+    assert dns_facts(ask("one", "big.test", tcp=True)) == (0, False, 40)
+    assert dns_facts(ask("one", "refused.test"))[0] == 5
+    assert dns_facts(ask("two", "one", tcp=True)) == dns_facts(ask("one", "two")) == (0, False, 1)
+    assert dns_facts(ask("two", "one", dockerd.DNS_AAAA)) == (0, False, 0)
+    assert set(asked) == {"known.test", "big.test", "refused.test"}
+    asked.clear()
+    for tcp in (False, True):
+        assert dns_facts(ask("shut", "known.test", tcp=tcp))[0] == dockerd.DNS_SERVFAIL
+    assert not asked
+    with networked.socket_in("two", socket.SOCK_DGRAM) as flood:
+        flood.connect((dockerd.RESOLVER_ADDRESS, 53))
+        for number in range(3000):
+            flood.send(dns_question("silent.test", number=number))
+            flood.send(random.Random(number).randbytes(number % 600))
+        assert dns_facts(ask("one", "known.test")) == (0, False, 1)
+    docker("network", "connect", "out", "shut")
+    assert dns_facts(ask("shut", "known.test")) == (0, False, 1)
+    docker("rm", "-f", "one", "two", "shut")
+    docker("network", "rm", "in", "out")
+    networked.shell("ip addr del 10.99.0.253/24 dev up0")
+
+
+def test_dns_messages() -> None:
+    """What is no question is refused as such, whatever it is; answers that are too long for a datagram are
+    cut off; names keep their labels short."""
+    whole = dns_question("Web.Example.com", 28)
+    query = dockerd.parse_query(whole + b"more")
+    assert (query.name, query.kind, query.end) == ("web.example.com", 28, len(whole))
+    answer = dockerd.dns_answer(query, [bytes([10, 0, 0, 2])])
+    assert answer[:12] == struct.pack(">HHHHHH", 7, 0x8180, 1, 1, 0, 0) and answer.endswith(b"\n\0\0\2")
+    generator = random.Random(1)
+    for _ in range(20000):
+        data = bytearray(whole)
+        for _ in range(generator.randrange(1, 6)):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        with contextlib.suppress(ValueError):
+            dockerd.parse_query(bytes(data[:generator.randrange(len(data) + 1)]))
+    for bad in (b"", whole[:-1], answer, whole[:12] + b"\xff" * 20, whole[:4] + b"\0\2" + whole[6:],
+                whole[:2] + b"\x80" + whole[3:], whole[:12] + b"\xc0\x0c" + whole[14:]):
+        with pytest.raises(ValueError):
+            dockerd.parse_query(bad)
+    many = dockerd.dns_answer(query, [bytes(16)] * 40)
+    assert dns_facts(dockerd._cut(query, many)) == (0, True, 0)
+    assert dns_facts(dockerd._cut(query, many[:512])) == (0, False, 40)
+    assert dockerd.dns_name("a" * 300 + "..b") == b"\x3f" + b"a" * 63 + b"\1b\0"
+
+
 def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
     """kill -9 with live restore: ports, names and addresses serve on; what is gone is given back."""
     networked = Networked("--live-restore")
@@ -7908,10 +8056,15 @@ def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
         docker("network", "create", "mine")
         docker("run", "-d", "--name", "web", "--hostname", "web", "--net", "mine", "-p", "8080:80", *SERVE)
         docker("run", "-d", "--name", "user", "--net", "mine", "busybox", "sleep", NEVER)
+        question = networked.socket_in("user", socket.SOCK_DGRAM)
         host.kill()
         assert networked.shell(FETCH.format("127.0.0.1", 8080)) == "web\n"
         assert networked.from_outside(FETCH.format(HOST_ADDRESS, 8080)) == "web\n"
+        question.sendto(dns_question("web"), (dockerd.RESOLVER_ADDRESS, 53))
         host.start()
+        with question:
+            assert dns_facts(question.recv(4096)) == (0, False, 1)
+        assert dns_facts(networked.ask("user", "web", tcp=True)) == (0, False, 1)
         for reach in (networked.shell, networked.from_outside):
             assert reach(FETCH.format(HOST_ADDRESS, 8080)) == "web\n"
         assert docker("exec", "user", "ping", "-c", "1", "-W", "2", "web")
@@ -8119,23 +8272,6 @@ def test_free_subnets_avoid_what_is_used() -> None:
     assert str(dockerd.free_subnet(dockerd.DEFAULT_POOLS, used)) == "172.19.0.0/16"
     with pytest.raises(dockerd.Forbidden, match="all predefined address pools have been fully subnetted"):
         dockerd.free_subnet([("172.17.0.0/16", 17)], [ipaddress.ip_network("172.16.0.0/12")])
-
-
-def dns_query(name: str, kind: int = 1) -> bytes:
-    """A DNS question as a stub resolver sends it."""
-    return struct.pack(">HHHHHH", 0x1234, 0x0100, 1, 0, 0, 0) + dockerd.dns_name(name) + struct.pack(">HH",
-                                                                                                     kind, 1)
-
-
-def test_dns_messages() -> None:
-    query = dockerd.parse_query(dns_query("Web.Net"))
-    assert (query.name, query.kind) == ("web.net", 1)
-    answer = dockerd.dns_answer(query, [bytes([10, 0, 0, 2])])
-    assert answer[:12] == struct.pack(">HHHHHH", 0x1234, 0x8180, 1, 1, 0,
-                                      0) and answer.endswith(bytes([10, 0, 0, 2]))
-    for broken in (b"", dns_query("a")[:16], answer, dns_query("a")[:12] + b"\xff" * 20):
-        with pytest.raises(ValueError):
-            dockerd.parse_query(broken)
 
 
 # ------------------------------------------------------------------------------------------------------------
