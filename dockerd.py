@@ -5211,11 +5211,20 @@ def pruning(lock: threading.Lock) -> Iterator[None]:
         lock.release()
 
 
-def check_rules(rules: Iterable[tuple[Callable[..., Any], str]], members: dict[str, Any]) -> None:
-    """BadParameter with the text of the first rule that `members` break."""
-    for wrong, text in rules:
-        if wrong(members):
-            raise BadParameter(text.format_map(members))
+class Refusal(NamedTuple):
+    """What the members of something may not be: where it is so, the error's text, which names them, and its
+    class."""
+
+    wrong: Callable[[dict[str, Any]], Any]
+    text: str
+    error: type[DockerError] = BadParameter
+
+
+def check_rules(rules: Iterable[Any], members: dict[str, Any]) -> None:
+    """The error of the first of `rules` (Refusals, or tuples such as these) that `members` break."""
+    for rule in itertools.starmap(Refusal, rules):
+        if rule.wrong(members):
+            raise rule.error(rule.text.format_map(members))
 
 
 def _found(pattern: str, text: str) -> bool:
@@ -13690,6 +13699,26 @@ BRIDGE_OPTION = "com.docker.network.bridge."
 DEFAULT_BRIDGE = "docker0"
 PREDEFINED_NETWORKS = {"bridge": "bridge", "host": "host", "none": "null"}
 NETWORK_DRIVERS = ("bridge", "host", "ipvlan", "macvlan", "null")
+NETWORK_RULES = (
+    Refusal(lambda n: not n["name"], "invalid network name"),
+    Refusal(lambda n: not n["name"].strip(), "network name cannot be empty or blank"),
+    Refusal(lambda n: n["name"] in (*PREDEFINED_NETWORKS, "default"),
+            "operation is not permitted on predefined {name} network", Forbidden),
+    Refusal(lambda n: n["driver"] not in NETWORK_DRIVERS,
+            'could not find plugin {driver} in v1 plugin registry: plugin "{driver}" not found', NotFound),
+    Refusal(lambda n: n["driver"] in ("host", "null"), 'only one instance of "{driver}" network is allowed',
+            Forbidden),
+)
+BRIDGE_RULES = (
+    Refusal(lambda n: n["gateway_mode_ipv4"] != "nat",
+            "the gateway mode {gateway_mode_ipv4} is not supported, only nat is"),
+    Refusal(lambda n: n["gateway_mode_ipv6"] != "nat",
+            "the gateway mode {gateway_mode_ipv6} is not supported, only nat is"),
+    Refusal(lambda n: len(n["name"]) > 15 or "/" in n["name"], "invalid bridge name {name}"),
+    Refusal(lambda n: n["taken"], "networks have same bridge name: {name}", Forbidden),
+    Refusal(lambda n: n["there"] and n["there"].kind != "bridge", "existing interface {name} is not a bridge",
+            Forbidden),
+)
 LINK_MODES = {"macvlan": {"": 4, "bridge": 4, "passthru": 8, "private": 1, "vepa": 2},
               "ipvlan": {"": 0, "l2": 0, "l3": 1, "l3s": 2}}  # linux/if_link.h
 ENDPOINT_STATUS = {"EndpointID": "", "Gateway": "", "IPAddress": "", "IPPrefixLen": 0, "IPv6Gateway": "",
@@ -14311,15 +14340,7 @@ class Networks:
     def create(self, body: dict[str, Any]) -> Network:
         """Make a network as asked; Conflict, Forbidden or BadParameter with Docker's text."""
         name, driver = body["Name"], body["Driver"] or "bridge"
-        if not name.strip():
-            raise BadParameter("network name cannot be empty or blank" if name else "invalid network name")
-        if name in (*PREDEFINED_NETWORKS, "default"):
-            raise Forbidden(f"operation is not permitted on predefined {name} network")
-        if driver not in NETWORK_DRIVERS:
-            raise NotFound(f'could not find plugin {driver} in v1 plugin registry: plugin "{driver}" not '
-                           'found')
-        if driver in ("host", "null"):
-            raise Forbidden(f'only one instance of "{driver}" network is allowed')
+        check_rules(NETWORK_RULES, {"name": name, "driver": driver})
         with self.lock:
             if any(network.name == name for network in self.table.values()):
                 raise Conflict(f"network with name {name} already exists")
@@ -14400,16 +14421,10 @@ class Networks:
         if there is None:
             network.record["OwnLink"] = name
         if driver == "bridge":
-            for key in ("gateway_mode_ipv4", "gateway_mode_ipv6"):
-                if network.options.get(BRIDGE_OPTION + key, "nat") != "nat":
-                    raise BadParameter(f"the gateway mode {network.options[BRIDGE_OPTION + key]} is not "
-                                       "supported, only nat is")
-            if len(name) > 15 or "/" in name:
-                raise BadParameter(f"invalid bridge name {name}")
-            if any(other.driver == driver and other.bridge == name for other in self.table.values()):
-                raise Forbidden(f"networks have same bridge name: {name}")
-            if there and there.kind != "bridge":
-                raise Forbidden(f"existing interface {name} is not a bridge")
+            modes = {key: network.options.get(BRIDGE_OPTION + key, "nat")
+                     for key in ("gateway_mode_ipv4", "gateway_mode_ipv6")}
+            taken = any(other.driver == driver and other.bridge == name for other in self.table.values())
+            check_rules(BRIDGE_RULES, {"name": name, "there": there, "taken": taken, **modes})
         else:
             mode, (base, _, number) = network.options.get(f"{driver}_mode", ""), name.rpartition(".")
             if mode not in LINK_MODES[driver]:
@@ -14917,6 +14932,20 @@ ANONYMOUS_VOLUME = "com.docker.volume.anonymous"    # the label of those that no
 MODE_WORDS = (
     "ro|rw", "z|Z", "nocopy", "consistent|cached|delegated", "r?(private|shared|slave)", "idmap(=.+)?")
 PROPAGATIONS = {"private": MS_PRIVATE, "shared": MS_SHARED, "slave": MS_SLAVE}
+VOLUME_NAME_RULES = (
+    Refusal(lambda v: len(v["name"]) == 1,
+            "volume name is too short, names should be at least two alphanumeric characters"),
+    Refusal(lambda v: not VOLUME_NAME.match(v["name"]),
+            '{quoted} includes invalid characters for a local volume name, only '
+            '"[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you intended to pass a host directory, use absolute '
+            "path"),
+)
+VOLUME_RULES = (
+    Refusal(lambda v: v["limited"] and not v["quota"], "quota size requested but no quota support"),
+    Refusal(lambda v: v["limited"] and "device" in v,
+            "the size is that of the volume's own directory: leave out device"),
+    Refusal(lambda v: v["missing"] != '""', "missing required option: {missing}"),
+)
 LOCAL_OPTIONS = {"device": ("type",), "type": ("device",), "o": ("device", "type"), "size": ()}
 MOUNT_ATTRIBUTES = {"ro": MOUNT_ATTR_RDONLY, "nosuid": MOUNT_ATTR_NOSUID, "nodev": MOUNT_ATTR_NODEV,
                     "noexec": MOUNT_ATTR_NOEXEC, "noatime": MOUNT_ATTR_NOATIME,
@@ -15360,28 +15389,15 @@ class Volumes:
         if driver not in ("", "local"):
             raise NotFound(f"create {name}: error looking up volume plugin {driver}: plugin "
                            f"{go_quote(driver)} not found")
-        try:
-            if len(name) == 1:
-                raise BadParameter("volume name is too short, names should be at least two alphanumeric "
-                                   "characters")
-            if not VOLUME_NAME.match(name):
-                raise BadParameter(
-                    f'{go_quote(name)} includes invalid characters for a local volume name, only '
-                    '"[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you intended to pass a host directory, use '
-                    "absolute path")
+        with reworded(BadParameter, f"create {name}: ", BadParameter):
+            check_rules(VOLUME_NAME_RULES, {"name": name, "quoted": go_quote(name)})
             for key in options:
                 if key not in LOCAL_OPTIONS:
                     raise BadParameter(f"invalid option: {go_quote(key)}")
             size = parse_size(options.get("size", "0"))
-            if size and not has_project_quota(self.root):
-                raise BadParameter("quota size requested but no quota support")
-            if size and "device" in options:
-                raise BadParameter("the size is that of the volume's own directory: leave out device")
-            for needed in (needed for key in options for needed in LOCAL_OPTIONS[key]):
-                if not options.get(needed):
-                    raise BadParameter(f"missing required option: {go_quote(needed)}")
-        except BadParameter as error:
-            raise BadParameter(f"create {name}: {error}") from None
+            missing = [needed for key in options for needed in LOCAL_OPTIONS[key] if not options.get(needed)]
+            check_rules(VOLUME_RULES, {"limited": size, "quota": size and has_project_quota(self.root),
+                                       "missing": go_quote("".join(missing[:1])), **options})
         return size
 
     @staticmethod
@@ -17819,6 +17835,21 @@ INSPECTED = ("Created", "Path", "Args", "Image", "ResolvConfPath", "HostnamePath
              "Name", "RestartCount", "Driver", "MountLabel", "ProcessLabel", "AppArmorProfile")
 
 
+# What keeps a container from coming to a network, or going from it
+CONNECTION_RULES = (
+    Refusal(lambda c: c["going"], "Container {id} is marked for removal and cannot be connected or "
+            "disconnected to the network", Conflict),
+    Refusal(lambda c: "host" in (c["mode"], c["driver"]),
+            "container cannot be disconnected from host network or connected to host network", Forbidden),
+    Refusal(lambda c: c["mode"].startswith("container:"), "container sharing network namespace with another "
+            "container or host cannot be connected to any other network", Forbidden),
+    Refusal(lambda c: c["networks"] != {c["name"]} if c["driver"] == "null" else "none" in c["networks"],
+            "container cannot be connected to multiple networks with one of the networks in private (none) "
+            "mode",
+            Forbidden),
+)
+
+
 class Container:
     """One container: its record, its state machine, its streams.
 
@@ -18247,20 +18278,10 @@ class Container:
 
     def _check_networks(self, network: Network) -> dict[str, Any]:
         """The container's networks, where one may come or go."""
-        mode = self.host_config["NetworkMode"]
-        if self.state.removing or self.state.dead:
-            raise Conflict(f"Container {self.id} is marked for removal and cannot be connected or "
-                           "disconnected to the network")
-        if mode == "host" or network.driver == "host":
-            raise Forbidden("container cannot be disconnected from host network or connected to host network")
-        if mode.startswith("container:"):
-            raise Forbidden("container sharing network namespace with another container or host cannot be "
-                            "connected to any other network")
         networks: dict[str, Any] = self.record["NetworkSettings"]["Networks"]
-        if network.driver == "null" and set(networks) != {network.name} or (
-                network.driver != "null" and "none" in networks):
-            raise Forbidden("container cannot be connected to multiple networks with one of the networks in "
-                            "private (none) mode")
+        check_rules(CONNECTION_RULES, {
+            "id": self.id, "going": self.state.removing or self.state.dead, "driver": network.driver,
+            "name": network.name, "mode": self.host_config["NetworkMode"], "networks": set(networks)})
         return networks
 
     # Links of the default bridge
