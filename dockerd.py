@@ -16371,6 +16371,14 @@ _GELF_VALUES = {"gelf-compression-level": ("-1", *"0123456789"),
                 "gelf-compression-type": ("gzip", "zlib", "none")}
 
 
+_GELF_RULES = (
+    Refusal(lambda of: not of["given"], "gelf-address is a required parameter"),
+    Refusal(lambda of: not of["protocol"], "gelf-address should be in form proto://address, got {given}"),
+    Refusal(lambda of: of["protocol"] not in ("udp", "tcp"), "gelf: endpoint needs to be TCP or UDP"),
+    Refusal(lambda of: ":" not in of["place"], "gelf: please provide gelf-address as proto://host:port"),
+)
+
+
 class Gelf(LogServer):
     """GELF 1.1 in UDP datagrams, compressed and in chunks, or over TCP."""
 
@@ -16382,14 +16390,8 @@ class Gelf(LogServer):
         super().__init__(options)
         address = options.get("gelf-address")
         match = _TRANSPORT.fullmatch(address or "")
-        if not match:
-            raise BadParameter(f"gelf-address should be in form proto://address, got {address}" if address
-                               else "gelf-address is a required parameter")
-        self.protocol, self.address = match.groups()
-        if self.protocol not in ("udp", "tcp"):
-            raise BadParameter("gelf: endpoint needs to be TCP or UDP")
-        if not re.search(r":[^:]*$", self.address):
-            raise BadParameter("gelf: please provide gelf-address as proto://host:port")
+        self.protocol, self.address = match.groups() if match else ("", "")
+        check_rules(_GELF_RULES, {"given": address, "protocol": self.protocol, "place": self.address})
         self.target = host_and_port(self.address)
         for name, value in sorted(options.items()):
             if name.startswith("gelf-compression") and self.protocol != "udp":
@@ -17072,26 +17074,28 @@ def human_duration(seconds: float) -> str:
     return words.format(int((seconds + added) // unit))
 
 
+# (where it holds, the STATUS of `docker ps`): the first counts
+STATUS_TEXTS: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
+    (lambda state: state["Restarting"], "Restarting ({ExitCode}) {ended} ago"),
+    (lambda state: state["Running"] and state["Paused"], "Up {begun} (Paused)"),
+    (lambda state: state["Running"] and state["health"] in ("none", ""), "Up {begun}"),
+    (lambda state: state["Running"] and state["health"] == "starting", "Up {begun} (health: starting)"),
+    (lambda state: state["Running"], "Up {begun} ({health})"),
+    (lambda state: state["Status"] == "removing", "Removal In Progress"),
+    (lambda state: state["Dead"], "Dead"),
+    (lambda state: state["StartedAt"] == ZERO_TIME, "Created"),
+    (lambda state: state["FinishedAt"] == ZERO_TIME, ""),
+    (lambda state: True, "Exited ({ExitCode}) {ended} ago"),
+)
+
+
 def status_text(state: dict[str, Any], now: int) -> str:
     """The STATUS of `docker ps` from `state` as inspect shows it; `now` in nanoseconds since 1970."""
-    def since(key: str) -> str:
-        return human_duration((now - parse_timestamp(state[key])) / 10**9)
-
-    if state["Restarting"]:
-        return f"Restarting ({state['ExitCode']}) {since('FinishedAt')} ago"
-    if state["Running"]:
-        health = (state.get("Health") or {}).get("Status", "none")
-        suffix = {"starting": " (health: starting)", "none": "", "": ""}.get(health, f" ({health})")
-        return f"Up {since('StartedAt')}" + (" (Paused)" if state["Paused"] else suffix)
-    if state["Status"] == "removing":
-        return "Removal In Progress"
-    if state["Dead"]:
-        return "Dead"
-    if state["StartedAt"] == ZERO_TIME:
-        return "Created"
-    if state["FinishedAt"] == ZERO_TIME:
-        return ""
-    return f"Exited ({state['ExitCode']}) {since('FinishedAt')} ago"
+    begun, ended = (human_duration((now - parse_timestamp(state[key])) / 10**9)
+                    for key in ("StartedAt", "FinishedAt"))
+    health = (state.get("Health") or {}).get("Status", "none")
+    facts = {**state, "begun": begun, "ended": ended, "health": health}
+    return next(text for holds, text in STATUS_TEXTS if holds(facts)).format_map(facts)
 
 
 # Names: what one may be, and one at random for a container that is given none
