@@ -794,6 +794,10 @@ def start_confined(root: Union[str, int, Callable[[], int]], function: Callable[
     The kernel resolves every path of it inside `root`: no link and no `..` leads out.  The function must not
     import, nor load anything by name (pitfalls 3 and 8).  `failed(error)` is called at once on an error."""
 
+    with contextlib.suppress(OSError):  # what glibc would load by name, from that root, to end the thread
+        if defended("unwinder"):
+            ctypes.CDLL("libgcc_s.so.1")
+
     def body() -> Any:
         try:
             unshare(CLONE_FS)
@@ -11000,9 +11004,7 @@ class Init:
         self._mount_all()
         if plan["tty"]:
             self._open_terminal()
-            with reworded(InitError, "cannot make /dev/console: "):
-                _attach(open_tree(self.slave, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC),
-                        self.root, "/dev/console")
+            self._mount_console()
         self._enter_root()
         if plan["await_network"] and not os.read(self.fds["sync"], 1):
             raise InitError("the daemon has gone before the container had its network")
@@ -11167,6 +11169,13 @@ class Init:
             socket.send_fds(sync, [b'{"console": true}'], [master])
             sync.close()
             os.close(master)
+
+    def _mount_console(self) -> None:
+        """Have the terminal at /dev/console: the descriptor's, not what is at a path by now
+        (CVE-2025-52565)."""
+        with reworded(InitError, "cannot make /dev/console: "):
+            _attach(open_tree(self.slave, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC),
+                    self.root, "/dev/console")
 
     def _enter_root(self) -> None:
         with reworded(InitError, "pivot_root: "):

@@ -3916,6 +3916,306 @@ def test_masked_path_behind_a_link_cve_2025_31133(defended: bool, tmp_path: Any)
         assert done.stdout == "|/evil\n"
 
 
+# Copies, volumes, mounts
+
+IN_ROOT_OFF = ('return openat2(root, path.lstrip("/") or ".", flags, 0, resolve)',
+               'return os.open(path.lstrip("/") or ".", flags | os.O_CLOEXEC, dir_fd=root)')
+IMPORTS_OFF = ("join = start_confined(directory, unpacker.run,",  # unpack where the content goes
+               "join = start_confined(directory, lambda: (setattr(unpacker.reader, '_stream', "
+               "decompress(feed)), unpacker.run())[1],")
+UNCONFINED_OFF = ("unpack_confined(decompress(stream), view", "unpack_confined(stream, view")
+
+
+def weakened(directory: Path, *changes: tuple[str, str]) -> str:
+    """A copy of the program without a defence that is no step of its own: what its text has, and what stands
+    there instead."""
+    text = Path(PROGRAM).read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = directory / "dockerd.py"
+    path.write_text(text)
+    return str(path)
+
+
+@contextlib.contextmanager
+def flipping(first: str, second: str) -> Iterator[None]:
+    """The two names exchanged again and again, as fast as a container can."""
+    ended = threading.Event()
+    arguments = -100, os.fsencode(first), -100, os.fsencode(second), 2  # AT_FDCWD, RENAME_EXCHANGE
+
+    def flip() -> None:
+        library = ctypes.CDLL(None, use_errno=True)
+        while not ended.is_set():
+            library.renameat2(*arguments)
+
+    thread = threading.Thread(target=flip)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@OFF_AND_ON
+def test_links_flipped_during_cp_cve_2018_15664_2021_41089_2026_41568_2026_42306(
+    new_host: Callable[..., Host], busybox: bytes, defended: bool, tmp_path: Path
+) -> None:
+    """A running container exchanges a directory, in which it has a volume, for a link to the host's: cp would
+    read there, write, change modes, and make the volume's mount point."""
+    host = new_host(**({} if defended else {"environment": switched("chroot", False),
+                                            "program": weakened(tmp_path, IN_ROOT_OFF)}))
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    secret = host.path("secret")
+    os.makedirs(secret + "/own", 0o700)
+    Path(secret, "file").write_text("the host's")
+    name = host.create("sh", "-c", f"echo own >/w/file; ln -s {secret} /x; exec sleep 1000", name="evil",
+                       HostConfig={"Binds": ["vol:/w/v"]})
+    host.api("POST", f"/containers/{name}/start")
+    top = f"/proc/{host.inspect(name)['State']['Pid']}/root"
+    wait_for(lambda: os.path.islink(top + "/x"))
+    path, done = f"{API}/containers/evil/archive?path=", set()
+    with flipping(top + "/w", top + "/x"):
+        for _ in range(40 if defended else 2000):
+            if b"the host's" in host.http("GET", path + "/w/file").body:
+                done.add("read")
+            put(host, "evil", "/w/", {"written": b""})
+            put(host, "evil", "/", {"w/own": owned_entry("w/own", 0, 0, 0o777)})
+            done |= {what for what in ("written", "v") if os.path.exists(f"{secret}/{what}")}
+            done |= {"mode"} if os.stat(secret + "/own").st_mode & 0o777 != 0o700 else set()
+            if len(done) == 4:
+                break
+    host.remove_all()
+    assert done == (set() if defended else {"read", "written", "mode", "v"})
+
+
+@OFF_AND_ON
+def test_links_flipped_during_copy_up(new_host: Callable[..., Host], defended: bool, tmp_path: Path) -> None:
+    """A container that has the empty volume already puts a link in the place of a directory that copy-up has
+    just made there."""
+    host = new_host(environment=switched("chroot", defended))
+    files = {f"data/sub/{number}": b"x" for number in range(3000)}
+    host.import_image("evil", tar_of({**busybox_entries(), "data": None, "data/sub": None, **files}),
+                      *BUSYBOX_CHANGES)
+    secret = host.path("secret")
+    os.mkdir(secret)
+    name = host.create("sleep", "1000", image="evil", HostConfig={"Binds": ["shared:/v"]})
+    host.api("POST", f"/containers/{name}/start")
+    inside = f"/proc/{host.inspect(name)['State']['Pid']}/root/v"
+
+    def replace() -> None:
+        while True:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(inside + "/sub", inside + "/old")
+                return os.symlink(secret, inside + "/sub")
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        replaced = pool.submit(replace)
+        body = {"Image": "evil", "Cmd": ["true"],
+                "HostConfig": {"NetworkMode": "none", "Binds": ["shared:/data"]}}
+        answer = host.http("POST", f"{API}/containers/create", body)
+        replaced.result()
+    host.remove_all()
+    assert bool(os.listdir(secret)) != defended, answer
+
+
+@OFF_AND_ON
+def test_mount_points_behind_links_cve_2021_30465_2026_41579(
+    new_host: Callable[..., Host], defended: bool, tmp_path: Path
+) -> None:
+    """What is mounted finds links to the host's directories in its place, the image's or put there after the
+    creation, and makes no mount point there."""
+    host = new_host(**({} if defended else {"program": weakened(tmp_path, IN_ROOT_OFF)}))
+    secret = host.path("secret")
+    host.import_image("evil", tar_of({**busybox_entries(), "v": link_entry("v", secret + "/v")}),
+                      *BUSYBOX_CHANGES)
+    for place, made in (("v", "new"), ("etc", "hosts"), ("dev", ""), ("sys", "")):
+        os.makedirs(f"{secret}/{place}")
+        name = host.create("true", image="evil", HostConfig={"Binds": ["one:/v/new"] if place == "v" else []})
+        if place != "v":
+            assert put(host, name, "/", {place: link_entry(place, f"{secret}/{place}")}).status == 200
+        host.http("HEAD", f"{API}/containers/{name}/archive?path=/bin")
+        host.http("POST", f"{API}/containers/{name}/start")
+        assert (made in os.listdir(f"{secret}/{place}")) == bool(made and not defended), place
+
+
+LOADED_LIBRARY = """#include <fcntl.h>
+__attribute__((constructor)) static void loaded(void) { creat("/loaded", 0600); }
+"""
+
+
+def hostile_library(directory: Path) -> bytes:
+    """A shared library that leaves the file /loaded when a process loads it."""
+    (directory / "evil.c").write_text(LOADED_LIBRARY)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", directory / "evil.so", directory / "evil.c"], check=True)
+    return (directory / "evil.so").read_bytes()
+
+
+def hostile_entries(python: str, directory: Path) -> dict[str, Any]:
+    """Files of an image in the place of all that the daemon's interpreter could load: its modules, the C
+    library's name services, converters and unwinder, programs that unpack."""
+    evil = b"open('/loaded', 'w').close()\n"
+    library = hostile_library(directory)
+    entries: dict[str, Any] = {name: evil for name in python_entries(python) if name.endswith(".py")}
+    modules = sysconfig.get_paths()["stdlib"].lstrip("/")
+    entries.update({f"{modules}/{name}.py": evil for name in
+                    ("bz2", "lzma", "pwd", "grp", "compression/__init__", "compression/zstd")})
+    for name in ("libgcc_s.so.1", "libnss_files.so.2", "libnss_compat.so.2", "libzstd.so.1"):
+        entries.update({f"{place}/{name}": (library, 0o755) for place in
+                        ("lib", "usr/lib", "lib64", "lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu")})
+    entries.update({f"{place}/{name}": (b"#!/bin/sh\necho >/loaded\n", 0o755)
+                    for place in ("usr/bin", "usr/sbin") for name in ("xz", "unpigz", "bzip2", "tar")})
+    return entries
+
+
+@OFF_AND_ON
+def test_cp_runs_nothing_of_the_container_cve_2014_9357_2019_14271_2026_41567(
+    new_host: Callable[..., Host], defended: bool, tmp_path: Path
+) -> None:
+    """A container has its own in the place of every module, library and program that a copy could need."""
+    host = new_host(**({} if defended else {"program": weakened(tmp_path, IMPORTS_OFF, UNCONFINED_OFF)}))
+    evil = {**busybox_entries(), **hostile_entries(sys.executable, tmp_path)}
+    host.import_image("evil", tar_of(evil), *BUSYBOX_CHANGES)
+    name = host.create("sleep", "1000", image="evil", User="bob", HostConfig={"Binds": ["vol:/v"]})
+    for running in (False, True):
+        if running:
+            host.api("POST", f"/containers/{name}/start")
+        content = tar_of({"file": b"content"})
+        for number, tree in enumerate((content, gzip.compress(content), bz2.compress(content),
+                                       lzma.compress(content), b"\x28\xb5\x2f\xfd" + content)):
+            path = f"{API}/containers/{name}/archive?path=/v&copyUIDGID=1"
+            assert (host.http("PUT", path, tree).status == (400 if number == 4 else 200)) or not defended
+        assert b"content" in host.http("GET", f"{API}/containers/{name}/archive?path=/v").body or not defended
+        host.api("GET", f"/containers/{name}/changes")
+        assert host.http("GET", f"{API}/containers/{name}/export").status == 200
+    answer = host.http("HEAD", f"{API}/containers/{name}/archive?path=/loaded")
+    host.remove_all()
+    assert (answer.status == 404) == defended
+
+
+# A program that embeds the daemon's functions ends while a thread of it is confined to a hostile tree.
+EXIT_ATTACK = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+import dockerd
+inside = threading.Event()
+def work():
+    inside.set()
+    while True:
+        sum(range(1000))
+dockerd.start_confined(sys.argv[2], work)
+inside.wait()
+"""
+
+
+@OFF_AND_ON
+def test_the_end_of_a_confined_thread_loads_nothing_cve_2019_14271(defended: bool, tmp_path: Path) -> None:
+    """The C library loads its unwinder to end a thread: from the tree, had it not been loaded before.  (From
+    Python 3.14 on threads are not ended, and nothing is loaded.)"""
+    library = hostile_library(tmp_path)
+    for place in ("lib", "usr/lib", "lib64", "lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"):
+        (tmp_path / "tree" / place).mkdir(parents=True)
+        (tmp_path / "tree" / place / "libgcc_s.so.1").write_bytes(library)
+    subprocess.run([sys.executable, "-c", EXIT_ATTACK, HERE, str(tmp_path / "tree")],
+                   env={**os.environ, **switched("unwinder", defended)}, stderr=subprocess.DEVNULL)
+    assert (tmp_path / "tree/loaded").exists() == (not defended and sys.version_info < (3, 14))
+
+
+def test_a_hard_link_to_the_host_through_a_bind(host: Host) -> None:
+    """An archive's link leads to the host's files, and its hard link would take one of them into a bind,
+    where the container could write it."""
+    secret, shared = Path(host.path("secret")), host.path("shared-by-bind")
+    os.mkdir(shared)
+    secret.write_text("the host's")
+    name = host.create("true", HostConfig={"Binds": [f"{shared}:/b"]})
+    for target in ("l/secret", "../secret", str(secret)):
+        assert put(host, name, "/b", {"l": link_entry("l", host.directory),
+                                      "h": link_entry("h", target, tarfile.LNKTYPE)}).status >= 400
+    assert secret.stat().st_nlink == 1 and os.listdir(shared) == ["l"]
+
+
+@OFF_AND_ON
+def test_a_setuid_file_of_an_image_for_the_hosts_users_cve_2021_41091(
+    new_host: Callable[..., Host], busybox: bytes, defended: bool
+) -> None:
+    """Nobody but root reaches what images, containers and volumes have, to execute a setuid program there."""
+    host = new_host()
+    host.import_image("evil", tar_of({**busybox_entries(), "su": (b"#!/bin/sh\n", 0o4755)}), *BUSYBOX_CHANGES)
+    host.create("true", image="evil", name="evil", HostConfig={"Binds": ["vol:/v"]})
+    assert put(host, "evil", "/v", {"su": (b"#!/bin/sh\n", 0o4755)}).status == 200
+    assert put(host, "evil", "/", {"su": (b"#!/bin/sh\n", 0o4755)}).status == 200
+    os.chmod(host.directory, 0o755)
+    paths = [f"{host.data_root}/volumes/vol/_data/su", *glob.glob(f"{host.data_root}/overlay2/*/diff/su")]
+    if not defended:
+        for path in (host.data_root, host.data_root + "/overlay2", *map(os.path.dirname, paths)):
+            while path != host.directory:
+                os.chmod(path, 0o755)
+                path = os.path.dirname(path)
+    user = ["setpriv", "--reuid=1000", "--regid=1000", "--clear-groups"]
+    reached = [subprocess.run([*user, "test", "-x", path]).returncode == 0 for path in paths]
+    assert len(reached) == 3 and set(reached) == {not defended}
+
+
+@OFF_AND_ON
+def test_writes_to_proc_are_not_redirected_cve_2025_52881(
+    new_host: Callable[..., Host], busybox: bytes, defended: bool
+) -> None:
+    """A volume over a part of /proc/sys would catch what the start writes there, and lead it elsewhere."""
+    host = new_host(environment=switched("proc-cover", defended))
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    name = host.create("true", HostConfig={"Binds": ["vol:/x"]})
+    put(host, name, "/x", {"ip_unprivileged_port_start": link_entry("ip_unprivileged_port_start", "victim"),
+                           "victim": b""})
+    name = host.create("true", HostConfig={"Binds": ["vol:/proc/sys/net/ipv4:nocopy"],
+                                           "Sysctls": {"net.ipv4.ip_unprivileged_port_start": "7"}})
+    answer = host.http("POST", f"{API}/containers/{name}/start")
+    assert (b"cannot be mounted because it is inside /proc" in answer.body) == defended, answer.body
+    victim = Path(host.data_root, "volumes/vol/_data/victim").read_text()
+    assert victim == ("" if defended else "7")
+
+
+# Run in a mount namespace of its own: a root in which an accomplice has put a link in the place of the
+# terminal just before it becomes the console.
+CONSOLE_ATTACK = """
+import os, pty, sys
+sys.path.insert(0, sys.argv[1])
+import dockerd
+dockerd.mount("tmpfs", sys.argv[2], "tmpfs")
+root = os.open(sys.argv[2], os.O_RDONLY)
+os.makedirs(sys.argv[2] + "/dev/pts")
+with open(sys.argv[2] + "/core_pattern", "w") as file:
+    file.write("core")
+os.symlink("/core_pattern", sys.argv[2] + "/dev/pts/0")
+init = dockerd.Init({}, {})
+init.root, init.slave = root, pty.openpty()[1]
+init._mount_console()
+with open(sys.argv[2] + "/dev/console", "w") as file:
+    file.write("|/evil")
+with open(sys.argv[2] + "/core_pattern") as file:
+    print(file.read())
+"""
+
+
+@OFF_AND_ON
+def test_the_console_is_the_terminal_itself_cve_2025_52565(defended: bool, tmp_path: Path) -> None:
+    """What stands at /dev/pts/0 by then must not become /dev/console, which nothing masks."""
+    by_path = ('open_tree(self.slave, "", AT_EMPTY_PATH',
+               'open_tree(_open_in_root(self.root, "/dev/pts/0"), "", AT_EMPTY_PATH')
+    directory = HERE if defended else os.path.dirname(weakened(tmp_path, by_path))
+    (tmp_path / "root").mkdir()
+    done = subprocess.run(["unshare", "-m", "--propagation", "private", sys.executable, "-c", CONSOLE_ATTACK,
+                           directory, str(tmp_path / "root")], stdout=subprocess.PIPE, text=True, check=True)
+    assert done.stdout == ("core\n" if defended else "|/evil\n")
+
+
+def test_exec_as_user_1_is_not_root_cve_2026_30892(host: Host) -> None:
+    """crun took the user "1" for root."""
+    box = Execs(host, "sleep", "1000")
+    for user, expected in (("1", b"1:1\n"), ("1:2", b"1:2\n"), ("01", b"1:1\n"), ("0", b"0:0\n")):
+        assert box.run("sh", "-c", "echo $(id -u):$(id -g)", User=user)[0] == expected
+
+
 def link(name: str, target: str) -> tarfile.TarInfo:
     """A symbolic link as an entry of an archive."""
     entry = tarfile.TarInfo(name)
@@ -6338,13 +6638,15 @@ def test_links_lead_nowhere_out_of_the_tree(
 
 @pytest.mark.parametrize(
     "attack",
-    ["absolute link", "climbing link", "link to link", "whiteout through a link", "opaque through a link"],
+    ["absolute link", "climbing link", "link to link", "hard link through a link", "whiteout through a link",
+     "opaque through a link"],
 )
 def test_the_same_attacks_succeed_without_the_chroot(tmp_path: Path, outside: Path, attack: str,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dockerd.FAILPOINTS, "chroot", ("off", 1))
     unpack(make_tar(*ATTACKS[attack](str(outside))), tmp_path / "t", "apply")
-    assert not (outside / "passwd").exists() or (outside / "passwd").read_bytes() == b"owned"
+    passwd = outside / "passwd"
+    assert not passwd.exists() or passwd.read_bytes() == b"owned" or passwd.stat().st_nlink == 2
 
 
 @pytest.mark.parametrize(
