@@ -8428,26 +8428,64 @@ def test_networks_heal(busybox: bytes) -> None:
         networked.close()
 
 
-def test_cycles_leave_nothing(networked: Networked) -> None:
-    """Forty containers with a published port, eight at a time: no link, rule, socket or address is left."""
-    before = networked.state()
-    host = networked.host
+def published_cycle(host: Host, port: str = "") -> None:
+    """Run a container with a published port from its creation to its removal."""
+    name = host.api("POST", "/containers/create", {
+        "Image": "busybox", "Cmd": ["true"], "ExposedPorts": {"80/tcp": {}, "53/udp": {}},
+        "HostConfig": {"PortBindings": {"80/tcp": [{"HostPort": port}], "53/udp": [{}]}}})["Id"]
+    host.api("POST", f"/containers/{name}/start")
+    host.api("POST", f"/containers/{name}/wait")
+    host.api("DELETE", f"/containers/{name}")
 
-    def cycle(number: int) -> None:
-        name = host.api("POST", "/containers/create", {
-            "Image": "busybox", "Cmd": ["true"], "ExposedPorts": {"80/tcp": {}},
-            "HostConfig": {"PortBindings": {"80/tcp": [{}]}}})["Id"]
-        host.api("POST", f"/containers/{name}/start")
-        host.api("POST", f"/containers/{name}/wait")
-        host.api("DELETE", f"/containers/{name}")
 
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        list(pool.map(cycle, range(40)))
+def assert_given_back(networked: Networked, before: list[str]) -> None:
+    """No link, rule, socket, namespace, process or address is left of any container."""
     wait_for(lambda: networked.state() == before, "what the containers left")
+    host = networked.host
     assert host.api("GET", "/networks/bridge")["Containers"] == {}
-    address = networked.docker("run", "--rm", "busybox", "hostname", "-i")
-    assert wait_for(lambda: networked.docker("run", "--rm", "busybox", "hostname",
-                                             "-i") == "172.17.0.2"), address
+    wait_for(lambda: networked.docker("run", "--rm", "busybox", "hostname", "-i") == "172.17.0.2")
+    held = [os.readlink(f"/proc/{pid}/fd/{fd}") for pid in [*host.own_processes(), host.process.pid]  # type: ignore
+            for fd in os.listdir(f"/proc/{pid}/fd") if os.path.lexists(f"/proc/{pid}/fd/{fd}")]
+    assert not [name for name in held if name.startswith("net:")], held
+    assert all(re.search("shim|proxy", read_text(f"/proc/{pid}/cmdline")) for pid in host.own_processes())
+    published_cycle(host, "8080")
+
+
+def test_cycles_leave_nothing(networked: Networked) -> None:
+    """Forty containers with published ports, eight at a time."""
+    before = networked.state()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: published_cycle(networked.host), range(40)))
+    assert_given_back(networked, before)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(1800)
+def test_a_thousand_cycles_leave_nothing(networked: Networked) -> None:
+    """The same a thousand times, then with kill -9 of the daemon in the midst of it, ten times."""
+    before, host = networked.state(), networked.host
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: published_cycle(host), range(1000)))
+    assert_given_back(networked, before)
+    killed = threading.Event()
+
+    def cycles(_: int) -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while not killed.is_set():
+                published_cycle(host)
+
+    for attempt in range(10):
+        killed.clear()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            running = [pool.submit(cycles, number) for number in range(8)]
+            time.sleep(0.5 + random.Random(attempt).random())
+            host.kill()
+            killed.set()
+        host.start()
+        host.remove_all()
+        for each in running:
+            each.result()
+        assert_given_back(networked, before)
 
 
 COMPOSED = """
