@@ -5443,6 +5443,9 @@ def full_config(values: dict[str, Any]) -> dict[str, Any]:
 # Dockerfile instructions, as far as `changes` of import and commit go; the builder adds the others
 
 
+MAX_ROW = 65535     # bytes in a row of a Dockerfile
+
+
 class DockerfileError(BadParameter):
     """A Dockerfile's text is none, before its instructions are looked at."""
 
@@ -5483,6 +5486,8 @@ def parse_dockerfile(text: str) -> Dockerfile:
     directives: Optional[set[str]] = set()
     rows = iter(enumerate(re.split("\r?\n", text.lstrip("\ufeff").removesuffix("\n") if text else ""), 1))
     for number, row in rows:
+        if len(row) > MAX_ROW:
+            raise DockerfileError(f"dockerfile line greater than max allowed size of {MAX_ROW}")
         directive = re.match(r"#\s*(escape|syntax|check)\s*=\s*(.+?)\s*$", row.lstrip(), re.IGNORECASE)
         if directives is not None and directive:
             name = directive[1].lower()
@@ -5574,8 +5579,9 @@ class ShellWord:
                  '"': "unexpected end of statement while looking for matching double-quote",
                  "}": "syntax error: missing '}'", "/": "syntax error: missing '/' in substitution"}
 
-    def __init__(self, text: str, environment: Iterable[str], escape: str) -> None:
-        self.text, self.escape, self.at = text, escape, 0
+    def __init__(self, text: str, environment: Iterable[str], escape: str, document: bool = False) -> None:
+        """With `document` it is the text of a here-document, in which quotes mean nothing."""
+        self.text, self.escape, self.at, self.document = text, escape, 0, document
         self.environment = dict(item.partition("=")[::2] for item in environment)
         with reworded(BadParameter, f"failed to process {go_quote(text)}: ", BadParameter):
             self._parsed = self._pieces("")
@@ -5614,9 +5620,10 @@ class ShellWord:
                 pieces.append((character, False))
             elif character == "$":
                 pieces.append((self._dollar(), True))
-            elif character == self.escape and (stop != '"' or self._peek() in ("", '"', "$", self.escape)):
+            elif character == self.escape and (
+                    stop != '"' and not self.document or self._peek() in ("", '"', "$", self.escape)):
                 pieces.append((self._next(), False))
-            elif character in ("'", '"') and stop != '"':
+            elif character in ("'", '"') and stop != '"' and not self.document:
                 pieces.append((self._text(character), False))
             else:
                 pieces.append((character, True))
@@ -6500,6 +6507,16 @@ class LayerTransaction:
         layer = self._make(parent, fill, EMPTY_LAYER)
         return layer.diff_id if layer else ""
 
+    def squash(self, chain: str, parent: str) -> str:
+        """Make one layer of all that a chain has above the chain `parent`; its diff id."""
+        driver, store = self.store.driver, self.store
+        with contextlib.ExitStack() as held:
+            roots = [held.enter_context(closing_fd(driver.mount(store.get(top).cache_id, readonly=True)))
+                     for top in (chain, parent) if top]
+            trees = [*(confined(root, tree_facts) for root in roots), {}, {}]
+            packer = ChangesPacker(Feed(), store.idmap, tree_changes(trees[0], trees[1]))
+            return self.unpack(held.enter_context(packed(roots[0], packer)), parent).diff_id
+
     def commit(self, container_id: str, stays: bool = True) -> str:
         """Make a layer of what a container has changed of its image; its diff id, '' where that is nothing.
 
@@ -7034,7 +7051,7 @@ class Images:
 
     @job("image_inspect")
     def inspect(self, job: Job) -> None:
-        """All about the image named by the argument.  env: platform."""
+        """All about the image named by the argument.  env: platform, container (of the step that made it)."""
         image = self.resolve(job.args[0], self._platform(job))
         document = image.document
         tags, digests = self._names(self.tags.references(image.id))
@@ -7050,6 +7067,9 @@ class Images:
             "GraphDriver": {"Data": self.layers.metadata(image.chain_id), "Name": self.layers.driver.name},
             "RootFS": {"Type": "layers", "Layers": document["rootfs"].get("diff_ids") or []},
             "Metadata": {"LastTagTime": self.store.last_updated(image)}}
+        if job.env.get_bool("container"):
+            described.update(Container=document.get("container", ""),
+                             ContainerConfig=full_config(document.get("container_config") or {}))
         optional = ("Created", "Variant", "OsVersion")
         job.reply({key: value for key, value in described.items() if value or key not in optional})
 
@@ -7347,7 +7367,7 @@ def _document(members: dict[str, Any]) -> bytes:
 class ProgressReader:
     """Reads `stream` and calls `report(bytes so far)` now and then, and at the end."""
 
-    def __init__(self, stream: Any, report: Callable[[int], None]) -> None:
+    def __init__(self, stream: Any, report: Callable[[int], Any]) -> None:
         self._stream, self._report, self._current, self._reported = stream, report, 0, 0
 
     def read(self, size: int = 65536) -> bytes:
@@ -7447,8 +7467,13 @@ def open_url(address: str) -> Iterator[Any]:
     """The response to a GET of an http or https URL; the errors of http_request(), DockerError when it is no
     success."""
     with http_request(address) as response:
+        moved = str(response.headers.get("Location") or "")
+        if 300 <= response.code < 400 and moved:
+            raise BadParameter(f'Get "{moved}": unsupported protocol scheme "{moved.partition(":")[0]}"')
         if response.code >= 300:
-            raise DockerError(f"failed to GET {address} with status {response.code} {response.reason}")
+            kind = next((kind for kind, code in HTTP_STATUS.items() if code == response.code), DockerError)
+            told = response.read(4096).decode("utf-8", "replace").strip()
+            raise kind(f"failed to GET {address} with status {response.code} {response.reason}: {told}")
         yield response
 
 
@@ -8058,8 +8083,8 @@ def retry_status(seconds: int) -> str:
 
 def progress_bar(current: int, total: int) -> dict[str, Any]:
     """The members of a progress line that tell how far something is."""
-    done = min(50, current * 50 // total) if total else 0
-    bar = f"[{'=' * done}>{' ' * (50 - done)}] " if total else ""
+    done = min(50, current * 50 // total) if total > 0 else 0
+    bar = f"[{'=' * done}>{' ' * (50 - done)}] " if total > 0 else ""
     numbers = f"{human_size(current):>8}" + (f"/{human_size(total)}" if current <= total else "")
     return {"progressDetail": {"current": current, "total": total}, "progress": bar + numbers}
 
@@ -20016,7 +20041,7 @@ class Attachment:
 # .dockerignore, as Docker documents them.
 # ------------------------------------------------------------------------------------------------------------
 
-BUILD_FLAGS = {"add": "checksum chmod chown exclude* keep-git-dir? link?", "from": "platform",
+BUILD_FLAGS = {"add": "checksum chmod chown exclude* keep-git-dir? link? unpack?", "from": "platform",
                "copy": "chmod chown exclude* from link? parents?", "run": "mount* network security"}
 PROXY_ARGUMENTS = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "FTP_PROXY", "ftp_proxy",
                    "NO_PROXY", "no_proxy")  # those that no Dockerfile has to declare
@@ -20147,6 +20172,13 @@ class ContextReader(TarReader):
                            entry.link, entry.device, entry.xattrs)
         return entry
 
+    def copy(self, fd: int, size: int) -> None:
+        """As any reader, with Docker's words for an archive that ends within a file."""
+        try:
+            super().copy(fd, size)
+        except BadParameter as error:
+            raise BadParameter(f"Error processing tar file(exit status 1): {error}") from None
+
     def close(self) -> None:
         """The current entry is over."""
         if self._sum is not None:
@@ -20155,13 +20187,15 @@ class ContextReader(TarReader):
 
 class Found(NamedTuple):
     """Something that COPY takes: its `path` as it was asked for, the `real` one without links, both in the
-    tree `source`, its hash, and whether it is a directory; `plain` is no archive to be unpacked."""
+    tree `source`, its hash, and whether it is a directory; `kept` is the part of the path that --parents
+    keeps, `plain` is no archive to be unpacked."""
 
     path: str
     real: str
     hash: str
     directory: bool
     source: Source
+    kept: str = ""
     plain: bool = False
 
 
@@ -20175,24 +20209,37 @@ class Source:
         self._names = [{account.number: os.fsencode(account.name) for account in reversed(_accounts(
             read_text(f"/etc/{file}").encode(), last))} for file, last in (("passwd", 5), ("group", 3))]
 
-    def find(self, path: str, literal: bool = False) -> list[Found]:
-        """What `path`, perhaps with wildcards, means here; FileNotFoundError where it is nothing."""
+    def find(self, path: str, literal: bool = False, parents: bool = False) -> list[Found]:
+        """What `path`, perhaps with wildcards, means here; FileNotFoundError where it is nothing.
+
+        With `parents` it has two parts, which "/./" divides, and ** is any number of directories."""
         path = path[path.startswith("/"):]
         path = path[2 * path.startswith("./"):]
         if os.path.normpath(path).split("/")[0] == "..":
             raise DockerError(f"forbidden path outside the build context: {path} ()")
+        above, pivot, _ = path.partition("/./") if parents else ("", "", "")
         wild = not literal and re.search(r"(?<!\\)(?:\\\\)*[*?[]", path)
-        return confined(self.root, self._find, path, compile_pattern(path) if wild else None)
+        if parents:
+            path = os.path.normpath(path)
+        matches = functools.partial(path_matches, path) if parents else compile_pattern(path).fullmatch
+        found = confined(self.root, self._find, path, matches if wild else None)
+        depth = len(above.split("/")) if pivot else 0
+        return [item._replace(kept="/".join(item.path.split("/")[depth:])) for item in found]
 
-    def _find(self, path: str, pattern: Optional[re.Pattern[str]]) -> list[Found]:
-        if pattern is None:
+    def _find(self, path: str, matches: Optional[Callable[[str], Any]]) -> list[Found]:
+        if matches is None:
             return [self._found(path)]
-        return [self._found(name[1:]) for name in _walk("/") if pattern.fullmatch(name[1:])]
+        return [self._found(name[1:]) for name in _walk("/") if matches(name[1:])]
 
     def _found(self, path: str) -> Found:
         real = os.path.realpath("/" + path)
-        facts = os.lstat(real)
-        if not stat.S_ISDIR(facts.st_mode):
+        try:
+            is_directory = stat.S_ISDIR(os.stat(real).st_mode)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise DockerError(f"forbidden path outside the build context: {path} ()") from None
+            raise FileNotFoundError(errno.ENOENT, "", path) from None
+        if not is_directory:
             return Found(path, real, "file:" + self._hash(real), False, self)
         hashes = sorted(self._hash(name) for name in _walk(real))
         return Found(path, real, "dir:" + hashlib.sha256(",".join(hashes).encode()).hexdigest(), True, self)
@@ -20244,12 +20291,92 @@ def _file_sum(path: str, names: list[dict[int, bytes]]) -> str:
     return hasher.hexdigest()
 
 
-class StepCopier(TreeCopier):
-    """Copies for COPY and ADD: all becomes `owner`'s (None: as it was), with `mode` if that is given."""
+def path_matches(pattern: str, path: str) -> bool:
+    """Whether a pattern of .dockerignore or --exclude is that of `path`; ** is any number of directories.
 
-    def __init__(self, owner: Optional[tuple[int, int]], mode: Optional[int]) -> None:
+    BadParameter for what is no pattern."""
+    @functools.cache
+    def matches(at: int, place: int) -> bool:
+        if at == len(parts):
+            return place == len(names)
+        if parts[at] == "**":
+            return at == len(parts) - 1 or any(matches(at + 1, n) for n in range(place, len(names) + 1))
+        return place < len(names) and compiled[at].fullmatch(names[place]) is not None and matches(
+            at + 1, place + 1)
+
+    parts, names = pattern.split("/"), path.split("/")
+    compiled = [compile_pattern(part) for part in parts]
+    return matches(0, 0)
+
+
+class IgnoreRules:
+    """The rules of .dockerignore or of --exclude: the last that matches a path or what is above it holds."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self.rules: list[tuple[str, bool]] = []
+        for line in lines:
+            text = line.strip()
+            keeps = text.startswith("!")
+            text = text[keeps:].strip()
+            if text and not line.startswith("#"):
+                self.rules.append((os.path.normpath(text).lstrip("/") or "/", keeps))
+
+    def hides(self, path: str) -> bool:
+        """Whether `path`, relative to the context, is left out."""
+        places = list(itertools.accumulate(path.split("/"), lambda above, name: f"{above}/{name}"))
+        hidden = False
+        for pattern, keeps in self.rules:
+            if hidden == keeps and any(path_matches(pattern, place) for place in places):
+                hidden = not keeps
+        return hidden
+
+    def remove_hidden(self) -> None:
+        """Remove what is left out below the root of a confined thread, but for what holds something else."""
+        for name in reversed(list(_walk("/"))):
+            if self.hides(name[1:]):
+                with contextlib.suppress(OSError):
+                    (os.rmdir if stat.S_ISDIR(os.lstat(name).st_mode) else os.unlink)(name)
+
+
+def parse_chmod(text: str) -> Callable[[int, bool], int]:
+    """What --chmod, octal or as u=rwX,go=rX, makes of (a mode, of a directory); BadParameter."""
+    if re.fullmatch("[0-7]{1,4}", text):
+        return lambda mode, directory: int(text, 8)
+    clauses = [re.fullmatch("([ugoa]*)((?:[-+=][rwxXst]*)+)", clause) for clause in text.split(",")]
+    if not all(clauses):
+        raise BadParameter(f"invalid chmod parameter: {go_quote(text)}")
+
+    def change(mode: int, directory: bool) -> int:
+        for clause in filter(None, clauses):
+            who = "ugo" if clause[1] in ("", "a") or "a" in clause[1] else clause[1]
+            for sign, rights in re.findall("([-+=])([rwxXst]*)", clause[2]):
+                runs = "x" in rights or "X" in rights and (directory or bool(mode & 0o111))
+                each = 4 * ("r" in rights) + 2 * ("w" in rights) + runs
+                shifts = [{"u": 6, "g": 3, "o": 0}[name] for name in who]
+                bits = sum({each << shift for shift in shifts})
+                bits |= ("s" in rights) * (0o4000 * ("u" in who) | 0o2000 * ("g" in who)) | (
+                    0o1000 * ("t" in rights))
+                cleared = sum({7 << shift for shift in shifts}) if sign == "=" else 0
+                mode = mode & ~bits if sign == "-" else mode & ~cleared | bits
+        return mode
+
+    return change
+
+
+class StepCopier(TreeCopier):
+    """Copies for COPY and ADD: all becomes `owner`'s (None: as it was), with the mode that `chmod` makes of
+    its own; what `rules` hide of a tree, whose own path is `base`, is left out."""
+
+    def __init__(self, owner: Optional[tuple[int, int]], chmod: Optional[Callable[[int, bool], int]] = None,
+                 rules: IgnoreRules = IgnoreRules([])) -> None:
         super().__init__()
-        self.owner, self.mode = owner, mode
+        self.owner, self.chmod, self.rules, self.base = owner, chmod, rules, ""
+
+    def entry(self, source: int, name: str, target: int, new: str, path: str) -> None:
+        """Copy one, unless it is left out."""
+        inside = f"{path}/{new}"[len(self.base) + 1:] if self.base else ""
+        if not (inside and self.rules.rules and self.rules.hides(inside)):
+            super().entry(source, name, target, new, path)
 
     def attributes(self, source: str, target: str, facts: os.stat_result, follow: bool) -> None:
         """As Docker leaves them: times in whole seconds, and of a new owner's file neither the capabilities
@@ -20258,13 +20385,32 @@ class StepCopier(TreeCopier):
         link, mode = stat.S_ISLNK(facts.st_mode), stat.S_IMODE(facts.st_mode)
         os.chown(target, *(self.owner or (facts.st_uid, facts.st_gid)), follow_symlinks=follow)
         if not link:
-            os.chmod(target, mode if self.mode is None else self.mode)
-        if self.owner and self.mode is None and not link:
+            os.chmod(target, self.chmod(mode, follow) if self.chmod else mode)
+        if self.owner and not self.chmod and not link:
             os.chown(target, *self.owner)
         elif capability and not self.owner:
             os.setxattr(target, "security.capability", capability)
         when = facts.st_mtime_ns // 10**9 * 10**9
         os.utime(target, ns=(when, when), follow_symlinks=follow)
+
+
+def missing_part(path: str) -> str:
+    """The uppermost of a path and what is above it that is not there in the thread's root, or ''."""
+    places = itertools.accumulate(path.strip("/").split("/"), lambda above, name: f"{above}/{name}")
+    return next((place for place in places if not os.path.lexists(f"/{place}")), "")
+
+
+def remove_stub(path: str, first: str) -> None:
+    """Remove an empty file or directory, and those above it down from `first` that are empty then."""
+    place = path.strip("/")
+    with contextlib.suppress(OSError):
+        while first and (place + "/").startswith(first + "/"):
+            facts = os.lstat(f"/{place}")
+            if stat.S_ISDIR(facts.st_mode):
+                os.rmdir(f"/{place}")
+            elif not facts.st_size:
+                os.unlink(f"/{place}")
+            place = os.path.dirname(place)
 
 
 def make_owned(path: str, owner: tuple[int, int]) -> None:
@@ -20279,14 +20425,59 @@ def make_owned(path: str, owner: tuple[int, int]) -> None:
         make_directory(path, 0o755, *owner)
 
 
-def open_place(path: str, name: str, owner: tuple[int, int]) -> tuple[int, str]:
+def open_place(path: str, name: str, maker: tuple[int, int], owner: tuple[int, int]) -> tuple[int, str]:
     """(a descriptor of a directory, a name in it): where in the thread's root a file goes that is called
-    `name` and copied to `path`; without `name` the directory `path` itself, which is made."""
+    `name` and copied to `path`; without `name` the directory `path` itself.  Directories that are missing are
+    made as the `maker`'s, that itself as the `owner`'s."""
     real = os.path.realpath(path)
     if name and not path.endswith("/") and not os.path.isdir(real):
         real, name = os.path.split(real)
-    make_owned(real, owner)
+    fresh = not os.path.lexists(real)
+    make_owned(real, maker)
+    if fresh:
+        os.chown(real, *owner)
     return os.open(real, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), name
+
+
+RUN_MOUNTS = {"bind": "from source target write", "cache": "from gid id mode sharing source target uid write",
+              "tmpfs": "size target", "secret": "env gid id mode required source target uid",
+              "ssh": "gid id mode required target uid"}
+_MOUNT_ALIASES = {"src": "source", "dst": "target", "destination": "target", "ro": "write",
+                  "readonly": "write", "rw": "write", "readwrite": "write"}
+
+
+def parse_run_mount(text: str) -> dict[str, str]:
+    """The members of a RUN --mount, "" for those that are not given; `write` is "rw...", "ro..." or "".
+
+    BadParameter for what its type does not have."""
+    given: dict[str, str] = {}
+    for word in text.split(","):
+        key, equals, value = word.partition("=")
+        name = _MOUNT_ALIASES.get(key.lower(), key.lower())
+        if name == "write":
+            value = (key[:2] if key[:2] in ("ro", "rw") else key[4:6].replace("on", "ro").replace("wr", "rw")
+                     ) if value.lower() in ("", "true", "1") else "rw" if key.startswith(
+                         ("ro", "reado")) else "ro"
+        elif name == "required":
+            value = "true" if value.lower() in ("", "true", "1") else ""
+        given[name] = value
+    kind = given.setdefault("type", "bind")
+    if kind not in RUN_MOUNTS:
+        raise BadParameter(f"unsupported mount type {go_quote(kind)}")
+    for name in given:
+        if name != "type" and name not in RUN_MOUNTS[kind].split():
+            raise BadParameter(f"unexpected key '{name}' for a mount of the type {kind}")
+    found = {**dict.fromkeys("from gid id mode required sharing size source target uid write".split(), ""),
+             **given}
+    if kind in ("bind", "cache", "tmpfs") and not found["target"]:
+        raise BadParameter(f"the target of a mount of the type {kind} is required")
+    return found
+
+
+def is_git(address: str) -> bool:
+    """Whether an address is that of a git repository, as Docker knows them."""
+    return bool(re.match(r"git://|git@|github\.com/", address)
+                or re.match(r"https?://.*\.git(?:#.+)?$", address))
 
 
 def is_archive(fd: int) -> bool:
@@ -20327,9 +20518,10 @@ class Voice:
         """Write text for the user; a warning is red."""
         self.write(message_line(stream=f"\033[91m{text}\033[0m" if warning else text))
 
-    def speak(self) -> None:
-        """It is this stage's turn."""
+    def speak(self, aloud: bool = True) -> None:
+        """It is this stage's turn; or it will not come, and what it prints is dropped."""
         with self._changed:
+            self._write = self._write if aloud else len
             self._turn = True
             kept, self._kept = self._kept, []
             self._changed.notify_all()
@@ -20382,6 +20574,30 @@ class Stage(Instructions):
         if self.image is not None and not self.build.job.env.get_bool("withoutaux"):
             self.voice.write(message_line(aux={"ID": self.image.id}))
 
+    def needs(self) -> set[int]:
+        """The numbers of the stages that its instructions name."""
+        names = [step.flags["from"] for step in self.steps if step.flags.get("from")]
+        names += [name for step in self.steps for mount in step.flags.get("mount", ())
+                  for name in re.findall("(?:^|,)from=([^,]+)", mount)]
+        found = set()
+        with contextlib.suppress(DockerError):  # it will be raised where it is used
+            base = ShellWord(self.base, self.build.global_arguments(), self.escape).expand()
+            found |= {stage.number for stage in [self.build.stage(self, base, numbers=False)] if stage}
+        for name in names:
+            with contextlib.suppress(DockerError):
+                found |= {stage.number for stage in [self.build.stage(self, name, numbers=True)] if stage}
+        return found
+
+    def is_free(self) -> bool:
+        """Whether it only changes the configuration of an image that is here."""
+        try:
+            base = ShellWord(self.base, self.build.global_arguments(), self.escape).expand()
+            if self.build.stage(self, base, numbers=False) is None and base != "scratch":
+                self.build.image_jobs.resolve(base)
+        except DockerError:
+            return False
+        return all(step.name in {*CHANGES, "arg", "maintainer"} - {"workdir"} for step in self.steps)
+
     def _announce(self, number: int, step: Instruction) -> None:
         self.voice.say(f"Step {self.first + number}/{self.build.total} : {step.line.original}")
         self.voice.say("\n")
@@ -20427,7 +20643,7 @@ class Stage(Instructions):
             failed = False
         finally:
             if self.build.job.env.get_bool("forcerm") or self.build.removes and not failed \
-                    or self.build.job.cancelled.is_set():
+                    or failed and (self.build.ended or self.build.job.cancelled.is_set()):
                 while self._containers:
                     container_id = self._containers.pop()
                     self.build.remove_container(container_id)
@@ -20458,10 +20674,12 @@ class Stage(Instructions):
         return f"MAINTAINER {self.author}"
 
     def do_healthcheck(self, step: Instruction) -> str:
-        old = (self.config.get("Healthcheck") or {}).get("Test") or ["NONE"]
-        if old[0] != "NONE":
-            self.voice.say(f"Note: overriding previous HEALTHCHECK: [{' '.join(old)}]\n")
-        return super().do_healthcheck(step)
+        old = self.config.get("Healthcheck") or {}
+        if (old.get("Test") or ["NONE"])[0] != "NONE":
+            self.voice.say(f"Note: overriding previous HEALTHCHECK: [{' '.join(old['Test'])}]\n")
+        comment = super().do_healthcheck(step)
+        self.config["Healthcheck"] = {**old, **self.config["Healthcheck"]}  # what it does not say stays
+        return comment
 
     # Images and the cache
 
@@ -20539,76 +20757,164 @@ class Stage(Instructions):
 
     def do_run(self, step: Instruction) -> None:
         words, text = step.arguments
-        command = [*self.shell, *([text] if text else [])] if words is None else words
-        env = self.config.get("Env") or []
-        arguments = self.build_arguments(env)
-        told = sorted(item for item in arguments if item.partition("=")[0] in self.args
-                      or item.partition("=")[0] not in PROXY_ARGUMENTS)
-        saved = [f"|{len(told)}", *told, *command] if arguments else command
-        probe = {**self.config, "Cmd": saved, **({"Entrypoint": None} if saved else {})}
-        if self.cached(probe):
-            return
-        container = self.create({
-            **self.config, "Cmd": command, "Env": [*env, *arguments], "Healthcheck": {"Test": ["NONE"]},
-            **({"Entrypoint": [""]} if saved else {})}, {})
-        code = self.build.run_container(container, self.voice)
-        if code:
-            raise StepFailed(command, code)
-        self.make_image(self.build.transaction.commit(container.id, not self.build.removes), probe,
-                        container.id)
+        with contextlib.ExitStack() as held:
+            mounts, told_mounts = self._run_mounts(step, held)
+            if step.line.heredocs and words is None:
+                text = self._script(step, mounts)
+            command = [*self.shell, *([text] if text else [])] if words is None else words
+            env = self.config.get("Env") or []
+            arguments = self.build_arguments(env)
+            told = sorted(item for item in arguments if item.partition("=")[0] in self.args
+                          or item.partition("=")[0] not in PROXY_ARGUMENTS)
+            saved = [*([f"|{len(told)}", *told] if arguments else []), *told_mounts, *command]
+            probe = {**self.config, "Cmd": saved, **({"Entrypoint": None} if saved else {})}
+            if self.cached(probe):
+                return
+            network = step.flags.get("network", "default")
+            host = {} if network == "default" else {"NetworkMode": network}
+            container = self.create({
+                **self.config, "Cmd": command, "Env": [*env, *arguments], "Healthcheck": {"Test": ["NONE"]},
+                **({"Entrypoint": [""]} if saved else {})}, {**host, "Mounts": mounts})
+            code = self.build.run_container(container, self.voice, self.image, mounts)
+            if code:
+                raise StepFailed(command, code)
+            self.make_image(self.build.transaction.commit(container.id, not self.build.removes), probe,
+                            container.id)
+
+    def _script(self, step: Instruction, mounts: list[dict[str, Any]]) -> str:
+        """The command of a RUN with here-documents; one that names its interpreter becomes a file."""
+        text, documents = step.arguments[1], step.line.heredocs
+        if len(documents) > 1 or HEREDOC.sub("", text, count=1).strip():
+            return text + "".join(f"\n{document.text}{document.name}" for document in documents)
+        if not documents[0].text.startswith("#!"):
+            return documents[0].text
+        path = os.path.join(self.build.new_directory(), documents[0].name)
+        with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(documents[0].text)
+            os.fchmod(file.fileno(), 0o755)
+        place = f"/dev/pipes/{documents[0].name}"
+        mounts.append({"Type": "bind", "Source": path, "Target": place, "ReadOnly": True})
+        return place
+
+    def _run_mounts(self, step: Instruction, held: contextlib.ExitStack) -> tuple[list[Any], list[str]]:
+        """(HostConfig's Mounts, what the history says of them) of RUN --mount, and of its other flags."""
+        if step.flags.get("security", "sandbox") != "sandbox":
+            raise DockerError(f"granting entitlement security.{step.flags['security']} is not allowed by "
+                              "this daemon: run without --security")
+        network = step.flags.get("network", "default")
+        if network not in ("default", "none", "host"):
+            raise BadParameter(f"unsupported network mode {go_quote(network)}")
+        mounts, told = [], [f"--network={network}"] if "network" in step.flags else []
+        for text in step.flags.get("mount", ()):
+            asked = parse_run_mount(self.expand(text))
+            mount, digest = self._run_mount(asked, held)
+            mounts += [mount] if mount else []
+            told.append(f"--mount={text}" + f"@{digest}" * bool(digest))
+        return mounts, told
+
+    def _run_mount(self, asked: dict[str, str], held: contextlib.ExitStack) -> tuple[dict[str, Any], str]:
+        """One member of HostConfig's Mounts ({} for none), and the hash of its content, where it has one."""
+        kind, target = asked["type"], asked["target"]
+        target = os.path.normpath(os.path.join("/", self.config.get("WorkingDir") or "", target))
+        if kind in ("secret", "ssh"):
+            if asked["required"] == "true":
+                raise DockerError(f"the {kind} {asked['id'] or 'default'} is not there: the protocol of the "
+                                  "classic builder carries none")
+            return {}, ""
+        if kind == "tmpfs":
+            options = {"Options": [["exec"]], **({"SizeBytes": int(parse_size(asked["size"]))}
+                                                 if asked["size"] else {})}
+            return {"Type": "tmpfs", "Target": target, "TmpfsOptions": options}, ""
+        source = self.build.image_source(self, asked["from"]) if asked["from"] else self.build.context
+        try:
+            found, = source.find(asked["source"] or ".", literal=True)
+        except FileNotFoundError:
+            raise DockerError(f"failed to mount {asked['source']}: not found") from None
+        if kind == "cache":
+            path = self.build.cache_directory(asked, found if asked["from"] else None, held)
+            return {"Type": "bind", "Source": path, "Target": target, "ReadOnly": "ro" in asked["write"]}, ""
+        readonly = not asked["write"].startswith("rw")
+        return {"Type": "bind", "Source": self.build.bindable(found, readonly), "Target": target,
+                "ReadOnly": readonly}, found.hash
 
     # COPY and ADD
 
     def do_copy(self, step: Instruction) -> None:
-        source, owned = self.build.context, True
+        source = self.build.context
         if step.flags.get("from"):
             with reworded(None, f"invalid from flag value {step.flags['from']}: ", DockerError):
                 source = self.build.image_source(self, step.flags["from"])
-            owned = False
-        self._copy(step, source, owned)
+        self._copy(step, source, "from" not in step.flags)
 
     def do_add(self, step: Instruction) -> None:
         self._copy(step, self.build.context, True)
 
     def _copy(self, step: Instruction, source: Source, owned: bool) -> None:
         """COPY and ADD: find what is to be copied, ask the cache, copy; with `owned` all becomes root's."""
-        name = step.name.upper()
+        name, flags = step.name.upper(), step.flags
         *paths, to = map(self.expand, step.arguments)
-        chown = self.expand(step.flags.get("chown", ""))
-        try:
-            found = [item for path in paths for item in self._find(step, source, path)]
-            if not found:
-                raise DockerError("no source files were specified")
-        except FileNotFoundError as error:
-            where = "file not found in build context or excluded by .dockerignore: " * (
-                source is self.build.context)
-            raise DockerError(f"{name} failed: {where}stat {(error.filename or '')[1:]}: file does not exist"
-                              ) from None
-        except (DockerError, OSError) as error:
-            raise DockerError(f"{name} failed: {error}") from None
+        chown, mode = self.expand(flags.get("chown", "")), self.expand(flags.get("chmod", ""))
+        chmod = parse_chmod(mode) if mode else None
+        rules = IgnoreRules(map(self.expand, flags.get("exclude", ())))
+        found = self._find_all(step, source, paths, to)
         if len(found) > 1 and not to.endswith("/"):
             raise DockerError(f"When using {name} with more than one source file, the destination must be a "
                               "directory and end with a /")
         hashes = [item.hash for item in found]
         digest = hashes[0] if len(hashes) == 1 else "multi:" + hashlib.sha256(
             ",".join(hashes).encode()).hexdigest()
-        told = f"--chown={chown}" * bool(chown)
+        told = f"--chown={chown}" * bool(chown) + f"--chmod={mode} " * bool(mode) + "".join(
+            [f"--exclude={rule} " for rule in flags.get("exclude", ())] + ["--parents "] * bool(
+                flags.get("parents")))
 
         def write(root: int) -> None:
             owner = self._owner(root, chown) if chown else self.build.owner if owned else None
+            copier = StepCopier(owner, chmod, rules)
             place = to if to.startswith("/") else os.path.join("/", self.config.get("WorkingDir") or "", to)
             for item in found:
-                self._copy_one(root, item, place, owner, step.name == "add")
+                self._copy_one(root, item, place, copier, step)
 
         self.commit([*self.shell, f"#(nop) {name} {told}{digest} in {to} "], write, container=False)
 
-    def _find(self, step: Instruction, source: Source, path: str) -> list[Found]:
+    def _find_all(self, step: Instruction, source: Source, paths: list[str], to: str) -> list[Found]:
+        """What the sources of COPY or ADD mean, here-documents among them."""
+        name, documents = step.name.upper(), iter(step.line.heredocs)
+        try:
+            found = [item for path in paths for item in (
+                self._inline(next(documents)) if documents and step.line.heredocs and HEREDOC.fullmatch(path)
+                else self._find(step, source, path, to))]
+        except FileNotFoundError as error:
+            where = "file not found in build context or excluded by .dockerignore: " * (
+                source is self.build.context)
+            raise DockerError(f"{name} failed: {where}stat {error.filename}: file does not exist") from None
+        except (DockerError, OSError) as error:
+            raise DockerError(f"{name} failed: {error}") from None
+        if not found:
+            raise DockerError(f"{name} failed: no source files were specified")
+        return found
+
+    def _inline(self, document: Heredoc) -> list[Found]:
+        """A here-document as a file."""
+        text = document.text
+        if document.expands:
+            text = ShellWord(text, self.environment(), self.escape, document=True).expand()
+        directory = self.build.new_directory()
+        with open(os.path.join(directory, os.path.basename(document.name)), "w", encoding="utf-8",
+                  errors="surrogateescape") as file:
+            file.write(text)
+            os.fchmod(file.fileno(), 0o644)
+        return Source(directory).find(os.path.basename(document.name), literal=True)
+
+    def _find(self, step: Instruction, source: Source, path: str, to: str) -> list[Found]:
         """What one source of COPY or ADD means."""
-        if re.match("https?://", path):
+        if re.match("https?://", path) and not is_git(path):
             if step.name == "copy":
                 raise DockerError("source can't be a URL for COPY")
-            return [self.build.download(self.voice, path, step.arguments[-1])]
-        return source.find(path)
+            return [self.build.download(self.voice, path, to, self.expand(step.flags.get("checksum", "")))]
+        if step.name == "add" and is_git(path):
+            root = self.build.clone(path, bool(step.flags.get("keep-git-dir")))
+            return Source(root).find(".", literal=True)
+        return source.find(path, parents=bool(step.flags.get("parents")))
 
     def _owner(self, root: int, text: str) -> tuple[int, int]:
         """The owner that --chown names, by the files of the image."""
@@ -20626,47 +20932,83 @@ class Stage(Instructions):
             numbers.append(number)
         return self.build.idmap.to_host(*numbers)
 
-    def _copy_one(self, root: int, item: Found, to: str, owner: Optional[tuple[int, int]],
-                  unpack: bool) -> None:
+    def _copy_one(self, root: int, item: Found, to: str, copier: StepCopier, step: Instruction) -> None:
         """Copy one file or directory, or unpack an archive, to `to` in the open `root`."""
-        maker = owner or self.build.owner
+        if step.flags.get("parents"):
+            above = item.kept if item.directory else os.path.dirname(item.kept)
+            to = os.path.join(to, above, "")
+        unpack = step.flags.get("unpack", step.name == "add" and not item.plain)
         with closing_fd(item.source.open(item.real)) as fd:
-            archive = unpack and not (item.directory or item.plain) and is_archive(fd)
+            archive = unpack and not item.directory and is_archive(fd)
             name = "" if item.directory or archive else os.path.basename(item.path) or item.path
             try:
-                place, name = confined(root, open_place, to, name, maker)
+                owner = copier.owner or self.build.owner
+                place, name = confined(root, open_place, to, name, owner if name else self.build.owner,
+                                       self.build.owner if archive else owner)
             except OSError as error:
                 reason = (error.strerror or "").lower()
                 raise DockerError(f"failed to copy files: mkdir {to}: {reason}") from None
             with closing_fd(place):
-                copier, path = StepCopier(owner, None), f"/proc/self/fd/{place}"
+                copier.base = path = f"/proc/self/fd/{place}"
                 if archive:
                     with open(os.dup(fd), "rb") as file:
                         apply_layer(decompress(file), place, "", self.build.idmap)
                 elif item.directory:
                     copier.below(fd, place, path)
                 else:
-                    with closing_fd(item.source.open(os.path.dirname(item.real))) as above:
-                        copier.entry(above, os.path.basename(item.real), place, name, path)
+                    with closing_fd(item.source.open(os.path.dirname(item.real))) as above_fd:
+                        copier.entry(above_fd, os.path.basename(item.real), place, name, path)
 
 
 class Cache:
-    """Finds the image of a step: among the children of the image before it."""
+    """Finds the image of a step: among the children of the image before it, and with --cache-from only in the
+    history of `sources`."""
 
-    def __init__(self, store: ImageStore) -> None:
-        self.store = store
+    def __init__(self, store: ImageStore, sources: list[Image]) -> None:
+        self.store, self.sources = store, sources
 
     def find(self, parent: Optional[Image], step: dict[str, Any]) -> Optional[Image]:
         """The newest image that was made of `parent` by a container with this configuration."""
         known = parent.id if parent else ""
         matching = [image for image in self.store.all() if image.parent == known and self._same(
             image.document.get("container_config") or {}, step)]
-        return max(matching, key=lambda image: image.created_ns, default=None)
+        found = max(matching, key=lambda image: image.created_ns, default=None)
+        if not self.sources or found and any(self._descends(source, found) for source in self.sources):
+            return found
+        return self._find_in_history(parent, step)
 
     @staticmethod
     def _same(made: dict[str, Any], step: dict[str, Any]) -> bool:
         return all((made.get(key) or None) == (step.get(key) or None) for key in _CONFIG_FIELDS
                    if key not in ("Hostname", "Image"))
+
+    def _descends(self, image: Optional[Image], other: Image) -> bool:
+        while image is not None and image.id != other.id:
+            image = self.store.get(image.parent)
+        return image is not None
+
+    def _find_in_history(self, parent: Optional[Image], step: dict[str, Any]) -> Optional[Image]:
+        """The image of the step by what the sources' history says; made of their layers where it is not
+        there."""
+        base = parent.document if parent else {}
+        history, layers = base.get("history") or [], (base.get("rootfs") or {}).get("diff_ids") or []
+        at = len(history)
+        for source in self.sources:
+            document = source.document
+            told, known = document.get("history") or [], document["rootfs"].get("diff_ids") or []
+            if told[:at] != history or known[:len(layers)] != layers or told[at:at + 1] == [] or told[at].get(
+                    "created_by", "") != " ".join(step.get("Cmd") or ()):
+                continue
+            if len(told) == at + 1:
+                if parent:
+                    self.store.set_parent(source, parent)
+                return source
+            self.sources = [source]  # no other one from here on
+            layers = layers + known[len(layers):len(layers) + (not told[at].get("empty_layer"))]
+            made = {**document, "config": step, "container_config": step, "created": told[at].get("created"),
+                    "history": told[:at + 1], "rootfs": {"type": "layers", "diff_ids": layers}}
+            return self.store.create(_document(made), parent.id if parent else "", saved=False)
+        return None
 
 
 class Build:
@@ -20674,30 +21016,46 @@ class Build:
 
     def __init__(self, builder: Builder, job: Job) -> None:
         self.job, self.engine, self.find = job, job.engine, builder.parts.find
+        self.builder = builder
         self.parts, self.store, self.idmap = builder.parts, builder.images.store, builder.parts.idmap
         self.image_jobs, self.owner = builder.images, builder.parts.idmap.root
         env = job.env
         self.removes, self.quiet = env.get_bool("rm") or env.get_bool("forcerm"), env.get_bool("q")
         self.unsaid: list[bytes] = []   # by a quiet one
-        self.options = self._object("buildargs", "error reading build args")
-        self.labels = self._object("labels", "error reading labels")
+        self.options = self._json("buildargs", dict, "error reading build args")
+        self.labels = self._json("labels", dict, "error reading labels")
         self.host_config = self._host_config()
-        self.cache = Cache(self.store)
+        self.cache = Cache(self.store, self._cache_sources())
         self.images: list[Image] = []   # those that it has made, and those from the cache
         self.stages: list[Stage] = []
         self.total = 0
         self.before: dict[str, Optional[str]] = {}      # the arguments before the first FROM
         self.referenced: set[str] = set()
+        platform = parse_platform(str(env["platform"])) if env.get("platform") else host_platform()
+        self.platforms = {
+            f"{what}{key}": value for what, it in (("TARGET", platform), ("BUILD", host_platform()))
+            for key, value in (("PLATFORM", str(it)), *zip(("OS", "ARCH", "VARIANT"), it))}
         self.context = Source("/nonexistent", {})
         self.directory = ""
         self.held = contextlib.ExitStack()
-        self._lock = threading.Lock()
+        self.ended = False              # a stage has failed, or all are done
+        self.running: set[Container] = set()
 
-    def _object(self, name: str, refusal: str) -> dict[str, Any]:
-        value = self.job.env.get_json(name) or {}
-        if not isinstance(value, dict):
-            raise BadParameter(f"{refusal}: it must be a JSON object")
+    def _json(self, name: str, kind: type, refusal: str) -> Any:
+        value = self.job.env.get_json(name) or kind()
+        if not isinstance(value, kind):
+            raise BadParameter(f"{refusal}: unexpected end of JSON input")
         return value
+
+    def _cache_sources(self) -> list[Image]:
+        """The images of --cache-from that are here."""
+        found = []
+        for name in self._json("cachefrom", list, "error reading cache-from"):
+            try:
+                found.append(self.image_jobs.resolve(str(name)))
+            except DockerError as error:
+                log.warning("Could not look up %s for cache resolution, skipping: %s", name, error)
+        return found
 
     def _host_config(self) -> dict[str, Any]:
         """What the containers of RUN have in common."""
@@ -20705,11 +21063,14 @@ class Build:
                                       "CpuPeriod": "cpuperiod", "CpuQuota": "cpuquota", "ShmSize": "shmsize"}
         texts = {"CpusetCpus": "cpusetcpus", "CpusetMems": "cpusetmems", "CgroupParent": "cgroupparent",
                  "Isolation": "isolation", "NetworkMode": "networkmode"}
+        if str(env.get("isolation") or "default").lower() != "default":
+            raise BadParameter(f"Unsupported isolation: {go_quote(str(env['isolation']))}")
         if env.get("securityopt"):
             raise BadParameter(
                 "The daemon on this platform does not support setting security options on build")
         host = {"LogConfig": {"Type": "none"}, "AutoRemove": self.removes,
-                "ExtraHosts": env.get_list("extrahosts") or None, "Ulimits": env.get_json("ulimits") or None,
+                "ExtraHosts": env.get_list("extrahosts") or None,
+                "Ulimits": self._json("ulimits", list, "error reading ulimit settings") or None,
                 **{key: env.get_int(name, 0) for key, name in numbers.items()},
                 **{key: str(env.get(name) or "") for key, name in texts.items()}}
         if host["NetworkMode"] in ("", "default") and self.parts.config.bridge == "none":
@@ -20720,13 +21081,13 @@ class Build:
 
     def argument(self, name: str, default: Optional[str]) -> Optional[str]:
         """The value of an argument: the client's, its `default`, or that from before the first FROM."""
-        given = self.options.get(name)
-        return str(given) if given is not None else self.before.get(name) if default is None else default
+        given = default if self.options.get(name) is None else self.options[name]
+        return self.before.get(name, self.platforms.get(name)) if given is None else str(given)
 
     def global_arguments(self) -> list[str]:
         """NAME=VALUE of what FROM may use."""
-        found = {name: self.argument(name, value)
-                 for name, value in {**dict.fromkeys(PROXY_ARGUMENTS), **self.before}.items()}
+        names = {**dict.fromkeys(PROXY_ARGUMENTS), **self.platforms, **self.before}
+        found = {name: self.argument(name, value) for name, value in names.items()}
         return [f"{name}={value}" for name, value in found.items() if value is not None]
 
     # The whole
@@ -20743,6 +21104,9 @@ class Build:
             dockerfile = self._open_context()
             try:
                 image = self._build(dockerfile)
+                if self.job.env.get_bool("squash"):
+                    image = self._squash(image)
+                self.write(message_line(stream=f"Successfully built {image.short_id}\n"))
             except BaseException:
                 self.job.stdout.write(b"".join(self.unsaid))
                 raise
@@ -20794,30 +21158,96 @@ class Build:
         if dockerfile.warnings:
             end = "[WARNING]: Empty continuation lines will become errors in a future release.\n"
             voice.say("\n".join([*dockerfile.warnings, end]), warning=True)
+        failure = self._evaluate(dockerfile.escape)
+        needed = self.stages if failure else self._needed()
         number = 1 + len(self.arguments)
-        for stage in self.stages:
+        for stage in needed:
             stage.first = number
             number += 1 + len(stage.steps)
         self.total = number - 1
-        for number, step in enumerate(self.arguments, 1):
+        for number, step in enumerate(self.arguments[:len(self.before) + bool(failure)], 1):
             voice.say(f"Step {number}/{self.total} : {step.line.original}")
             voice.say("\n")
-            for name, value in step.arguments:
-                known = self.global_arguments()
-                name = ShellWord(name, known, dockerfile.escape).expand()
-                self.before[name] = value and ShellWord(value, known, dockerfile.escape).expand()
-                self.referenced.add(name)
-        for stage in self.stages:
-            stage.voice.speak()
-            stage.ensure()
+        if failure:
+            raise failure
+        self._run_stages(needed)
         unused = [name for name in self.options if name not in {*self.referenced, *PROXY_ARGUMENTS}]
         if unused:
             voice.say(f"[Warning] One or more build-args [{' '.join(unused)}] were not consumed\n")
         image = self.stages[-1].image
         if image is None:
             raise DockerError("No image was generated. Is your Dockerfile empty?")
-        voice.say(f"Successfully built {image.short_id}\n")
         return image
+
+    def _squash(self, image: Image) -> Image:
+        """The image with all the build's layers as one."""
+        base, now = self.stages[-1].parent, rfc3339nano(time.time_ns())
+        below, document = base.document if base else {}, image.document
+        diff_id = self.transaction.squash(image.chain_id, base.chain_id if base else "")
+        count = len(below.get("history") or ())
+        comment = f"merge {image.id} to {base.id}" if base else f"create new from {image.id}"
+        history = [{**step, **({"empty_layer": True} if number >= count else {})}
+                   for number, step in enumerate(document["history"])]
+        layers = [*((below.get("rootfs") or {}).get("diff_ids") or ()), diff_id]
+        squashed = self.store.create(_document({
+            **document, "created": now, "history": [*history, {"created": now, "comment": comment}],
+            "rootfs": {"type": "layers", "diff_ids": layers}}), saved=False)
+        self.images.append(squashed)
+        self.write(message_line(id="moby.image.id", aux={"ID": squashed.id}))
+        return squashed
+
+    def _evaluate(self, escape: str) -> Optional[BadParameter]:
+        """Set the arguments before the first FROM; what is wrong with the first that cannot be."""
+        for step in self.arguments:
+            try:
+                for name, value in step.arguments:
+                    known = self.global_arguments()
+                    name = ShellWord(name, known, escape).expand()
+                    self.before[name] = value and ShellWord(value, known, escape).expand()
+                    self.referenced.add(name)
+            except BadParameter as error:
+                return error
+        return None
+
+    def _needed(self) -> list[Stage]:
+        """The stages that the last one needs, and those that do no more than change a configuration: they
+        cost nothing, and Docker builds them too."""
+        needs = [stage.needs() for stage in self.stages]
+        wanted = {len(self.stages) - 1}
+        for stage in reversed(self.stages):
+            wanted |= needs[stage.number] if stage.number in wanted else set()
+        for stage in self.stages:
+            names = [other.name for other in self.stages[:stage.number] if other.name]
+            if stage.name in names or needs[stage.number] <= wanted and stage.is_free():
+                wanted.add(stage.number)
+        return [stage for stage in self.stages if stage.number in wanted]
+
+    def _run_stages(self, stages: list[Stage]) -> None:
+        """Build all of `stages`, independent ones side by side; the first in order that fails raises."""
+        pending, lock = iter(stages), threading.Lock()
+
+        def work() -> None:
+            while not self.ended:
+                with lock:
+                    stage = next(pending, None)
+                if stage is None:
+                    return
+                with contextlib.suppress(BaseException):  # it is raised to the thread that waits for it
+                    stage.ensure()
+
+        joins = [start_thread(work) for _ in range(min(BUILD_THREADS, len(stages)) - 1)]
+        try:
+            for stage in stages:
+                stage.voice.speak()
+                stage.ensure()
+        finally:
+            self.ended = True
+            for stage in stages:
+                stage.voice.speak(aloud=False)
+            for container in list(self.running):
+                self._end(container)
+            for join in joins:
+                join()
 
     def _save(self) -> None:
         """Bring what was made to the disk, all at once."""
@@ -20838,37 +21268,93 @@ class Build:
 
     def check(self) -> None:
         """DockerError when the build is to end."""
-        if self.job.cancelled.is_set():
+        if self.ended or self.job.cancelled.is_set():
             raise DockerError("Build cancelled")
 
     # The context
 
     def _open_context(self) -> Dockerfile:
-        """Unpack the context; the Dockerfile in it."""
-        root = os.path.join(self.directory, "context")
-        os.mkdir(root, 0o755)
-        feed = Feed()
-        reader = ContextReader(feed)
-        unpacker = Unpacker(reader, "", IdMap(), UnpackLimits())
-        unpack_confined(decompress(self.job.stdin), root, unpacker, feed)
-        reader.close()
-        self.context = Source(root, reader.sums)
+        """Have the context; the Dockerfile in it, or that alone."""
+        remote = str(self.job.env.get("remote") or "")
         name = str(self.job.env.get("dockerfile") or "Dockerfile")
-        data = self._read_dockerfile(name)
+        if remote == "client-session":
+            raise BadParameter("experimental session with v1 builder is no longer supported, use builder "
+                               "version v2 (BuildKit) instead")
+        if is_git(remote):
+            self.context = Source(self.clone(remote))
+            self._leave_out(name, everything=True)
+        elif re.match("https?://", remote):
+            data = self._download_context(remote)
+            if data is not None:
+                return self._parse(data, "")
+        elif remote:
+            raise DockerError(f"remoteURL ({remote}) could not be recognized as URL")
+        else:
+            self._unpack_context(self.job.stdin)
+        names = (name, name.lower()) if name == "Dockerfile" else (name,)
+        data = next((data for data in map(self._read, names) if data is not None), None)
+        if data is None:
+            raise DockerError(f"Cannot locate specified Dockerfile: {name}")
         if not data:
             raise BadParameter(f"the Dockerfile ({name}) cannot be empty")
-        with reworded(BadParameter, f"failed to parse {name}: ", DockerfileError):
-            return self._plan(parse_dockerfile(data.decode("utf-8", "replace")))
+        self._leave_out(name, everything=bool(remote))
+        return self._parse(data, name)
 
-    def _read_dockerfile(self, name: str) -> bytes:
-        for path in (name, name.lower()) if name == "Dockerfile" else (name,):
-            try:
-                found, = self.context.find(path, literal=True)
-            except FileNotFoundError:
-                continue
-            with open(self.context.open(found.real), "rb") as file:
-                return file.read()
-        raise DockerError(f"Cannot locate specified Dockerfile: {name}")
+    def _parse(self, data: bytes, name: str) -> Dockerfile:
+        try:
+            return self._plan(parse_dockerfile(data.decode("utf-8", "replace")))
+        except DockerfileError as error:
+            raise BadParameter(f"failed to parse {name}: {error}" if name else str(error)) from None
+
+    def _unpack_context(self, stream: Any) -> None:
+        feed = Feed()
+        reader, root = ContextReader(feed), self.new_directory()
+        os.chmod(root, 0o755)
+        unpack_confined(decompress(stream), root, Unpacker(reader, "", IdMap(), UnpackLimits()), feed)
+        reader.close()
+        self.context = Source(root, reader.sums)
+
+    def _download_context(self, address: str) -> Optional[bytes]:
+        """Fetch a remote context; where it is no archive but text, that, as the Dockerfile."""
+        try:
+            with open_url(address) as response:
+                if not response.headers.get("Content-Type", "").startswith("text/plain"):
+                    self._unpack_context(response)
+                    return None
+                text = response.read()
+                told = progress_bar(len(text), 0)
+                self.write(message_line(status=address, progressDetail={"current": len(text)},
+                                        progress=told["progress"], id="Downloading context") + message_line())
+                return text
+        except DockerError as error:
+            raise type(error)(f"error downloading remote context {address}: {error}") from None
+
+    def _read(self, name: str) -> Optional[bytes]:
+        """A file of the context, or None."""
+        try:
+            found, = self.context.find(name, literal=True)
+        except FileNotFoundError:
+            return None
+        if found.directory:
+            place = f"{self.context.root}{found.real}"
+            raise DockerError(f"unexpected error reading Dockerfile: read {place}: is a directory")
+        with open(self.context.open(found.real), "rb") as file:
+            return file.read()
+
+    def _leave_out(self, name: str, everything: bool) -> None:
+        """Remove what .dockerignore names: of a context that a client has packed only the two files which it
+        sends in any case."""
+        root = self.context.root
+        assert isinstance(root, str)
+        rules = IgnoreRules((self._read(".dockerignore") or b"").decode("utf-8", "replace").lstrip(
+            "\ufeff").splitlines())
+        if everything and rules.rules:
+            confined(root, rules.remove_hidden)
+        for path in (".dockerignore", name):
+            with contextlib.suppress(BadParameter, OSError):
+                if rules.hides(os.path.normpath(path)):
+                    confined(root, os.unlink, f"/{path}")
+                    (self.context.sums or {}).pop(os.fsencode(os.path.normpath(path)), None)
 
     # What stages ask for
 
@@ -20884,7 +21370,7 @@ class Build:
         self.held.callback(self.store.delete, image)
         return image
 
-    def _stage(self, asking: Stage, name: str, numbers: bool) -> Optional[Stage]:
+    def stage(self, asking: Stage, name: str, numbers: bool) -> Optional[Stage]:
         """The stage that `name` means to another one, if any."""
         for stage in self.stages[:asking.number]:
             if stage.name and stage.name == name.lower():
@@ -20900,10 +21386,10 @@ class Build:
 
     def image(self, asking: Stage, name: str, platform: str = "", numbers: bool = False) -> Optional[Image]:
         """What the name of a stage or an image means, pulled where it must be; None for scratch."""
-        stage = self._stage(asking, name, numbers)
+        stage = self.stage(asking, name, numbers)
         if stage is not None:
             return stage.ensure()
-        if name == "scratch":
+        if name == "scratch" and not numbers:
             return None
         platform = platform or str(self.job.env.get("platform") or "")
         image, other = None, None
@@ -20936,22 +21422,133 @@ class Build:
         """The tree of a stage's or an image's files."""
         image = self.image(asking, name, numbers=True)
         if image is None or not image.chain_id:
-            empty = os.path.join(self.directory, "empty")
-            os.makedirs(empty, exist_ok=True)
-            return Source(empty)
+            return Source(self.new_directory())
         layers = self.image_jobs.layers
         fd = layers.driver.mount(layers.get(image.chain_id).cache_id, readonly=True)
         self.held.callback(os.close, fd)
         return Source(fd)
 
-    def download(self, voice: Voice, address: str, to: str) -> Found:
-        """Fetch a URL of ADD."""
-        raise DockerError("not yet")
+    def new_directory(self) -> str:
+        """An empty directory that goes at the end."""
+        import tempfile
+        return tempfile.mkdtemp(dir=self.directory)
+
+    def download(self, voice: Voice, address: str, to: str, checksum: str) -> Found:
+        """Fetch a URL of ADD; BadParameter or DockerError where it has not the `checksum` asked for."""
+        import email.utils
+        from urllib.parse import unquote, urlsplit
+        if checksum and not re.fullmatch("sha256:[0-9a-f]{64}", parse_digest(checksum)):
+            raise BadParameter(f"unsupported checksum {go_quote(checksum)}: it must be a sha256")
+        with open_url(address) as response:
+            named = re.search(r'filename="?([^";]+)', response.headers.get("Content-Disposition") or "")
+            names = (unquote(urlsplit(address).path), named[1] if named else "")
+            name = next((name for name in map(os.path.basename, names) if name not in ("", ".", "..")), "")
+            directory, total = self.new_directory(), int(response.headers.get("Content-Length") or -1)
+            place = os.path.join(directory, name or "__unnamed__")
+            reader = HashingReader(ProgressReader(response, lambda current: voice.write(
+                message_line(status="Downloading", **progress_bar(current, total)))))
+            with opened(place, NEW_FILE, 0o600) as fd:
+                while data := reader.read(CHUNK):
+                    write_all(fd, data)
+            if total < 0:
+                voice.write(message_line())
+            voice.say("\n")
+            if not name and to.endswith("/"):
+                raise DockerError(f"cannot determine filename for source {address}")
+            modified = email.utils.parsedate_to_datetime(response.headers["Last-Modified"]).timestamp() \
+                if response.headers.get("Last-Modified") else 0
+        if checksum and reader.digest != checksum:
+            raise DockerError(f"digest mismatch {reader.digest}: {checksum}")
+        os.utime(place, (modified, modified))
+        found, = Source(directory).find(os.path.basename(place), literal=True)
+        return found._replace(hash=found.hash[len("file:"):], plain=True)
+
+    def clone(self, address: str, keep: bool = False) -> str:
+        """Fetch a git repository, URL[#REF[:DIRECTORY]]; the directory with its files, without .git unless it
+        is to be kept."""
+        import subprocess
+        url, _, fragment = address.partition("#")
+        reference, _, below = fragment.partition(":")
+        url = "https://" + url if url.startswith("github.com/") else url
+        root = self.new_directory()
+        environment = {"PATH": os.environ.get("PATH", DEFAULT_PATH), "HOME": root, "GIT_TERMINAL_PROMPT": "0",
+                       "GIT_ALLOW_PROTOCOL": "http:https:git:ssh", "GIT_CONFIG_NOSYSTEM": "1"}
+
+        def git(*words: str, check: bool = True) -> bool:
+            try:
+                done = subprocess.run(["git", *words], cwd=root, env=environment, stdin=subprocess.DEVNULL,
+                                      capture_output=True, errors="replace", check=False, timeout=1800)
+            except FileNotFoundError:
+                raise DockerError("unable to find 'git': install it to build from repositories") from None
+            if done.returncode and check:
+                raise DockerError(f"error fetching: {done.stderr.strip() or done.returncode}")
+            return done.returncode == 0
+
+        git("init", "-q")
+        git("remote", "add", "origin", "--", url)
+        shallow = git("fetch", "-q", "--depth=1", "origin", "--", reference or "HEAD", check=False)
+        if not shallow:
+            git("fetch", "-q", "--tags", "origin", "--", "+refs/heads/*:refs/remotes/origin/*")
+            names = ("FETCH_HEAD",) if not reference else (reference, f"origin/{reference}")
+            if not any(git("checkout", "-q", name, "--", check=False) for name in names):
+                raise DockerError(f"error checking out {reference or 'HEAD'} of {url}")
+        else:
+            git("checkout", "-q", "FETCH_HEAD", "--")
+        git("submodule", "update", "-q", "--init", "--recursive", "--depth=1")
+        if not keep:
+            for path in confined(root, lambda: [name for name in _walk("/")
+                                                if os.path.basename(name) == ".git"]):
+                remove_tree(root + path)
+        if not below:
+            return root
+        found, = Source(root, {}).find(below, literal=True)
+        return root + found.real
+
+    def bindable(self, found: Found, readonly: bool) -> str:
+        """A path of the host at which `found` can be bound; what is written there is not kept."""
+        if readonly and isinstance(found.source.root, str):
+            return found.source.root + found.real.rstrip("/")
+        directory = self.new_directory()
+        place = found.real if found.directory else os.path.dirname(found.real)
+        with opened(directory) as target, closing_fd(found.source.open(place)) as fd:
+            if found.directory:
+                TreeCopier().below(fd, target, directory)
+                return directory
+            TreeCopier().entry(fd, os.path.basename(found.real), target, "file", directory)
+        return os.path.join(directory, "file")
+
+    def cache_directory(self, asked: dict[str, str], found: Optional[Found],
+                        held: contextlib.ExitStack) -> str:
+        """The directory of a cache of RUN, made if it is new and filled with what is `found`; `held` gives it
+        back where only one step at a time may have it."""
+        name = asked["id"] or asked["target"]
+        for number in itertools.count():
+            key = hashlib.sha256(f"{name}\0{number}".encode() if number else name.encode()).hexdigest()
+            lock = self.builder.cache_locks.setdefault(key, threading.Lock())
+            if asked["sharing"] in ("", "shared"):
+                break
+            if lock.acquire(blocking=asked["sharing"] == "locked"):
+                held.callback(lock.release)
+                break
+        path = os.path.join(self.builder.caches, key)
+        os.makedirs(self.builder.caches, 0o700, exist_ok=True)
+        if not os.path.isdir(path):
+            new = self.new_directory()
+            if found and found.directory:
+                with opened(new) as target, closing_fd(found.source.open(found.real)) as fd:
+                    TreeCopier().below(fd, target, new)
+            os.chown(new, *self.idmap.to_host(int(asked["uid"] or 0), int(asked["gid"] or 0)))
+            os.chmod(new, int(asked["mode"] or "755", 8))
+            with contextlib.suppress(OSError):  # another was faster
+                os.rename(new, path)
+        return path
 
     # Containers
 
-    def run_container(self, container: Container, voice: Voice) -> int:
-        """Run a step's container to its end; its exit code."""
+    def run_container(self, container: Container, voice: Voice, image: Optional[Image],
+                      mounts: list[dict[str, Any]]) -> int:
+        """Run a step's container to its end; its exit code.  Of its `mounts` no place stays that the image
+        had not."""
         import codecs
         decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(3)]
 
@@ -20960,9 +21557,21 @@ class Build:
             if text:
                 voice.say(text, warning=stream == STDERR)
 
+        layers, places = self.parts.layers, [mount["Target"] for mount in mounts]
+        self.running.add(container)
         self.job.on_cancel(lambda: self._end(container))
-        code = container.run_through(write)
-        self.check()
+        try:
+            self.check()
+            code = container.run_through(write)
+            self.check()
+        finally:
+            self.running.discard(container)
+        if places and code == 0:
+            with closing_fd(layers.mount_rw(container.id)) as root, closing_fd(
+                    layers.driver.mount(layers.get(image.chain_id).cache_id, readonly=True)
+                    if image and image.chain_id else os.open(self.new_directory(), os.O_RDONLY)) as before:
+                for place in places:
+                    confined(root, remove_stub, place, confined(before, missing_part, place))
         return code
 
     @staticmethod
@@ -20977,17 +21586,52 @@ class Build:
 
 
 class Builder:
-    """The jobs of builds."""
+    """The jobs of builds; `caches` is the directory of the caches of RUN --mount."""
 
     def __init__(self, parts: Parts, images: Images) -> None:
         self.parts, self.images = parts, images
+        self.caches = os.path.join(parts.config.data_root, "builder")
+        self.cache_locks: dict[str, threading.Lock] = {}
+        self._running: dict[str, Job] = {}
+        temporary = os.path.join(parts.config.data_root, "tmp")
+        for name in os.listdir(temporary):
+            if name.startswith("docker-builder"):
+                remove_tree(os.path.join(temporary, name))
 
     @job("build")
     def build(self, job: Job) -> None:
         """Build an image of the context on stdin, or at env `remote`; env: the parameters of POST /build."""
-        if str(job.env.get("version") or "1") != "1":
+        version, key = str(job.env.get("version") or "1"), str(job.env.get("buildid") or secrets.token_hex(8))
+        if version == "2":
             raise BadParameter("this daemon has no BuildKit: set DOCKER_BUILDKIT=0 and build again")
-        Build(self, job).run()
+        if version != "1":
+            raise DockerError(f"invalid version {go_quote(version)}")
+        self._running[key] = job
+        try:
+            Build(self, job).run()
+        finally:
+            self._running.pop(key, None)
+
+    @job("build_cancel")
+    def cancel(self, job: Job) -> None:
+        """Cancel the build with the env `id` that its client has given it."""
+        if not job.env.get("id"):
+            raise BadParameter("build ID not provided")
+        running = self._running.get(str(job.env["id"]))
+        if running:
+            running.cancel()
+
+    @job("build_prune")
+    def prune(self, job: Job) -> None:
+        """Remove the caches of RUN --mount that no step uses."""
+        deleted, size = [], 0
+        for name in os.listdir(self.caches) if os.path.isdir(self.caches) else ():
+            with self.cache_locks.setdefault(name, threading.Lock()):
+                path = os.path.join(self.caches, name)
+                size += sum(size for _, size, _ in confined(path, _file_sizes))
+                remove_tree(path)
+                deleted.append(name)
+        job.reply({"CachesDeleted": deleted or None, "SpaceReclaimed": size})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -23612,9 +24256,9 @@ CONTAINER_LIST_GATES = [
 ]
 ANY_PLATFORM = until("1.48", ignores("platform"))
 BUILD_PARAMETERS = (
-    "dockerfile t:list extrahosts:list remote q:bool nocache:bool cachefrom:json pull rm:bool forcerm:bool "
-    "memory:int memswap:int cpushares:int cpusetcpus cpusetmems cpuperiod:int cpuquota:int buildargs:json "
-    "shmsize:int squash:bool labels:json networkmode platform target outputs cgroupparent ulimits:json "
+    "dockerfile t:list extrahosts:list remote q:bool nocache:bool cachefrom pull rm:bool forcerm:bool "
+    "memory:int memswap:int cpushares:int cpusetcpus cpusetmems cpuperiod:int cpuquota:int buildargs "
+    "shmsize:int squash:bool labels networkmode platform target outputs cgroupparent ulimits "
     "securityopt:list isolation session buildid version withoutaux:bool")
 PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
     ("POST", "/auth", runs("auth", body=True)),
@@ -23675,10 +24319,10 @@ PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
         shape_until("1.43", untagged_names),
         shape_until("1.25", drops("SharedSize", "Containers")), shape_until("1.22", plain_ids),
         shape_until("1.18", drops("RepoDigests", "Labels")), shape_until("1.15", exactly(IMAGES_1_14))),
-    ("GET", "/images/{name}/json", runs("image_inspect", "manifests:bool platform:json"),
+    ("GET", "/images/{name}/json", runs("image_inspect", "manifests:bool platform:json container:bool"),
         until("1.49", ignores("platform")), until("1.48", ignores("manifests")),
+        until("1.45", asks(container="1")),
         shape_until("1.50", as_container_config), shape_until("1.48", drops("Descriptor", "Manifests")),
-        shape_until("1.45", adds(Container="", ContainerConfig=CONFIG_1_49)),
         shape_until("1.44", virtual_size), shape_until("1.44", adds(Created="0001-01-01T00:00:00Z")),
         shape_until("1.22", plain_ids), shape_until("1.22", drops("RootFS", "Metadata")),
         shape_until("1.21", drops("RepoTags", "RepoDigests", "GraphDriver")),

@@ -10742,7 +10742,7 @@ def test_import_from_a_url(rig: ImageRig, image_server: str) -> None:
     assert lines[-1] == {"status": rig.images.resolve("web").id}
     assert rig.run("image_inspect", "web")["Comment"] == f"Imported from {image_server}/image.tar"
     for source, complaint in (
-        (f"http://{image_server}/none", "with status 404 Not Found"),
+        (f"http://{image_server}/none", "with status 404 Not Found: big"),
         (f"http://{image_server}/moved", ""),
         ("file:///etc/passwd", 'Get "file:///etc/passwd": unsupported protocol scheme "file"'),
         ("http://127.0.0.1:1/x",
@@ -10751,7 +10751,7 @@ def test_import_from_a_url(rig: ImageRig, image_server: str) -> None:
     ):
         with pytest.raises(dockerd.DockerError) as failure:
             rig.run("import", source)
-        assert str(failure.value).endswith(complaint)
+        assert complaint in str(failure.value).partition("\0")[0]
     rig.assert_whole()
 
 
