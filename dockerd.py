@@ -4207,6 +4207,7 @@ def _without_root_id(capability: bytes) -> bytes:
 STATE_SYNC_INTERVAL = 0.05  # seconds between a background sync's first record and its work
 STATE_CHECKSUM = "trusted.dockerd.crc32"  # of a state file that was renamed before it was synced
 STATE_PREVIOUS = ".previous"
+BOLT_MAGIC = 0xED0CDAED
 
 
 class StateSync(threading.Thread):
@@ -4353,6 +4354,40 @@ def _read_whole(path: str) -> Optional[bytes]:
         checksum = _xattr(fd, STATE_CHECKSUM)
     whole = b"%08x" % zlib.crc32(data) == checksum if checksum else bool(data)
     return data if whole else None
+
+
+def read_bolt(path: str, bucket: bytes) -> dict[bytes, bytes]:
+    """What a bucket of a Bolt database holds, in which moby keeps some state: it is read, never written.
+
+    {} where there is none.  Pages have 16 bytes of head (id, flags, count, overflow), then their elements,
+    whose keys and values lie behind them; pages 0 and 1 name the root, the newer by its transaction holds."""
+    found: dict[bytes, bytes] = {}
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        size, = struct.unpack_from("<I", data, 24)
+        _, root = max(struct.unpack_from("<32xQ24xQ", data, at)[::-1] for at in (0, size)
+                      if struct.unpack_from("<I", data, at + 16) == (BOLT_MAGIC,))
+        name = dict(_bolt_elements(data, data, root * size, size))[bucket]
+        inner, = struct.unpack_from("<Q", name)  # 0: the page follows at once
+        found.update(_bolt_elements(data, data if inner else name, inner * size if inner else 16, size))
+    except FileNotFoundError:
+        pass
+    except (OSError, LookupError, ValueError, struct.error, RecursionError) as error:
+        log.warning("cannot read %s: %s", path, error)
+    return found
+
+
+def _bolt_elements(data: bytes, page: bytes, at: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+    """The keys and values of the page that stands at `at`, and of those below it in the whole file `data`."""
+    kind, count = struct.unpack_from("<8xHH", page, at)
+    for place in range(at + 16, at + 16 + 16 * count, 16):
+        if kind & 1:  # a branch
+            yield from _bolt_elements(data, data, struct.unpack_from("<8xQ", page, place)[0] * size, size)
+        else:
+            begin, key, value = struct.unpack_from("<4xIII", page, place)
+            begin += place
+            yield page[begin:begin + key], page[begin + key:begin + key + value]
 
 
 class Damage(NamedTuple):
@@ -14314,8 +14349,12 @@ class Networks:
     def load(self) -> None:
         """Read the networks, make the predefined ones, bring the bridges up and the rules in place."""
         records: list[dict[str, Any]] = []
-        with contextlib.suppress(OSError, ValueError):
+        try:
             records = json.loads(read_state(self.path))
+        except FileNotFoundError:
+            records = moby_networks(os.path.join(self.config.data_root, "network", "files", "local-kv.db"))
+        except (OSError, ValueError) as error:
+            log.error("the networks are lost: %s", error)
         for record in records if isinstance(records, list) else []:
             self.table[record["Id"]] = Network(record)
         self.firewall = choose_firewall(self.config, self._enable_forwarding(4))
@@ -14677,6 +14716,31 @@ def network_record(name: str, driver: str, body: dict[str, Any]) -> dict[str, An
             "Options": body.get("Options") or {}, "Labels": body.get("Labels") or {}}
 
 
+def moby_networks(path: str) -> list[dict[str, Any]]:
+    """The records of the networks that the real dockerd has left in its database (libnetwork's keys)."""
+    records = []
+    for key, value in read_bolt(path, b"libnetwork").items():
+        if not key.startswith(b"docker/network/v1.0/network/"):
+            continue
+        with contextlib.suppress(LookupError, TypeError, ValueError, DockerError):  # of a form not known here
+            old = json.loads(value[8:])  # behind a number
+            settings = [(asked, json.loads(given["IPAMData"])) for version in "46" for asked, given in zip(
+                *(json.loads(old.get(f"ipamV{version}{kind}") or "[]") for kind in ("Config", "Info")))]
+            pools = [{"Subnet": pool["Pool"], "Gateway": pool["Gateway"].partition("/")[0], "IPRange": asked[
+                "SubPool"], "AuxiliaryAddresses": asked["AuxAddresses"]} for asked, pool in settings]
+            record = network_record(old["name"], old["networkType"], {
+                "EnableIPv6": old["enableIPv6"], "Internal": old["internal"], "Attachable": old["attachable"],
+                "Options": old["generic"].get("com.docker.network.generic"), "Labels": old["labels"],
+                "IPAM": {"Driver": old["ipamType"], "Options": old["ipamOptions"], "Config": pools}})
+            record.update(Id=old["id"], Created=old["created"],
+                          Automatic=not any(asked["PreferredPool"] for asked, _ in settings))
+            if BRIDGE_OPTION + "name" not in record["Options"] and record["Driver"] == "bridge":
+                record["OwnLink"] = Network(record).bridge
+            if old["scope"] == "local" and old["networkType"] in NETWORK_DRIVERS:
+                records.append(record)
+    return records
+
+
 def _is_inside(inner: IPNetwork, outer: IPNetwork) -> bool:
     return inner.version == outer.version and inner.overlaps(outer) and inner.prefixlen >= outer.prefixlen
 
@@ -14962,6 +15026,7 @@ class Proxy(HelperProcess):
 # ------------------------------------------------------------------------------------------------------------
 
 VOLUME_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+\Z")
+MOBY_VOLUMES = "metadata.db"  # where moby keeps the volumes' labels, and holds a lock on it while it runs
 ANONYMOUS_VOLUME = "com.docker.volume.anonymous"    # the label of those that no client has named
 MODE_WORDS = (
     "ro|rw", "z|Z", "nocopy", "consistent|cached|delegated", "r?(private|shared|slave)", "idmap(=.+)?")
@@ -15349,16 +15414,17 @@ class Volumes:
         self._pruning = threading.Lock()
         self._volumes: dict[str, Volume] = {}
         self.renamed: Callable[[Volume, str], None] = lambda volume, name: None  # changes containers' records
+        moby = read_bolt(os.path.join(self.root, MOBY_VOLUMES), b"volumes")
         for name in os.listdir(self.root):
             path = os.path.join(self.root, name)
             if name.startswith("."):  # half-made, or half-removed
                 self._discard(path)
             elif VOLUME_NAME.match(name) and os.path.isdir(os.path.join(path, "_data")):
-                self._volumes[name] = Volume(path, name, self._facts(path))
+                self._volumes[name] = Volume(path, name, self._facts(path, moby.get(name.encode(), b"{}")))
 
     @staticmethod
-    def _facts(path: str) -> dict[str, Any]:
-        """What is known of a volume that another daemon has left; of moby's own only its options."""
+    def _facts(path: str, moby: bytes) -> dict[str, Any]:
+        """What is known of a volume that another daemon has left, perhaps the real one."""
         with contextlib.suppress(OSError, ValueError):
             return json.loads(read_state(os.path.join(path, "volume.json")))
         created = rfc3339nano(int(os.stat(path).st_mtime) * 10**9)
@@ -15367,6 +15433,9 @@ class Volumes:
             known = json.loads(read_state(os.path.join(path, "opts.json")))
             options = {"type": known["MountType"], "o": known["MountOpts"], "device": known["MountDevice"]}
             facts["Options"] = {key: value for key, value in options.items() if value} or None
+        with contextlib.suppress(ValueError, AttributeError):
+            known = json.loads(moby)
+            facts.update({key: known[key] for key in ("Labels", "Options") if key in known})
         return facts
 
     def get(self, name: str) -> Volume:
@@ -18000,6 +18069,8 @@ class Container:
     def load(cls, parts: Parts, record: dict[str, Any], host_config: dict[str, Any]) -> Container:
         """The container of these records, from disk."""
         container = cls(parts, record, host_config)
+        for key, file in NETWORK_FILES.items():  # which moby does not know before the first start
+            record[key] = record.get(key) or os.path.join(container.directory, file)
         container.state.from_disk(record["State"])
         for point in container.points:
             if point["Type"] == "volume":
@@ -22622,7 +22693,13 @@ def remapped_root(root: str, idmap: IdMap) -> str:
 
 
 def lock_data_root(root: str) -> int:
-    """The descriptor of the lock that keeps a second daemon away; DockerError where one has it."""
+    """The descriptor of the lock that keeps a second daemon away; DockerError where one has it.
+
+    The real one is kept away by the lock on its own file, which stays open."""
+    with contextlib.suppress(FileNotFoundError):
+        moby = os.open(os.path.join(root, "volumes", MOBY_VOLUMES), os.O_RDONLY | os.O_CLOEXEC)
+        with reworded(DockerError, f"the data root {root} is in use by another dockerd"):
+            fcntl.flock(moby, fcntl.LOCK_EX | fcntl.LOCK_NB)
     fd = os.open(os.path.join(root, "dockerd.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2835,6 +2835,101 @@ def _plant(host: Host, images: dict[str, Any], broken: str, left: str, lost: str
     return orphan
 
 
+def test_a_data_root_goes_to_and_fro(new_host: Callable[..., Host], busybox: bytes) -> None:
+    """What the real dockerd has left is there and works, and what is made of it works there again."""
+    theirs = Peer()
+    try:
+        _leave_a_data_root(theirs.start(), busybox)
+        docker = Docker(f"{PEER}/usr/bin/docker", theirs)
+        lists = [("images", "--digests", "--no-trunc"), ("volume", "ls"), ("network", "ls", "--no-trunc"),
+                 ("ps", "-a", "--no-trunc", "--format", "{{.ID}} {{.Image}} {{.Names}} {{.Command}}"),
+                 ("logs", "left"), ("logs", "local"), ("diff", "left"), ("history", "--no-trunc", "made:it"),
+                 ("inspect", "-f", "{{.Id}}{{.Parent}}{{.Created}}{{json .RootFS}}{{.Size}}", "made:it"),
+                 ("volume", "inspect", "-f", "{{json .Labels}}{{json .Options}}{{.Mountpoint}}", "labelled",
+                  "optional"), ("network", "inspect", "-f", "{{.Id}}{{.Created}}{{.Internal}}{{json .Labels}}"
+                                "{{json .Options}}{{range .IPAM.Config}}{{.Subnet}}{{end}}",
+                                "mine", "automatic")]
+        told = [_steady(docker(*command)) for command in lists]
+        layers = files_of(theirs.http("GET", "/images/made:it/get").body)
+        ours = new_host("--iptables=false", "--bridge=none", start=False)
+        ours.data_root = theirs.data_root
+        ours.start(wait=False)
+        assert ours.process and ours.process.wait(30) == 1
+        assert f"the data root {theirs.data_root} is in use by another dockerd" in ours.log()
+        theirs.stop()
+        ours.start()
+        docker.environment["DOCKER_HOST"] = ours.url
+        for command, before in zip(lists, told):
+            assert _steady(docker(*command)) == before
+        saved = files_of(ours.http("GET", f"{API}/images/made:it/get").body)
+        blobs = {sha256(data) for name, data in layers.items() if not name.endswith(("/json", "VERSION"))}
+        assert blobs - {sha256(data) for data in saved.values()} == {
+            sha256(layers[name]) for name in ("manifest.json", "repositories")}
+        assert docker("start", "-a", "left", status=None) == "out"
+        wait_for(lambda: ours.inspect("restarted")["State"]["Running"])
+        docker("start", "networked", "local")
+        assert docker("exec", "networked", "cat", "/v/file") == "in the volume"
+        assert docker("exec", "networked", "hostname", "-i").startswith("10.77.5.")
+        docker("commit", "networked", "ours:1")
+        docker("run", "--name=ours", "--network=none", "-v=labelled:/v", "ours:1", "sh", "-c",
+               "cat /v/file; echo >/x")
+        ours.import_image("imported:1", busybox)
+        assert ours.stop() == 0
+        theirs.start()
+        docker.environment["DOCKER_HOST"] = theirs.url
+        assert docker("start", "-a", "ours") == "in the volume" and docker("diff", "ours").split()[-1] == "/x"
+        assert docker("logs", "ours") == "in the volume\nin the volume"
+        docker("start", "networked")
+        assert docker("run", "--rm", "--network=none", "imported:1", "/bin/echo", "hi") == "hi"
+        assert theirs.http("GET", "/images/get?names=ours:1&names=imported:1").status == 200
+        docker("rm", "-f", "ours", "networked")
+        docker("rmi", "ours:1", "imported:1")
+    finally:
+        theirs.close()
+
+
+def test_a_damaged_bolt_database_is_passed_over(peer: Host, tmp_path: Path) -> None:
+    whole = Path(peer.data_root, "network", "files", "local-kv.db").read_bytes()
+    path = tmp_path / "db"
+    path.write_bytes(whole)
+    assert [record["Name"] for record in dockerd.moby_networks(str(path))] == ["none", "host"]
+    for seed in range(60):
+        chance = random.Random(seed)
+        damaged = bytearray(whole[:chance.randrange(len(whole))])
+        for _ in range(seed):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        path.write_bytes(damaged)
+        assert len(dockerd.moby_networks(str(path))) <= 2
+    assert dockerd.read_bolt(str(tmp_path / "none"), b"x") == {}
+
+
+def _leave_a_data_root(theirs: Host, busybox: bytes) -> None:
+    """Images, containers, volumes and networks of the real dockerd."""
+    theirs.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    docker = Docker(f"{PEER}/usr/bin/docker", theirs)
+    for number in range(40):  # more than a page of its database holds
+        theirs.api("POST", "/volumes/create", {"Name": f"v{number}", "Labels": {"number": "x" * 200}})
+    docker("volume", "create", "--label=a=b", "labelled")
+    docker("volume", "create", "-o=type=tmpfs", "-o=device=tmpfs", "optional")
+    docker("network", "create", "--subnet=10.77.0.0/16", "--ip-range=10.77.5.0/24", "--label=x=y", "mine")
+    docker("network", "create", "--internal", "automatic")
+    docker("run", "--name=left", "--network=none", "-v=labelled:/v", "-v=/anonymous", "busybox", "sh", "-c",
+           "echo out; echo in the volume >/v/file; echo x >/file; rm -f /etc/plain; mkdir -p /new")
+    docker("commit", "-m", "why", "left", "made:it")
+    docker("create", "--name=networked", "--network=mine", "-v=labelled:/v:ro", "--stop-timeout=1", "made:it",
+           "sleep", NEVER)
+    run = ("run", "-d", "--network=none", "--stop-timeout=1")
+    docker(*run, "--name=restarted", "--restart=unless-stopped", "busybox", "sleep", NEVER)
+    docker(*run, "--name=local", "--log-driver=local", "busybox", "sh", "-c", "echo local; sleep " + NEVER)
+    wait_for(lambda: docker("logs", "local") == "local")
+
+
+def _steady(text: str) -> str:
+    """The lines that a client prints, without the times since."""
+    text = re.sub(r"(About |Less than )?(an?|\d+) (second|minute)s?( ago)?|  +", " ", text)
+    return "\n".join(sorted(text.splitlines()))
+
+
 def test_a_start_deletes_no_layer_that_it_cannot_read(new_host: Callable[..., Host], busybox: bytes) -> None:
     """A container's mount-id that is not one is told of, and stays for a person to look at."""
     host = new_host()
