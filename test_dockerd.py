@@ -14387,7 +14387,7 @@ def test_overlay_on_overlay_and_on_tmpfs(tmp_path: Path) -> None:
         (
             "overlay2",
             ["overlay2.size=10G"],
-            "Storage Option overlay2.size only supported for backingFS XFS.* Found ",
+            "the storage option size is not supported: Filesystem does not support, or has not enabled",
         ),
         ("overlay2", ["dm.fs=xfs"], "overlay2: unknown option dm.fs$"),
         ("overlay2", ["nothing"], "unable to parse storage-opt key/value: nothing$"),
