@@ -15260,11 +15260,13 @@ def open_below(directory: Union[str, int], subpath: str) -> int:
 
 
 def make_parents(path: str, owner: tuple[int, int]) -> None:
-    """Make the missing directory `path` of a -v, and those above it, as `owner`'s."""
+    """Make the directory `path`, and those above it, as far as they are missing, as `owner`'s."""
     missing = []
     while not os.path.lexists(path):
         missing.append(path)
         path = os.path.dirname(path)
+    if not os.path.isdir(path):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
     for path in reversed(missing):
         make_directory(path, 0o755, *owner)
 
@@ -17582,8 +17584,7 @@ def _merge_image(config: dict[str, Any], image: dict[str, Any]) -> None:
     config["Labels"] = {**(image.get("Labels") or {}), **(config["Labels"] or {})}
     for key in ("ExposedPorts", "Volumes"):
         config[key] = {**(config.get(key) or {}), **(image.get(key) or {})} or None
-    health = {**(image.get("Healthcheck") or {}), **(config.get("Healthcheck") or {})}
-    config["Healthcheck"] = health or None
+    config["Healthcheck"] = {**(image.get("Healthcheck") or {}), **(config.get("Healthcheck") or {})} or None
     merged = decode_struct(config, "ContainerConfigWrapper")  # the order and the empty members again
     config.clear()
     config.update(merged)
@@ -20484,18 +20485,6 @@ def remove_stub(path: str, first: str) -> None:
             place = os.path.dirname(place)
 
 
-def make_owned(path: str, owner: tuple[int, int]) -> None:
-    """Make a directory, and those above it, as far as they are missing, as `owner`'s."""
-    missing = []
-    while not os.path.lexists(path):
-        missing.append(path)
-        path = os.path.dirname(path)
-    if not os.path.isdir(path):
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-    for path in reversed(missing):
-        make_directory(path, 0o755, *owner)
-
-
 def open_place(path: str, name: str, maker: tuple[int, int], owner: tuple[int, int]) -> tuple[int, str]:
     """(a descriptor of a directory, a name in it): where in the thread's root a file goes that is called
     `name` and copied to `path`; without `name` the directory `path` itself.  Directories that are missing are
@@ -20504,7 +20493,7 @@ def open_place(path: str, name: str, maker: tuple[int, int], owner: tuple[int, i
     if name and not path.endswith("/") and not os.path.isdir(real):
         real, name = os.path.split(real)
     fresh = not os.path.lexists(real)
-    make_owned(real, maker)
+    make_parents(real, maker)
     if fresh:
         os.chown(real, *owner)
     return os.open(real, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), name
@@ -20809,7 +20798,7 @@ class Stage(Instructions):
 
         def make(root: int) -> None:
             with reworded(DockerError, f"Cannot mkdir: {path} is not a directory", NotADirectoryError):
-                confined(root, lambda: make_owned(os.path.realpath(path), owner))
+                confined(root, lambda: make_parents(os.path.realpath(path), owner))
 
         self.commit([*self.shell, "#(nop) " + comment], make)
 
@@ -21812,10 +21801,6 @@ class Events:
         self.publish("container", action, container.id,
                      {**labels, **attributes, "image": image, "name": container.name})
 
-    def image_event(self, action: str, image: str, attributes: dict[str, str]) -> None:
-        """An event about an image."""
-        self.publish("image", action, image, attributes)
-
     @job("events")
     def get(self, job: Job) -> None:
         """Past events from `since`, then new ones as they come, until `until` or the client goes."""
@@ -22671,8 +22656,7 @@ def check_root(config: Config, repair: bool) -> int:
                 cgroups.close()
             else:
                 time.sleep(0.5)
-            again = find()
-            found = {text: damage for text, damage in again.items() if repair or text in found}
+            found = {text: damage for text, damage in find().items() if repair or text in found}
     print("".join(text + "\n" for text in found), end="")
     return 1 if found else 0
 
@@ -22730,7 +22714,8 @@ class Daemon:
         self.cgroups = cgroup_manager(config.cgroup_parent, config.exec_opts)
         self.cgroups.real_time = (config.cpu_rt_period, config.cpu_rt_runtime)
         self.driver = ExecutionDriver(config.exec_root)
-        self.images = Images(config, self.events.image_event, self._image_users, self.idmap)
+        self.images = Images(config, functools.partial(self.events.publish, "image"), self._image_users,
+                             self.idmap)
         self.layers = self.images.layers
         self.garbage = ImageGarbage(config, self.images)
         engine.variables["config"] = config
@@ -25142,8 +25127,7 @@ def hold_pidfile(path: str) -> None:
 
 def _is_daemon(pid: int) -> bool:
     """Whether the process is a Docker daemon: a pid may have been given to another program since."""
-    command = read_text(f"/proc/{pid}/cmdline").replace("\0", " ")
-    return "docker" in command
+    return "docker" in read_text(f"/proc/{pid}/cmdline")
 
 
 def load_daemon(config: Config, engine: Engine) -> None:
