@@ -20834,6 +20834,7 @@ class Stage(Instructions):
             host = {} if network == "default" else {"NetworkMode": network}
             container = self.create({
                 **self.config, "Cmd": command, "Env": [*env, *arguments], "Healthcheck": {"Test": ["NONE"]},
+                "StopTimeout": 0,
                 **({"Entrypoint": [""]} if saved else {})}, {**host, "Mounts": mounts})
             code = self.build.run_container(container, self.voice, self.image, mounts)
             if code:
@@ -21531,8 +21532,11 @@ class Build:
         reference, _, below = fragment.partition(":")
         url = "https://" + url if url.startswith("github.com/") else url
         root = self.new_directory()
-        environment = {"PATH": os.environ.get("PATH", DEFAULT_PATH), "HOME": root, "GIT_TERMINAL_PROMPT": "0",
-                       "GIT_ALLOW_PROTOCOL": "http:https:git:ssh", "GIT_CONFIG_NOSYSTEM": "1"}
+        environment = {"PATH": os.environ.get("PATH", DEFAULT_PATH), "HOME": "/nonexistent",
+                       "GIT_TERMINAL_PROMPT": "0", "GIT_ALLOW_PROTOCOL": "http:https:git:ssh",
+                       "GIT_CONFIG_NOSYSTEM": "1"}
+        if reference.startswith("-"):
+            raise BadParameter(f"invalid refspec: {reference}")
 
         def git(*words: str, check: bool = True) -> bool:
             try:
@@ -21559,10 +21563,11 @@ class Build:
             for path in confined(root, lambda: [name for name in _walk("/")
                                                 if os.path.basename(name) == ".git"]):
                 remove_tree(root + path)
-        if not below:
-            return root
-        found, = Source(root, {}).find(below, literal=True)
-        return root + found.real
+        try:
+            found, = Source(root, {}).find(below or ".", literal=True)
+        except FileNotFoundError:
+            raise DockerError(f"error setting git context, {below} not within git root") from None
+        return root + found.real.rstrip("/")
 
     def bindable(self, found: Found, readonly: bool) -> str:
         """A path of the host at which `found` can be bound; what is written there is not kept."""
@@ -21671,6 +21676,7 @@ class Builder:
             Build(self, job).run()
         finally:
             self._running.pop(key, None)
+            trim_memory()
 
     @job("build_cancel")
     def cancel(self, job: Job) -> None:
