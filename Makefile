@@ -13,13 +13,16 @@ PEER_PACKAGES := busybox-static conmon containerd crun docker-registry docker.io
 PEER_STAMP := .cache/peer/.complete-$(shell echo "$(PEER_PACKAGES)" | md5sum | cut -c 1-8)
 # Newer clients, from a later Debian than the machine's may be; unpacked beside the project too.
 NEWER_SUITE := trixie
-NEWER_PACKAGES := docker-compose
+NEWER_PACKAGES := docker-buildx docker-compose
 NEWER_STAMP := .cache/newer/.complete-$(shell echo "$(NEWER_SUITE) $(NEWER_PACKAGES)" | md5sum | cut -c 1-8)
 # Compose 1.29, which Debian has no more, with what it needs, of its time.
 COMPOSE_PACKAGES := docker-compose==1.29.2 attrs==23.2.0 certifi charset-normalizer==3.3.2 distro==1.9.0 docker==5.0.3 \
 	dockerpty==0.4.1 docopt==0.6.2 idna jsonschema==3.2.0 pyrsistent==0.20.0 python-dotenv==0.21.1 PyYAML \
 	requests==2.31.0 six texttable urllib3==1.26.20 websocket-client==0.59.0
 COMPOSE_STAMP := .cache/compose/.complete-$(shell echo "$(COMPOSE_PACKAGES)" | md5sum | cut -c 1-8)
+# What is built into images, with all that a bootstrapped Debian lacks for it.
+SOFTWARE_PACKAGES := gcc libc6-dev nginx-light python3-pip
+SOFTWARE_STAMP := .cache/software/.complete-$(shell echo "$(SOFTWARE_PACKAGES)" | md5sum | cut -c 1-8)
 # What the tests call, and the package that has it.
 TOOLS := cc:gcc debootstrap:debootstrap ip:iproute2 iptables-restore:iptables ldd:libc-bin mkfs.btrfs:btrfs-progs \
 	mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs nft:nftables nsenter:util-linux openssl:openssl ps:procps ss:iproute2 \
@@ -72,7 +75,7 @@ conformance: peer environments
 	@[ -d "$(SPECS)" ] || { echo "make conformance SPECS=DIR: a folder with the published vX.Y.yaml" >&2; exit 2; }
 	@DOCKERD_SPECS="$(abspath $(SPECS))" $(NEWEST)/bin/python -m pytest -q -p test_dockerd -m conformance test_dockerd.py
 
-torture: peer native
+torture: peer native $(SOFTWARE_STAMP)
 	@$(NEWEST)/bin/python -m pytest -q -p test_dockerd -m torture test_dockerd.py
 
 # The suite in a booted Debian with cgroup v2 alone, systemd and AppArmor; VMTEST="-k NAMES" for a part of it.
@@ -126,6 +129,14 @@ $(CACHE)/debian.tar: | tools
 	@tar -C $(CACHE)/debian -cf $@.new --exclude './var/cache/apt/*.bin' \
 	    --exclude './var/cache/apt/archives/*.deb' --exclude './var/lib/apt/lists/*' .
 	@rm -rf $(CACHE)/debian && mv $@.new $@
+
+$(SOFTWARE_STAMP): | $(CACHE)/debian.tar
+	@rm -rf $(CACHE)/software && mkdir -p $(CACHE)/software/partial
+	@tar -xOf $(CACHE)/debian.tar ./var/lib/dpkg/status >$(CACHE)/software/status
+	@fetch="apt-get -qq -y -o Dir::State::status=$(CURDIR)/$(CACHE)/software/status \
+	    -o Dir::Cache::archives=$(CURDIR)/$(CACHE)/software --no-install-recommends --download-only \
+	    install $(SOFTWARE_PACKAGES)"; $$fetch || { apt-get -q update && $$fetch; }
+	@touch $@
 
 # The machine's disk, and the kernel and the initial file system that qemu starts.
 $(CACHE)/vm/root.ext4: | tools

@@ -51,6 +51,7 @@ import threading
 import time
 import types
 import urllib.parse
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Optional
@@ -672,20 +673,22 @@ bob:x:1000:
 BUSYBOX_CHANGES = ('CMD ["sh"]', f"ENV PATH={PATH}")
 
 
-def tar_of(entries: dict[str, Any]) -> bytes:
-    """A tar archive: path to bytes (a file, 0644), (bytes, mode), None (a directory), a TarInfo as it is."""
+def tar_of(entries: dict[str, Any], mtime: int = 0) -> bytes:
+    """A tar archive: path to bytes (a file, 0644), (bytes, mode), None (a directory), a TarInfo as it is but
+    for the name; `mtime` is the time of those that have none."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, content in entries.items():
-            if isinstance(content, tarfile.TarInfo):
-                tar.addfile(content)
-                continue
             information, data = tarfile.TarInfo(name), b""
-            if content is None:
+            if isinstance(content, tarfile.TarInfo):
+                information = content
+                information.name = name
+            elif content is None:
                 information.type, information.mode = tarfile.DIRTYPE, 0o755
             else:
                 data, information.mode = content if isinstance(content, tuple) else (content, 0o644)
                 information.size = len(data)
+            information.mtime = information.mtime or mtime
             tar.addfile(information, io.BytesIO(data))
     return stream.getvalue()
 
@@ -14509,6 +14512,933 @@ def test_failing_at_every_step_leaves_the_old_version(
         assert done.returncode == -signal.SIGKILL and all(name.startswith(".tmp-s") for name in left)
     else:
         assert done.stdout == "No space left on device\n" and left == [], done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Builder
+#
+# The corpus: Dockerfiles, each built by us and by the real dockerd 20.10.24 from the same context.  What both
+# print, the image's configuration, history and files, and the containers that stay are compared; then the
+# last one is built again, from the cache.  What BuildKit alone can do is checked by the Dockerfile reference.
+# ------------------------------------------------------------------------------------------------------------
+
+BUILD_API = "/v1.41"  # the newest that both speak
+CONTEXT_TIME = 1_600_000_000
+
+
+class Build(NamedTuple):
+    """One POST /build: the Dockerfile (None: there is none), the other files of the context, the query."""
+
+    dockerfile: Any
+    files: dict[str, Any]
+    query: dict[str, Any]
+
+
+def build(dockerfile: Any, files: Optional[dict[str, Any]] = None, /, **query: Any) -> Build:
+    """A Build; `query` takes lists for what may be repeated and dictionaries for JSON."""
+    return Build(dockerfile, files or {}, query)
+
+
+def based(dockerfile: str, files: Optional[dict[str, Any]] = None, /, **query: Any) -> Build:
+    """A Build of these instructions on busybox."""
+    return build("FROM busybox\n" + dockerfile, files, **query)
+
+
+def special(kind: bytes, link: str = "", mode: int = 0o644, **facts: Any) -> tarfile.TarInfo:
+    """A tar entry without data; `facts` are further attributes of TarInfo."""
+    entry = tarfile.TarInfo()
+    entry.type, entry.linkname, entry.mode = kind, link, mode
+    for name, value in facts.items():
+        setattr(entry, name, value)
+    return entry
+
+
+def symlink(target: str) -> tarfile.TarInfo:
+    """A symbolic link, as an entry of tar_of."""
+    return special(tarfile.SYMTYPE, target, 0o777)
+
+
+def context_of(dockerfile: Any, files: dict[str, Any]) -> bytes:
+    """The tar archive of a build's context."""
+    if dockerfile is not None:
+        files = {"Dockerfile": dockerfile.encode() if isinstance(dockerfile, str) else dockerfile, **files}
+    return tar_of(files, CONTEXT_TIME)
+
+
+def post_build(host: Host, context: Any, query: dict[str, Any], **headers: str) -> Answer:
+    """POST /build as a client of 20.10 sends it."""
+    text = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in query.items()}
+    return host.http("POST", f"{BUILD_API}/build?{urllib.parse.urlencode(text, doseq=True)}", context,
+                     {"Content-Type": "application/x-tar", **headers})
+
+
+class Ids:
+    """Identities by the order in which they are seen: what differs in each run becomes comparable."""
+
+    def __init__(self, host: Host) -> None:
+        self.host, self.seen = host, {}  # type: ignore[var-annotated]
+
+    def replace(self, text: str) -> str:
+        """`text` with its identities numbered; what tells of the daemon's own files is cut off."""
+        text = re.sub(r"(?<=:)[^:\"]*" + re.escape(self.host.data_root) + r"[^\"]*", " ...", text)
+        text = re.sub(r"(failed to copy files: )[^\"]+", r"\1...", text)
+        text = text.replace("Error processing tar file(exit status 1): ", "")
+        text = re.sub(r"(registry-1\.docker\.io/)[^}]*(network is unreachable|no such host)", r"\1...", text)
+        return re.sub(r"\b(sha256:)?([0-9a-f]{12})([0-9a-f]{52})?\b", self._number, text)
+
+    def _number(self, found: Any) -> str:
+        return f"<{self.seen.setdefault(found[2], len(self.seen))}>"
+
+
+def printed(answer: Answer, ids: Ids) -> list[Any]:
+    """The lines of a build's stream: text that follows text becomes one, as its pieces mean nothing, and
+    downloads are left out."""
+    lines: list[Any] = [answer.status]
+    for line in answer.lines:
+        if not line or "progressDetail" in line:
+            continue
+        line = json.loads(ids.replace(json.dumps(line)))
+        if list(line) == ["stream"] and isinstance(lines[-1], str):
+            lines[-1] = (lines[-1] + line["stream"]).replace("\x1b[0m\x1b[91m", "")
+        else:
+            lines.append(line["stream"] if list(line) == ["stream"] else line)
+    return lines
+
+
+class Seen(NamedTuple):
+    """A file of an image; its time is "now" for a new one, its data a digest where there is much."""
+
+    kind: bytes
+    mode: str
+    uid: int
+    gid: int
+    link: str
+    time: Any
+    attributes: dict[str, str]
+    data: Optional[bytes]
+
+
+def seen_file(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> Seen:
+    """The file of an exported archive's entry."""
+    data = tar.extractfile(entry).read() if entry.isreg() else None  # type: ignore[union-attr]
+    if data and len(data) > 200:
+        data = hashlib.sha256(data).digest()
+    return Seen(entry.type, oct(stat.S_IMODE(entry.mode)), entry.uid, entry.gid, entry.linkname,
+                "now" if abs(time.time() - entry.mtime) < 600 else int(entry.mtime),
+                {key: value for key, value in entry.pax_headers.items() if "xattr" in key}, data)
+
+
+@functools.cache
+def image_tree(host: Host, image: str) -> dict[str, Seen]:
+    """The files of an image, as a container that is not started exports them."""
+    made = host.http("POST", f"{BUILD_API}/containers/create", {"Image": image, "Cmd": ["x"]})
+    assert made.status == 201, made.body
+    path = f"{BUILD_API}/containers/{made.json['Id']}"
+    archive = host.http("GET", f"{path}/export").body
+    assert host.http("DELETE", f"{path}?v=1").status == 204
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        return {entry.name.rstrip("/"): seen_file(tar, entry) for entry in tar}
+
+
+@functools.cache
+def base_image(host: Host) -> dict[str, Any]:
+    """The inspection of the image that nearly all Dockerfiles start from."""
+    return host.http("GET", f"{BUILD_API}/images/busybox/json").json
+
+
+def seen_image(host: Host, image: str) -> dict[str, Any]:
+    """What is told of an image, without what differs in each run; its history; how its files differ from the
+    base's."""
+    told = host.http("GET", f"{BUILD_API}/images/{image}/json").json
+    created = abs(time.time() - dockerd.parse_timestamp(told.pop("Created")) / 1e9) < 600
+    tree: dict[str, Optional[Seen]] = {}
+    if told["RootFS"].get("Layers") and told["RootFS"] != base_image(host)["RootFS"]:
+        found, base = image_tree(host, image), image_tree(host, base_image(host)["Id"])
+        tree = {path: found.get(path) for path in {**base, **found} if found.get(path) != base.get(path)}
+    for name in ("Id", "DockerVersion", "GraphDriver", "Metadata"):
+        told.pop(name)
+    for name in ("Container", "ContainerConfig"):  # which no Docker tells any more
+        told.pop(name)
+    for name in ("Hostname", "Image"):  # nor these
+        told["Config"].pop(name)
+    told.update(created=created, RootFS=len(told["RootFS"].get("Layers") or []), Parent=told["Parent"][:7],
+                RepoTags=sorted(told["RepoTags"]))
+    history = host.http("GET", f"{BUILD_API}/images/{image}/history").json
+    for line in history:
+        line.update(Id=line["Id"][:7], CreatedBy=re.sub("[0-9a-f]{64}", "DIGEST", line["CreatedBy"]))
+        del line["Created"]
+    return {"inspect": told, "history": history, "tree": tree}
+
+
+def seen_build(host: Host, step: Build, name: str) -> dict[str, Any]:
+    """Build, and all that there is to see of it: the stream, the image, the containers left."""
+    context = None if "remote" in step.query else context_of(step.dockerfile, step.files)
+    answer = post_build(host, context, {"t": name, **step.query})
+    containers = host.http("GET", f"{BUILD_API}/containers/json?all=1").json
+    seen = {"printed": printed(answer, Ids(host)),
+            "containers": [(container["Command"], container["State"]) for container in containers]}
+    for container in containers:
+        host.http("DELETE", f"{BUILD_API}/containers/{container['Id']}?v=1")
+    images = re.findall(rb"sha256:[0-9a-f]{64}", answer.body)
+    if images and b'"error"' not in answer.body:
+        seen.update(seen_image(host, images[-1].decode()))
+    return seen
+
+
+TREE_TAR = tar_of({"f": b"f", "d": None, "d/x": (b"x", 0o755), "l": symlink("f"),
+                   "o": special(tarfile.REGTYPE, uid=1000, gid=100, mode=0o600),
+                   "h": special(tarfile.LNKTYPE, "f")}, 1_400_000_000)
+BOB_TREE = {"d": None, "d/one": b"1", "d/sub": None, "d/sub/two": (b"2", 0o755)}
+CORPUS: dict[str, list[Build]] = {
+    # The language
+    "comments": [build("# first\n   # indented\n\nFROM busybox\n\n  LABEL a=1 \\\n# between\n\n"
+        "    # indented\n" "  b=2\nCMD echo \\\n  # kept out\n  # again\n   a  b\n#last")],
+    "lower-case": [build("from busybox as x\nLabel a=1\ncMd [\"a\"]")],
+    "escape-directive": [build("# escape=`\nFROM busybox\nWORKDIR c:\\x`\n  y\nENV a=`\"q`\" b=\\n")],
+    "escape-after-comment": [build("# comment\n# escape=`\nFROM busybox\nLABEL a=1 \\\n b=2")],
+    "syntax-directive": [build("# syntax=docker/dockerfile:1\n# escape=`\nFROM busybox\nLABEL a=1 `\n b=2")],
+    "crlf": [build("FROM busybox\r\nLABEL a=1 \\\r\n  b=2\r\n# x\r\nCMD echo hi\r\nENV x y")],
+    "bom": [build(b"\xef\xbb\xbfFROM busybox\nLABEL a=1")],
+    "tabs": [build("\tFROM\tbusybox\n\tLABEL\ta=1\tb=2\n ENV\tx\ty\tz")],
+    "no-dockerfile": [build(None, {"x": b""})],
+    "other-dockerfile": [build(None, {"sub/D.x": b"FROM busybox\nLABEL x=1\nCOPY sub/D.x /"},
+        dockerfile="sub/D.x")],
+    "dockerfile-outside": [build("FROM busybox", dockerfile="../Dockerfile")],
+    "lower-case-dockerfile": [build(None, {"dockerfile": b"FROM busybox\nLABEL x=y\n"})],
+    "continued-at-the-end": [based("LABEL a=1 \\\n")],
+    "long-line": [based("LABEL a=" + "x" * 65536)],
+    "json-broken": [based("CMD [ \"a\", 'b' ]\nENTRYPOINT [\"x\" \"y\"]")],
+
+    # FROM
+    "from-alone": [based("")],
+    "from-scratch-alone": [build("FROM scratch")],
+    "from-scratch-label": [build("FROM scratch\nLABEL a=1")],
+    "from-bad-reference": [build("FROM Busy_Box!")],
+    "from-argument": [build("ARG base=busy\nARG more=${base}box\nFROM $more\nARG base\n"
+        "LABEL b=$base m=$more")],
+    "from-argument-given": [build("ARG base=none\nFROM ${base}", buildargs={"base": "busybox"})],
+    "from-argument-missing": [build("FROM ${base}")],
+    "from-platform": [build("FROM --platform=linux/amd64 busybox\nLABEL p=1")],
+    "from-stage": [build("FROM busybox AS one\nLABEL a=1\nFROM one\nLABEL b=2\nFROM ONE AS Three\n"
+        "LABEL c=3")],
+    "from-stage-twice": [build("FROM busybox AS one\nLABEL a=1\nFROM busybox AS one\nLABEL a=2\n"
+        "FROM one\nLABEL c=3")],
+
+    # RUN
+    "run": [based("RUN echo out; sleep 0.2; echo err >&2; sleep 0.2; echo data >/file; mkdir -m 700 /d; "
+        "ln -s file /l; ln file /h; chown 5:6 /d; printf end")],
+    "run-exec": [based('ENV x=1\nRUN ["/bin/sh", "-c", "echo $x \\"q\\"; rm /etc/plain; rm -r /home"]')],
+    "run-fails": [based("LABEL a=1\nRUN echo bad; exit 3\nRUN echo never")],
+    "run-fails-exec": [based('RUN ["sh", "-c", "exit 4"]')],
+    "run-fails-kept": [based("RUN exit 5", forcerm="1")],
+    "run-keeps-containers": [based("RUN true\nLABEL a=1", rm="0")],
+    "run-nothing": [based("RUN")],
+    "run-environment": [based("ARG a=1\nENV b=2 PATH=/bin\nARG b=3\nUSER bob:users\nWORKDIR /tmp\n"
+        "RUN echo $a $b $HOME; id; pwd; env | sort | grep -v HOSTNAME; umask")],
+    "run-user-unknown": [based("USER nobody\nRUN true")],
+    "run-continued": [based("RUN echo a && \\\n    # why\n    echo   'b  c' \\\n\n && echo d")],
+
+    # COPY
+    "copy": [based("COPY a /\nCOPY b /x\nCOPY b /new/dir/\nCOPY c /new/c", {"a": b"1", "b": (b"22", 0o4755),
+        "c": (b"", 0o600)})],
+    "copy-directory": [based("COPY d /e\nCOPY d /f/\nCOPY d/sub d/one /g/", BOB_TREE)],
+    "copy-all": [based("WORKDIR /w/x\nCOPY . .\nCOPY ./ ../y/", BOB_TREE)],
+    "copy-owners": [based("COPY . /x/", {"f": special(tarfile.REGTYPE, uid=1000, gid=5, mode=0o2640),
+        "d": special(tarfile.DIRTYPE, uid=7, mode=0o1770)})],
+    "copy-json": [based('COPY ["a b", "c", "/x y/"]', {"a b": b"1", "c": b"2"})],
+    "copy-wildcards": [based("COPY *.txt /t/\nCOPY d?/[ab] /u/\nCOPY d* /v/\nCOPY d1/[^a] /w", {"a.txt": b"1",
+        "b.txt": b"2", "c.tx": b"3", "d1/a": b"4", "d2/b": b"5", "d1/c": b"6"})],
+    "copy-wildcard-escaped": [based("COPY a[[]1] /x\nCOPY b\\* /y", {"a[1]": b"1", "b*": b"2", "bx": b"3"})],
+    "copy-wildcard-matches-nothing": [based("COPY x* /", {"a": b"1"})],
+    "copy-missing": [based("COPY x /", {"a": b"1"})],
+    "copy-one-argument": [based("COPY x", {"x": b"1"})],
+    "copy-many-to-file": [based("COPY a b /x", {"a": b"1", "b": b"2"})],
+    "copy-wildcard-to-file": [based("COPY * /x", {"a": b"1", "b": b"2"})],
+    "copy-over-directory": [based("COPY a /bin\nCOPY a /etc/\nCOPY a /etc/plain", {"a": b"1"})],
+    "copy-directory-over-file": [based("COPY d /etc/plain", BOB_TREE)],
+    "copy-below-file": [based("COPY d/one /etc/plain/x", BOB_TREE)],
+    "copy-through-links": [based("RUN mkdir -p /real/in && echo r >/real/f && ln -s real /link && "
+        "ln -s /real/f /flink && ln -s ../../out /real/in/up && ln -s gone /dangling\n"
+        "COPY d/one /link/x\nCOPY d/one /flink\nCOPY d /real/in/up/\nCOPY d /link\n" "COPY d/one /dangling",
+        BOB_TREE)],
+    "copy-links": [based("COPY link /a\nCOPY dlink /b\nCOPY dlink /c/\nCOPY dlink/sub /s\nCOPY . /d",
+        {**BOB_TREE, "link": symlink("d/one"), "dlink": symlink("d"), "d/dangling": symlink("nowhere")})],
+    "copy-hard-links": [based("COPY . /x", {"a": b"1", "b": special(tarfile.LNKTYPE, "a"),
+        "c/d": special(tarfile.LNKTYPE, "a")})],
+    "copy-special": [based("COPY . /x", {"fifo": special(tarfile.FIFOTYPE), "cap": special(tarfile.REGTYPE,
+        pax_headers={"SCHILY.xattr.security.capability": "\1\0\0\2\1" + "\0" * 15})})],
+    "copy-empty-directory": [based("COPY e /e\nCOPY e /f/", {"e": special(tarfile.DIRTYPE, mode=0o700)})],
+    "copy-chown": [based("COPY --chown=bob a /1\nCOPY --chown=bob:users a /2\nCOPY --chown=7 a /3\n"
+        "COPY --chown=7:100 d /new/4\nCOPY --chown=1000:wheel d /5/\nARG who=daemon\n"
+        "COPY --chown=$who a /6\nCOPY --chown=bob a /7/8/9", {"a": b"1", **BOB_TREE})],
+    "copy-chown-unknown": [based("COPY --chown=nobody a /1", {"a": b"1"})],
+    "copy-chown-unknown-group": [based("COPY --chown=bob:nobody a /1", {"a": b"1"})],
+    "copy-chown-scratch": [build("FROM scratch\nCOPY --chown=3:4 d /x/\nCOPY --chown=5 d/one /y", BOB_TREE)],
+    "copy-chown-scratch-name": [build("FROM scratch\nCOPY --chown=bob d /x/", BOB_TREE)],
+    "copy-chown-replaces": [based("COPY --chown=bob d /home\nCOPY --chown=daemon d/one /etc/plain",
+        BOB_TREE)],
+    "copy-flag": [based("COPY --what a /", {"a": b"1"})],
+    "copy-flag-twice": [based("COPY --chown=1 --chown=2 a /", {"a": b"1"})],
+    "copy-flag-empty": [based("COPY --chown a /", {"a": b"1"})],
+    "copy-after-user": [based("USER bob\nWORKDIR /w\nCOPY a .\nCOPY a b/c/\nRUN id -un", {"a": b"1"})],
+    "copy-expands": [based("ARG s=a\nENV t=/x/ u='q r'\nCOPY ${s} $t\nCOPY $s \"$t$u\"", {"a": b"1"})],
+
+    # ADD
+    "add": [based("ADD a /\nADD d /e/\nADD --chown=bob:bob a /x/y", {"a": b"1", **BOB_TREE})],
+    "add-archives": [based("ADD t.tar /t\nADD t.tar.gz /u/\nADD *.bz2 *.xz /v/\nADD bad.tar /b/\n"
+        "COPY t.tar /c/\n" "ADD t.zip /z/", {"t.tar": TREE_TAR, "t.tar.gz": gzip.compress(TREE_TAR, mtime=0),
+        "t.bz2": bz2.compress(TREE_TAR), "t.xz": lzma.compress(TREE_TAR), "bad.tar": b"no archive",
+        "t.zip": b"PK\3\4"})],
+    "add-archive-chown": [based("ADD --chown=bob t.tar /t", {"t.tar": TREE_TAR})],
+    "add-archive-over": [based("ADD t.tar /\nADD t.tar /etc/plain/", {"t.tar": tar_of({"etc/plain": b"new",
+        "home/x": b"1"})})],
+    "add-compressed-file": [based("ADD x.gz /y.gz", {"x.gz": gzip.compress(b"text", mtime=0)})],
+    "add-missing": [based("ADD x /")],
+    "add-file-url": [based("ADD file:///etc/passwd /x")],
+    "add-bad-url": [based("ADD http://127.0.0.1:1/x /x")],
+    "add-url": [based("ADD http://127.0.0.1:8000/dir/file.txt /x\n"
+        "ADD http://127.0.0.1:8000/dir/file.txt?q=1 /d/\n"
+        "ADD --chown=bob http://127.0.0.1:8000/t.tar /d/\nADD http://127.0.0.1:8000/named /d/")],
+    "add-url-missing": [based("ADD http://127.0.0.1:8000/gone /x")],
+    "add-url-redirected": [based("ADD http://127.0.0.1:8000/moved /x")],
+    "copy-url": [based("COPY http://127.0.0.1:8000/dir/file.txt /x")],
+
+    # Contexts that come from elsewhere
+    "remote-dockerfile": [build(None, remote="http://127.0.0.1:8000/Dockerfile")],
+    "remote-context": [build(None, remote="http://127.0.0.1:8000/context.tar")],
+    "remote-missing": [build(None, remote="http://127.0.0.1:8000/gone")],
+    "remote-else": [build(None, remote="http://127.0.0.1:8000/named")],
+    "remote-unknown": [build(None, remote="ftp://127.0.0.1/x")],
+
+    # Contexts that mean harm
+    "hostile-link-out": [based("COPY d/passwd /x", {"d": symlink("/etc")})],
+    "hostile-link-up": [based("COPY d/passwd /x", {"d": symlink("../../../../../../../etc")})],
+    "hostile-link-to-file": [based("COPY passwd /x", {"passwd": symlink("/etc/passwd")})],
+    "hostile-link-kept": [based("COPY . /x", {"passwd": symlink("/etc/passwd"), "loop": symlink("loop")})],
+    "hostile-loop": [based("COPY loop /x", {"loop": symlink("loop")})],
+    "hostile-through-link": [based("COPY . /x", {"l": symlink("/"), "l/evil": b"1", "up": symlink("../.."),
+        "up/evil2": b""})],
+    "hostile-names": [based("COPY . /x", {"a\nb": b"1", "\x1b[31m": b"2", "b\udcff": b"3", "-rf": b"",
+        " ": b"", "\\": b""})],
+    "hostile-name-copied": [based('COPY ["a\\nb", "/x\\ny"]', {"a\nb": b"1"})],
+    "hostile-up": [based("COPY ../x /x", {"x": b"1"})],
+    "hostile-entry-absolute": [based("COPY . /x", {"/abs/f": b"1"})],
+    "hostile-dockerfile-link": [build(None, {"Dockerfile": symlink("/etc/passwd")})],
+    "hostile-dockerfile-directory": [build(None, {"Dockerfile": None, "Dockerfile/x": b""})],
+    "hostile-ignore-link": [based("COPY . /x", {".dockerignore": symlink("/etc/passwd"), "a": b""})],
+    "dockerfile-link": [build(None, {"Dockerfile": symlink("d/real"),
+        "d/real": b"FROM busybox\nLABEL linked=1\n"})],
+    "destination-link-out": [based("RUN ln -s /../../../etc /out && ln -s /proc/1/root /proot\n"
+        "COPY a /out/\nCOPY a /proot/b", {"a": b"1"})],
+
+    # .dockerignore
+    "ignore": [based("COPY . /x",
+        {".dockerignore": b"# comment\n\n*.o\n!keep.o\n**/*.tmp\nd/sub\n!d/sub/two\n/rooted\n./dotted\n"
+        b"  spaced  \nq/\nz/*/y\n**/deep/**\nDockerfile\n.dockerignore", "a.o": b"", "keep.o": b"",
+        "s/b.o": b"", "s/c.tmp": b"", "c.tmp": b"", **BOB_TREE, "d/sub/three": b"", "rooted": b"",
+        "dotted": b"", "spaced": b"", "q/x": b"", "z/1/y": b"", "z/1/w": b"", "m/deep/n/o": b"",
+        "m/p": b""})],
+    "ignore-all-but": [based("COPY . /x", {".dockerignore": b"*\n!d\nd/one", "a": b"", **BOB_TREE})],
+    "ignore-bad-pattern": [based("COPY . /x", {".dockerignore": b"[a", "a": b""})],
+
+    # ENV and ARG
+    "env": [based('ENV a=1 b="x y" c=z\\ w d=\'$a\'\nENV e $a and  more\n'
+        'ENV a=2 f=$a g=${a}b h=${b:-n} i=${n:-d} '
+        'j=${a:+p} k=${n:+p} l=\\$a m="\\"$a\\""\nENV PATH=$PATH:/x')],
+    "env-unclosed": [based("ENV a=${b")],
+    "env-quote-unclosed": [based("ENV a='b")],
+    "arg": [based("ARG a\nARG b=1\nARG c=$b\nARG d=x\nENV d=env\nLABEL a=$a b=$b c=$c d=$d\n"
+        "RUN echo $a,$b,$c,$d", buildargs={"a": "A", "d": "D"}),
+        based("ARG a\nARG b=1\nARG c=$b\nARG d=x\nENV d=env\nLABEL a=$a b=$b c=$c d=$d\n"
+        "RUN echo $a,$b,$c,$d", buildargs={"a": "B", "d": "D"})],
+    "arg-not-declared": [based("LABEL x=$a", buildargs={"a": "1"})],
+    "arg-predefined": [based("RUN echo $HTTP_PROXY $no_proxy", buildargs={"HTTP_PROXY": "http://p",
+        "no_proxy": "x"}), based("RUN echo $HTTP_PROXY $no_proxy", buildargs={"HTTP_PROXY": "http://q"}),
+        based("ARG HTTP_PROXY\nRUN echo $HTTP_PROXY $no_proxy", buildargs={"HTTP_PROXY": "http://q"})],
+    "arg-null": [based("ARG a=1\nENV a=$a", buildargs={"a": None})],
+    "arg-per-stage": [build("ARG g=G\nFROM busybox\nARG g\nARG a=1\nLABEL x=$g-$a\nFROM busybox\n"
+        "LABEL x=$g-$a\nARG g=other\nLABEL y=$g")],
+    "arg-two": [based("ARG a=1 b=2\nLABEL x=$a$b")],
+    "arg-two-words": [based("ARG a b")],
+
+    # What changes the configuration alone
+    "label": [based('LABEL a=1 "b c"="d e" f=\'g h\' i=j\\ k\nLABEL old form  here\nLABEL a=2 n=\n'
+        'LABEL "q"=\'"\'')],
+    "maintainer": [based("MAINTAINER Bob <bob@example.com>")],
+    "commands": [based('CMD a b\nENTRYPOINT ["x", "y"]\nCMD ["c"]\nENTRYPOINT z $HOME')],
+    "entrypoint-resets": [based('ENTRYPOINT ["x"]')],
+    "entrypoint-empty": [based('ENTRYPOINT []\nCMD []')],
+    "command-nothing": [based("CMD")],
+    "entrypoint-nothing": [based("ENTRYPOINT")],
+    "shell": [based('SHELL ["/bin/busybox", "sh", "-c"]\nRUN echo $0\nCMD x\nENTRYPOINT y\n'
+        'HEALTHCHECK CMD z')],
+    "stopsignal": [based("ARG s=SIGUSR1\nSTOPSIGNAL $s\nSTOPSIGNAL 9")],
+    "stopsignal-bad": [based("STOPSIGNAL SIGFOO")],
+    "stopsignal-two": [based("STOPSIGNAL 1 2")],
+    "user": [based("ENV u=bob\nUSER $u\nUSER 1:2")],
+    "user-two": [based("USER a b")],
+    "expose": [based("ENV p=7000-7002\nEXPOSE 80 443/tcp 53/UDP\nEXPOSE $p/tcp 8080:90 127.0.0.1:1:2")],
+    "expose-bad": [based("EXPOSE foo")],
+    "expose-proto": [based("EXPOSE 80/foo")],
+    "healthcheck": [based("HEALTHCHECK --interval=5m --timeout=3s --start-period=1s --retries=2 "
+        "CMD a  b || c\n" 'HEALTHCHECK cmd ["x", "y"]')],
+    "healthcheck-none": [based("HEALTHCHECK CMD a\nHEALTHCHECK NONE")],
+    "workdir": [based("WORKDIR /a\nWORKDIR b\nENV d=c/../e\nWORKDIR $d\nWORKDIR ../f\nWORKDIR /home/bob\n"
+        "RUN pwd")],
+    "workdir-owner": [based("USER bob\nWORKDIR /w/x")],
+    "workdir-file": [based("WORKDIR /etc/plain")],
+    "workdir-link": [based("RUN ln -s /new/place /l && mkdir -p /new/place\nWORKDIR /l/sub\nRUN pwd")],
+    "workdir-scratch": [build("FROM scratch\nWORKDIR /a/b")],
+    "volume": [based("RUN mkdir /v && echo before >/v/a\nVOLUME /v\nRUN echo after >/v/b; ls /v\n"
+        "COPY c /v/\nRUN ls /v", {"c": b"1"})],
+    "volume-forms": [based('ENV v=/e\nVOLUME /a /b\nVOLUME ["/c d", "$v"]')],
+    "volume-relative": [based("VOLUME rel")],
+
+    # ONBUILD
+    "onbuild": [based("ONBUILD COPY a /a\nONBUILD RUN echo triggered\nONBUILD LABEL x=1\nONBUILD ARG q\n"
+        "LABEL base=1"), build("FROM corpus:onbuild\nLABEL y=2", {"a": b"1"}, t="corpus:onbuild-2"),
+        build("FROM corpus:onbuild-2\nLABEL z=3", t="corpus:onbuild-3")],
+    "onbuild-one": [based("ONBUILD label x=1"), build("FROM corpus:onbuild-one as base\nFROM base\nLABEL y=2",
+        t="corpus:onbuild-one-2")],
+    "onbuild-fails": [based("ONBUILD COPY gone /a"), build("FROM corpus:onbuild-fails", t="corpus:x")],
+    "onbuild-unknown": [based("ONBUILD FOO x")],
+
+    # Stages
+    "stages": [build("FROM busybox AS one\n"
+        "RUN mkdir /o && echo 1 >/o/f && chown -R bob:users /o && ln -s f /o/l\nFROM scratch AS two\n"
+        "COPY --from=one /o /p\nCOPY --from=0 --chown=9:9 /o/f /o/l /q/\nFROM busybox\n"
+        "COPY --from=two p/* /r/\nCOPY --from=ONE o /s\nLABEL x=1")],
+    "stages-target": [build("FROM busybox AS one\nLABEL a=1\nFROM busybox AS Two\nLABEL b=2\n"
+        "FROM busybox\nRUN exit 1", target="two")],
+    "stages-from-image": [build("FROM scratch\nCOPY --from=busybox /etc/plain /bin/sh /x/")],
+    "stages-from-missing-file": [build("FROM busybox AS one\nFROM busybox\nCOPY --from=one /none /x")],
+    "stages-from-self": [build("FROM busybox AS one\nCOPY --from=one /etc/plain /x")],
+    "stages-from-number": [build("FROM busybox AS one\nCOPY --from=5 /etc/plain /x")],
+    "stages-from-negative": [build("FROM busybox AS one\nCOPY --from=-1 /etc/plain /x")],
+    "stages-from-bad": [build("FROM busybox AS one\nCOPY --from=A! /etc/plain /x")],
+    "stages-from-scratch": [build("FROM busybox AS one\nCOPY --from=scratch /etc/plain /x")],
+
+    # The cache
+    "cache-content": [based("COPY a /\nLABEL x=1", {"a": b"1"}), based("COPY a /\nLABEL x=1", {"a": b"2"})],
+    "cache-mode": [based("COPY a /", {"a": b"1"}), based("COPY a /", {"a": (b"1", 0o755)})],
+    "cache-owner": [based("COPY d /", {"d/a": special(tarfile.REGTYPE)}), based("COPY d /",
+        {"d/a": special(tarfile.REGTYPE, uid=5)})],
+    "cache-time": [based("COPY d /", {"d": None, "d/t": special(tarfile.REGTYPE)}), based("COPY d /",
+        {"d": special(tarfile.DIRTYPE, mode=0o755, mtime=5), "d/t": special(tarfile.REGTYPE, mtime=1)})],
+    "cache-name": [based("COPY . /x", {"a": b"1"}), based("COPY . /x", {"b": b"1"})],
+    "cache-env": [based("ENV a=1\nRUN echo $a"), based("ENV a=2\nRUN echo $a")],
+    "cache-off": [based("RUN echo a"), based("RUN echo a", nocache="1")],
+    "cache-other-image": [based("LABEL o=1", t="corpus:c1"), based("LABEL o=1", cachefrom='["corpus:c1"]'),
+        based("LABEL o=1\nLABEL o=2", cachefrom='["busybox"]')],
+    "cache-stage": [build("FROM busybox AS s\nCOPY a /\nFROM busybox\nCOPY --from=s /a /b", {"a": b"1"}),
+        build("FROM busybox AS s\nCOPY a /\nFROM busybox\nCOPY --from=s /a /b", {"a": b"3"})],
+    "cache-middle": [based("LABEL a=1\nLABEL b=2\nLABEL c=3"), based("LABEL a=1\nLABEL b=4\nLABEL c=3")],
+
+    # The query
+    "quiet": [based("RUN echo unheard", q="1")],
+    "quiet-fails": [based("RUN echo heard; exit 2", q="1")],
+    "tags": [based("LABEL t=1", t=["corpus:t1", "corpus:t2", "other"])],
+    "tag-none": [based("LABEL t=none", t="")],
+    "labels": [based("LABEL a=1 b=2", labels={"b": "3", "z": "$a", "c": "x'y"})],
+    "limits": [based("RUN ulimit -n; df -k /dev/shm | tail -n 1 | awk '{print $2}'; cat /etc/hosts | grep h1",
+        ulimits='[{"Name":"nofile","Soft":512,"Hard":600}]', shmsize="1048576", memory="67108864",
+        networkmode="none", extrahosts="h1:1.2.3.4")],
+    "network-host": [based("RUN ls /sys/class/net", networkmode="host")],
+    "network-unknown": [based("RUN echo no network", networkmode="nowhere")],
+}
+
+REFUSED: list[Any] = [  # on busybox, unless it is a whole Build
+    build("# escape=`\n# escape=\\\nFROM busybox"), build("# escape=x\nFROM busybox"), build(""),
+    build("# nothing\n"), "RUNN echo", build("FORM busybox"), build("LABEL a=1\nFROM busybox"),
+    "STOPSIGNAL\nCMD x\nFOO", "CMD [\"a\", 1]", build("FROM"), build("FROM busybox x"),
+    build("FROM busybox AS 1a"), build("FROM --what=x busybox"), "COPY", "ENV a", "ENV =1", "ENV a=1 b",
+    "ENV", "ENV a=${b:?must be}", "ARG", "ARG =x", "LABEL", "LABEL a", "MAINTAINER", "SHELL /bin/sh -c",
+    "SHELL", "SHELL []", "USER", "EXPOSE", "HEALTHCHECK FOO a", "HEALTHCHECK", "HEALTHCHECK CMD",
+    "HEALTHCHECK NONE x", "HEALTHCHECK --what=1 CMD a", "HEALTHCHECK --interval=x CMD a",
+    "HEALTHCHECK --retries=0 CMD a", "WORKDIR", "VOLUME", 'VOLUME [""]', "ONBUILD", "ONBUILD ONBUILD RUN x",
+    "ONBUILD FROM x", "ONBUILD MAINTAINER x",
+    build("FROM busybox AS one\nLABEL a=1", target="x"),
+    build("FROM busybox AS one\nFROM busybox\nADD --from=one /etc/plain /x"),
+    based("RUN true", isolation="hyperv"),
+]
+
+
+WEB_FILES = {
+    "/": b"root", "/dir/file.txt": b"text", "/t.tar": TREE_TAR, "/named": b"named",
+    "/Dockerfile": b"FROM busybox\nLABEL remote=1",
+    "/context.tar": context_of("FROM busybox\nCOPY a /\n", {"a": b"remote"}),
+}
+WEB = f"""
+import http.server
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        place = {{"/moved": "/dir/file.txt", "/evil": "file:///etc/passwd"}}.get(self.path)
+        data = {WEB_FILES!r}.get(self.path.partition("?")[0])
+        self.send_response(302 if place else 404 if data is None else 200)
+        headers = {{"Location": place, "Last-Modified": "Fri, 01 Jan 2016 00:00:00 GMT",
+                   "Content-Type": "application/x-tar" if "tar" in self.path else "text/plain",
+                   "Content-Disposition": 'attachment; filename="given"' if self.path == "/named" else None}}
+        for name, value in headers.items():
+            if value:
+                self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data or b"")
+
+    do_HEAD = do_GET
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 8000), Handler)
+print("ready", flush=True)
+server.serve_forever()
+"""
+
+
+@contextlib.contextmanager
+def building(host: Host) -> Iterator[Host]:
+    """A host that forwards as a bridge would have it, with a web server at 127.0.0.1:8000."""
+    host.enter("sh", "-c", "echo 1 >/proc/sys/net/ipv4/ip_forward").wait()
+    with host.enter(sys.executable, "-c", WEB, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
+        assert server.stdout and server.stdout.readline() == b"ready\n"
+        yield host
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def builder(bridgeless: Host) -> Iterator[Host]:
+    """The host that builds."""
+    with building(bridgeless) as host:
+        yield host
+
+
+@pytest.fixture(scope="session")
+def real_builder(peer: Host) -> Iterator[Host]:
+    """The real dockerd that builds."""
+    with building(peer) as host:
+        yield host
+
+
+def on_both(action: Callable[[Host], Any], *hosts: Host) -> list[Any]:
+    """What `action` gives on each host, done at the same time."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(action, hosts))
+
+
+def differences(ours: Any, theirs: Any, place: str = "") -> list[str]:
+    """Where two of what seen_build gives differ, down to single values."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        pairs = [(name, ours.get(name), theirs.get(name)) for name in sorted({*ours, *theirs})]
+    elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        pairs = [(str(index), *pair) for index, pair in enumerate(zip(ours, theirs))]
+    else:
+        same = ours == theirs or str(theirs).endswith(" ...") and str(ours).startswith(theirs[:-3])
+        return [] if same else [f"{place}: {ours!r} instead of {theirs!r}"]
+    return [line for name, one, other in pairs for line in differences(one, other, f"{place}/{name}")]
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """AssertionError with all differences."""
+    found = differences(ours, theirs)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_dockerfiles_build_as_under_the_real_dockerd(builder: Host, real_builder: Host, name: str) -> None:
+    """Each Build, and the last one again from the cache."""
+    def build_all(host: Host) -> list[Any]:
+        seen = [seen_build(host, step, "corpus:" + name) for step in CORPUS[name]]
+        if "inspect" in seen[-1]:
+            seen.append(seen_build(host, CORPUS[name][-1], "corpus:" + name))
+        return seen
+
+    assert_same(*on_both(build_all, builder, real_builder))
+
+
+def test_dockerfiles_are_refused_as_by_the_real_dockerd(builder: Host, real_builder: Host) -> None:
+    steps = [step if isinstance(step, Build) else based(step) for step in REFUSED]
+    ours, theirs = on_both(lambda host: [seen_build(host, step, "")["printed"] for step in steps],
+                           builder, real_builder)
+    assert {printed[0] for printed in theirs} == {400}
+    ours = json.loads(re.sub(r" \(did you mean \w+\?\)", "", json.dumps(ours)))
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_contexts_are_decompressed(
+    builder: Host, real_builder: Host, compress: Callable[[bytes], bytes]
+) -> None:
+    context = compress(context_of("FROM busybox\nCOPY a /\nLABEL compressed=1", {"a": b"1"}))
+    answers = on_both(lambda host: printed(post_build(host, context, {}), Ids(host)), builder, real_builder)
+    assert answers[0] == answers[1] and "Successfully built" in answers[0][-1]
+
+
+def test_bodies_that_are_no_context(builder: Host, real_builder: Host) -> None:
+    good = context_of("FROM busybox", {"a": b"1" * 5000})
+    bodies = [b"", b"nonsense" * 1000, good[:3000], gzip.compress(good)[:60], b"FROM busybox\n"]
+    assert_same(*on_both(lambda host: [printed(post_build(host, body, {}), Ids(host))[1:] for body in bodies],
+                         builder, real_builder))
+
+
+# What only BuildKit has, by the Dockerfile reference: the Build, a part of what is printed, and of files that
+# the image has: data, with mode, uid and gid as far as they are told, or None where it must have none.
+LISTED = {"a": b"A", "b.txt": b"B", "d/c.txt": b"C", "d/e/f": b"F"}
+REFERENCE: dict[str, tuple[Build, str, dict[str, Any]]] = {
+    # Here-documents
+    "heredoc-run": (based("RUN <<EOF\necho $((1 + 1)) >/x\n# no comment here\necho b \\\n  c >>/x\nEOF\n"
+        "RUN cat /x"), "b c", {"x": b"2\nb c\n"}),
+    "heredoc-run-tabs": (based("RUN <<-EOF\n\techo a >/x\n\tEOF\nLABEL z=1"), "LABEL z=1", {"x": b"a\n"}),
+    "heredoc-run-interpreter": (based("RUN <<EOF\n#!/bin/awk -f\nBEGIN { print \"by awk\" }\nEOF"),
+        "by awk", {}),
+    "heredoc-run-argument": (based("ARG v=1\nRUN cat <<EOF >/x && cat <<\"END\" >/y\na $v\nEOF\nb $v\nEND"),
+        "", {"x": b"a 1\n", "y": b"b $v\n"}),
+    "heredoc-copy": (based("ENV v=1\nCOPY <<EOF /d/x\na $v\n\\$v \"q\"\nEOF\nCOPY <<'EOF' /d/y\na $v\nEOF"),
+        "", {"d/x": (b"a 1\n$v \"q\"\n", 0o644, 0, 0), "d/y": b"a $v\n"}),
+    "heredoc-copy-two": (based("COPY --chown=bob --chmod=600 <<a.txt <<-\"b.txt\" a /d/\n1\na.txt\n\t2\n"
+        "\tb.txt", LISTED), "", {"d/a.txt": (b"1\n", 0o600, 1000, 1000), "d/b.txt": (b"2\n", 0o600),
+        "d/a": b"A"}),
+    "heredoc-add": (based("ADD <<EOF /x\n\n # kept\nEOF"), "", {"x": b"\n # kept\n"}),
+    "heredoc-open": (based("RUN <<EOF\necho a"), "unterminated heredoc", {}),
+
+    # Flags of COPY and ADD
+    "chmod": (based("COPY --chmod=751 a /x\nCOPY --chmod=0640 d /d\nARG m=700\nCOPY --chmod=$m a /y\n"
+        "ADD --chmod=4755 --chown=bob a /z", LISTED), "", {"x": (b"A", 0o751), "d/c.txt": (b"C", 0o640),
+        "d/e": (None, 0o640), "y": (b"A", 0o700), "z": (b"A", 0o4755, 1000, 1000)}),
+    "chmod-symbolic": (based("COPY --chmod=u=rwX,go=rX a d /x/", LISTED), "", {"x/a": (b"A", 0o644),
+        "x/e": (None, 0o755), "x/e/f": (b"F", 0o644)}),
+    "chmod-bad": (based("COPY --chmod=9 a /x", LISTED), "chmod", {}),
+    "link": (based("COPY --link a /n/x\nCOPY --link=true --chown=1:2 d /n/d/\nCOPY --link=false a /y",
+        LISTED), "", {"n/x": b"A", "n/d/c.txt": (b"C", 0o644, 1, 2), "y": b"A"}),
+    "parents": (based("COPY --parents a d/e/f /x/\nCOPY --parents ./d/./*/f /y/\n"
+        "COPY --parents d/**/*.txt /z/", LISTED), "", {"x/a": b"A", "x/d/e/f": b"F",
+        "x/d/c.txt": None, "y/e/f": b"F", "y/d": None, "z/d/c.txt": b"C", "z/d/e": None}),
+    "exclude": (based("COPY --exclude=*.txt --exclude=d/e . /x/\nADD --exclude=d . /y/\n"
+        "COPY --exclude=**/*.txt . /z/", LISTED), "",
+        {"x/a": b"A", "x/b.txt": None, "x/d/c.txt": b"C", "x/d/e": None,
+        "y/a": b"A", "y/d": None, "z/d/c.txt": None, "z/d/e/f": b"F"}),
+    "checksum": (based(f"ADD --checksum={sha256(b'text')} http://127.0.0.1:8000/dir/file.txt /x"), "",
+        {"x": (b"text", 0o600)}),
+    "checksum-wrong": (based(f"ADD --checksum={sha256(b'other')} http://127.0.0.1:8000/dir/file.txt /x"),
+        "digest", {}),
+    "checksum-bad": (based("ADD --checksum=md5:1 http://127.0.0.1:8000/dir/file.txt /x"), "md5", {}),
+    "unpack": (based("ADD --unpack=false t.tar /x/\nADD --unpack=true http://127.0.0.1:8000/t.tar /y/",
+        {"t.tar": TREE_TAR}), "",
+        {"x/t.tar": hashlib.sha256(TREE_TAR).digest(), "x/f": None, "y/f": b"f", "y/d/x": (b"x", 0o755)}),
+    "destination-up": (based("COPY a /../../../x\nCOPY a ../../y", LISTED), "", {"x": b"A", "y": b"A"}),
+
+    # Flags of RUN
+    "mount-bind": (build("FROM busybox AS s\nRUN mkdir /o && echo s >/o/x\nFROM busybox\n"
+        "RUN --mount=target=/m "
+        "--mount=type=bind,from=s,source=/o,target=/n cat /m/a /n/x >/x; touch /m/z || echo read-only\n"
+        "RUN --mount=type=bind,source=d,target=/m,rw echo z >/m/z && ls /m >/y", LISTED), "read-only",
+        {"x": b"As\n", "y": b"c.txt\ne\nz\n", "m/a": None, "m/z": None}),
+    "mount-cache": (based("RUN --mount=type=cache,target=/c,id=one,uid=5,mode=700 stat -c '%u %a' /c; "
+        "echo 1 >>/c/f\nRUN --mount=type=cache,id=one,target=/e cat /e/f >/x\n"
+        "RUN --mount=type=cache,id=two,target=/e ls /e >/y"), "5 700", {"x": b"1\n", "y": b"",
+        "c/f": None}),
+    "mount-cache-from": (based("RUN --mount=type=cache,target=/c,from=busybox,source=/etc cat /c/plain"),
+        "not a program", {}),
+    "mount-tmpfs": (based("RUN --mount=type=tmpfs,target=/t,size=1m echo 1 >/t/f && df -k /t | tail -n 1"),
+        "1024", {"t/f": None}),
+    "mount-secret": (based("RUN --mount=type=secret,id=s cat /run/secrets/s || echo no secret"), "no secret",
+        {}),
+    "mount-secret-required": (based("RUN --mount=type=secret,id=s,required cat /run/secrets/s"), "s", {}),
+    "mount-ssh": (based("RUN --mount=type=ssh echo sock=$SSH_AUTH_SOCK"), "sock=\n", {}),
+    "mount-unknown": (based("RUN --mount=type=floppy,target=/x true"), "floppy", {}),
+    "network": (based("RUN --network=none ls /sys/class/net\nRUN --network=default true\n"
+        "RUN --network=host true"), "lo", {}),
+    "network-unknown": (based("RUN --network=moon true"), "moon", {}),
+    "security": (based("RUN --security=sandbox echo sandboxed"), "sandboxed", {}),
+    "security-insecure": (based("RUN --security=insecure true"), "insecure", {}),
+
+    # Words
+    "modifiers": (based("ENV p=a/b/c.tar.gz e=\n"
+        "LABEL a=${p#*/} b=${p##*/} c=${p%.*} d=${p%%.*} e=${p/a/x} f=${p//\\//_} "
+        "g=${u-d} h=${e-d} i=${e:-d} j=${e+s} k=${u+s}"),
+        "LABEL a=b/c.tar.gz b=c.tar.gz c=a/b/c.tar d=a/b/c e=x/b/c.tar.gz f=a_b_c.tar.gz g=d h= i=d j=s k=",
+        {}),
+    "modifier-required": (based("LABEL a=\"${b:?is needed}\""), "b: is needed", {}),
+    "platform": (build("ARG TARGETARCH\nFROM --platform=$BUILDPLATFORM busybox\nARG TARGETPLATFORM\n"
+        "ARG BUILDOS\nARG TARGETARCH\nRUN echo $TARGETPLATFORM:$BUILDOS:$TARGETARCH"), "linux/", {}),
+    "start-interval": (based("HEALTHCHECK --start-interval=2s --interval=1m CMD true"), "", {}),
+
+    # Stages
+    "stage-not-needed": (build("FROM busybox AS broken\nRUN exit 1\nFROM busybox AS good\nRUN echo fine\n"
+        "FROM good\nLABEL a=1"), "fine", {}),
+    "stage-named-later": (build("FROM busybox AS s\nCOPY --from=later /etc/plain /x\nFROM busybox AS later\n"
+        "FROM s"),
+        "later", {}),
+
+    # Errors
+    "typing-error": (based("RUNN true"), "unknown instruction: RUNN (did you mean RUN?)", {}),
+    "squash": (based("RUN echo 1 >/a\nRUN rm /a; echo 2 >/b", squash="1"), "Successfully built",
+        {"a": None, "b": b"2\n"}),
+    "target-number": (build("FROM busybox\nLABEL n=0\nFROM busybox\nRUN exit 1", target="0"), "n=0", {}),
+    "tag": (based("LABEL t=1", t="A:b"), "invalid reference format", {}),
+    "version": (based("", version="2"), "DOCKER_BUILDKIT=0", {}),
+
+    # What the real one takes for good, or tells of in words of its own
+    "entry-up": (based("COPY . /x", {"../../evil": b"1"}), 'invalid entry name', {}),
+    "url-without-name": (based("ADD http://127.0.0.1:8000/ /x/"), "cannot determine filename for source", {}),
+    "url-redirected-to-file": (based("ADD http://127.0.0.1:8000/evil /x"), "ADD failed: ", {}),
+    "hard-link-out": (based("COPY . /x", {"h": special(tarfile.LNKTYPE, "/etc/passwd")}), "no such file", {}),
+    "check-directive": (build("# check=skip=all;error=true\nFROM busybox\nLABEL c=1"), "LABEL c=1", {}),
+}
+REFERENCE_FAILS = (
+    "heredoc-open chmod-bad checksum-wrong checksum-bad mount-secret-required mount-unknown network-unknown "
+    "security-insecure modifier-required stage-named-later typing-error tag version "
+    "entry-up hard-link-out url-without-name url-redirected-to-file").split()
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_what_only_buildkit_has(builder: Host, name: str) -> None:
+    step, text, files = REFERENCE[name]
+    seen = seen_build(builder, step, "reference:" + name)
+    assert ("inspect" in seen) != (name in REFERENCE_FAILS), seen["printed"]
+    assert text in "".join(map(str, seen["printed"])) + str(seen.get("history"))
+    for path, expected in files.items():
+        found = seen["tree"].get(path)
+        if not isinstance(expected, tuple):
+            assert (found and found.data) == expected, path
+        else:
+            facts = (found.data, int(found.mode, 8), found.uid, found.gid)
+            assert facts[:len(expected)] == expected, path
+
+
+# Clients
+
+IGNORED = b"""# comment
+
+*.o
+!keep.o
+**/*.tmp
+d/sub
+!d/sub/two
+/rooted
+./dotted
+  spaced\x20\x20
+q/
+z/*/y
+**/deep/**
+Dockerfile
+x?
+[ab]1
+\\#sharp
+"""
+CLI_CONTEXT: dict[str, Any] = {
+    ".dockerignore": IGNORED, **BOB_TREE, **{name: name.encode() for name in (
+        "a.o keep.o s/b.o s/c.tmp c.tmp d/sub/three rooted s/rooted dotted spaced q/x z/1/y z/1/w m/deep/n/o "
+        "m/p x1 x12 a1 c1 #sharp").split()},
+    "Dockerfile": b"FROM busybox AS first\nARG v=none\nLABEL v=$v\nCOPY . /x\nFROM first\nARG v\nRUN exit $v",
+}
+
+
+@pytest.fixture(params=sorted(docker_clis()))
+def clis(request: pytest.FixtureRequest, builder: Host, real_builder: Host, tmp_path: Path) -> list[Docker]:
+    """One Docker CLI, talking to us and to the real dockerd; its home is a directory of the test's."""
+    program = docker_clis()[request.param]
+    found = [Docker(program, host) for host in (builder, real_builder)]
+    for docker in found:
+        docker.environment.update(HOME=str(tmp_path), DOCKER_BUILDKIT="0")
+    return found
+
+
+def write_context(directory: Path, files: dict[str, Any]) -> str:
+    """Write a context's files; returns the directory's name."""
+    for name, content in files.items():
+        place = directory / name
+        (place if content is None else place.parent).mkdir(parents=True, exist_ok=True)
+        if content is not None:
+            data, mode = content if isinstance(content, tuple) else (content, 0o644)
+            place.write_bytes(data)
+            place.chmod(mode)
+    return str(directory)
+
+
+def test_the_cli_builds(clis: list[Docker], tmp_path: Path) -> None:
+    """Its output, exit codes and what .dockerignore leaves are the same with both daemons."""
+    context = write_context(tmp_path / "context", CLI_CONTEXT)
+    plain = "FROM busybox\nLABEL from=stdin"
+
+    def build_all(docker: Docker) -> list[Any]:
+        ids, seen = Ids(docker.host), []
+        identity = tmp_path / os.path.basename(docker.host.directory)
+        for arguments, text in (
+            (["--target=first", "-t", "cli:1", "--label", "l=1", "--iidfile", str(identity), context], ""),
+            (["-t", "cli:2", "--build-arg", "v=0", "--rm=false", "--force-rm", context], ""),
+            (["--build-arg", "v=7", context], ""),
+            (["-q", "--target", "first", "--no-cache", context], ""),
+            (["-"], plain),
+            (["-f", "-", "--build-arg", "unused=1", context], plain + "\nCOPY d /"),
+            (["-f", "gone", context], ""),
+            (["--network=none", "--add-host=h:1.2.3.4", "--ulimit=nofile=99", "--memory=64m", "-"],
+             "FROM busybox\nRUN ulimit -n; grep h /etc/hosts"),
+        ):
+            done = docker.run("build", *arguments, input=text, status=None)
+            seen.append((done.returncode, ids.replace(done.stdout), ids.replace(done.stderr)))
+        history = docker("history", "--no-trunc", "--format", "{{.CreatedBy}} {{.Size}}", "cli:1")
+        return [*seen, image_tree(docker.host, identity.read_text()), ids.replace(history)]
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        ours, theirs = pool.map(build_all, clis)
+    assert_same(ours, theirs)
+    assert [seen[0] for seen in theirs[:8]] == [0, 0, 7, 0, 0, 0, 1, 0]
+
+
+def test_docker_py_builds(builder: Host, tmp_path: Path) -> None:
+    client = docker_py.DockerClient(base_url=builder.url, version="auto", timeout=30)
+    try:
+        context = write_context(tmp_path, CLI_CONTEXT)
+        image, lines = client.images.build(
+            path=context, tag="py:1", buildargs={"v": "0"}, labels={"l": "2"}, rm=True, shmsize=1 << 20)
+        assert "py:1" in image.tags and image.labels == {"v": "0", "l": "2"}
+        assert {"aux": {"ID": image.id}} in list(lines)
+        first, _ = client.images.build(path=context, target="first", nocache=True)
+        assert first.labels == {"v": "none"} and first.tags == []
+        plain, _ = client.images.build(fileobj=io.BytesIO(b"FROM busybox\nLABEL py=1"), quiet=True)
+        assert plain.labels == {"py": "1"}
+        archive = gzip.compress(context_of("FROM busybox\nCOPY a /", {"a": b"1"}))
+        client.images.build(fileobj=io.BytesIO(archive), custom_context=True, encoding="gzip", tag="py:2")
+        assert client.containers.run("py:2", ["cat", "/a"], network_mode="none", remove=True) == b"1"
+        with pytest.raises(docker_py.errors.BuildError) as failed:
+            client.images.build(path=context, buildargs={"v": "9"})
+        assert str(failed.value) == "The command '/bin/sh -c exit $v' returned a non-zero code: 9"
+        assert any("Step 7/7 : RUN exit" in line.get("stream", "") for line in failed.value.build_log)
+        with pytest.raises(docker_py.errors.APIError, match="dockerfile parse error"):
+            client.images.build(fileobj=io.BytesIO(b"FOO bar"))
+    finally:
+        client.close()
+
+
+# What is large
+
+def wheel(name: str, source: str) -> bytes:
+    """A wheel of one module."""
+    stream, about = io.BytesIO(), f"{name}-1.0.dist-info"
+    members = {f"{name}.py": source,
+               f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+               f"{about}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"}
+    members[f"{about}/RECORD"] = "".join(f"{member},,\n" for member in [*members, f"{about}/RECORD"])
+    with zipfile.ZipFile(stream, "w") as archive:
+        for member, text in members.items():
+            archive.writestr(member, text)
+    return stream.getvalue()
+
+
+HELLO = b"""#include <stdio.h>
+int main(int count, char **words) { printf("hello from C, %s\\n", words[1]); return 7; }
+"""
+GREETER = """
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Greeter(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"greeted by " + self.path.encode())
+
+HTTPServer(("127.0.0.1", 8081), Greeter).serve_forever()
+"""
+SOFTWARE: dict[str, tuple[str, dict[str, Any]]] = {  # image: Dockerfile and files
+    "tools": ("""FROM debian
+COPY *.deb /debs/
+RUN dpkg --unpack --force-depends --force-unsafe-io /debs/*.deb && dpkg --configure -a
+""", {}),
+    "hello": ("""FROM tools AS compile
+WORKDIR /src
+COPY hello.c .
+RUN gcc -O2 -static -o hello hello.c && strip hello
+FROM scratch
+COPY --from=compile /src/hello /hello
+ENTRYPOINT ["/hello"]
+""", {"hello.c": HELLO}),
+    "greeter": ("""FROM tools
+COPY *.whl /wheels/
+RUN pip install --no-index --break-system-packages /wheels/*.whl
+USER nobody
+CMD ["python3", "-m", "greeter"]
+""", {"greeter-1.0-py3-none-any.whl": wheel("greeter", GREETER)}),
+    "nginx": ("""FROM tools
+COPY --chown=www-data index.html /var/www/html/
+RUN sed -i s/80/8082/ /etc/nginx/sites-enabled/default && nginx -t
+STOPSIGNAL SIGQUIT
+CMD ["nginx", "-g", "daemon off;"]
+""", {"index.html": b"a page"}),
+}
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(900)
+def test_real_software_is_built_and_runs(builder: Host, debian: bytes) -> None:
+    """A C program that ends in scratch, a Python service from a wheel, nginx with a page."""
+    def serves(image: str, port: int) -> str:
+        identity = builder.create(image=image, HostConfig={"NetworkMode": "host"})
+        builder.api("POST", f"/containers/{identity}/start")
+        sockets = f"/proc/{builder.holder.pid}/net/tcp"
+        wait_for(lambda: f":{port:04X} " in read_text(sockets), f"{image} to listen")
+        page, _ = builder.enter(f"{PEER}/bin/busybox", "wget", "-q", "-O", "-", f"http://127.0.0.1:{port}/",
+                                stdout=subprocess.PIPE, text=True).communicate()
+        builder.api("POST", f"/containers/{identity}/stop")
+        builder.api("DELETE", f"/containers/{identity}")
+        return str(page)
+
+    builder.import_image("debian", debian)
+    packages = {path.name: path.read_bytes() for path in Path(CACHE, "software").glob("*.deb")}
+    for image, (dockerfile, files) in SOFTWARE.items():
+        context = context_of(dockerfile, packages if image == "tools" else files)
+        answer = post_build(builder, context, {"t": image})
+        assert b"Successfully built" in answer.body, answer.body[-2000:]
+    assert builder.run("there", image="hello") == (7, b"hello from C, there\n")
+    assert serves("greeter", 8081) == "greeted by /"
+    assert serves("nginx", 8082) == "a page"
+
+
+def context_of_many(path: Path, count: int) -> None:
+    """Write a context's archive with `count` empty files in a thousand directories."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        dockerfile = b"FROM busybox\nCOPY d /d\nRUN find /d -type f | wc -l >/count"
+        entry = tarfile.TarInfo("Dockerfile")
+        entry.size = len(dockerfile)
+        tar.addfile(entry, io.BytesIO(dockerfile))
+        for number in range(count):
+            tar.addfile(tarfile.TarInfo(f"d/{number % 1000}/{number}"))
+
+
+@pytest.mark.parametrize("count", [
+    2000, pytest.param(1_000_000, marks=[pytest.mark.torture, pytest.mark.timeout(1800)])])
+def test_a_context_of_many_files(builder: Host, tmp_path: Path, count: int) -> None:
+    """All arrive; the daemon's memory does not grow with them; from the cache it is built without a copy."""
+    context_of_many(tmp_path / "context", count)
+    before = memory_of(builder)
+    for cached in (False, True):
+        with open(tmp_path / "context", "rb") as context:
+            answer = builder.http("POST", f"{BUILD_API}/build?t=many", context,
+                                  {"Content-Type": "application/x-tar"}, timeout=1700)
+        assert b"Successfully tagged many" in answer.body and (b"Using cache" in answer.body) == cached
+    assert memory_of(builder) - before < 100 << 20
+    assert builder.run("cat", "/count", image="many") == (0, b"%d\n" % count)
+
+
+def test_a_context_that_does_not_fit(new_host: Callable[..., Host], busybox: bytes) -> None:
+    """A bomb fills the disk, is told of, and is gone; the next build works."""
+    host = new_host("--bridge=none", "--iptables=false", start=False)
+    os.makedirs(host.data_root)
+    host.enter("mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", host.data_root).wait()
+    host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    packer, bomb = zlib.compressobj(9, zlib.DEFLATED, 31), []
+    entry = tarfile.TarInfo("bomb")
+    entry.size = 1 << 30
+    for block in (entry.tobuf(), *[bytes(1 << 20)] * 1024):
+        bomb.append(packer.compress(block))
+    answer = post_build(host, b"".join([*bomb, packer.flush()]), {})
+    assert answer.status == 500 or b"errorDetail" in answer.body
+    assert b"no space left on device" in answer.body
+    full = context_of("FROM busybox\nRUN head -c 100000000 /dev/zero >/big", {})
+    answer = post_build(host, full, {"forcerm": "1"})
+    assert b"errorDetail" in answer.body
+    answer = post_build(host, context_of("FROM busybox\nCOPY a /", {"a": b"1" * (20 << 20)}), {"t": "fits"})
+    assert b"Successfully tagged fits" in answer.body
+    assert host.api("GET", "/containers/json?all=1") == []
+    assert host.stop() == 0
+    host.enter("umount", host.data_root).wait()
 
 
 # ------------------------------------------------------------------------------------------------------------
