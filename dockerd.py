@@ -20113,6 +20113,7 @@ class Attachment:
 # .dockerignore, as Docker documents them.
 # ------------------------------------------------------------------------------------------------------------
 
+NO_BUILDKIT = "this daemon has no BuildKit: set DOCKER_BUILDKIT=0 and build again"
 BUILD_FLAGS = {"add": "checksum chmod chown exclude* keep-git-dir? link? unpack?", "from": "platform",
                "copy": "chmod chown exclude* from link? parents?", "run": "mount* network security"}
 PROXY_ARGUMENTS = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "FTP_PROXY", "ftp_proxy",
@@ -21668,7 +21669,7 @@ class Builder:
         """Build an image of the context on stdin, or at env `remote`; env: the parameters of POST /build."""
         version, key = str(job.env.get("version") or "1"), str(job.env.get("buildid") or secrets.token_hex(8))
         if version == "2":
-            raise BadParameter("this daemon has no BuildKit: set DOCKER_BUILDKIT=0 and build again")
+            raise BadParameter(NO_BUILDKIT)
         if version != "1":
             raise DockerError(f"invalid version {go_quote(version)}")
         self._running[key] = job
@@ -23653,6 +23654,8 @@ class Request:
         versioned = _VERSIONED.fullmatch(path)
         self.named_version = versioned is not None
         self.version, self.path = (parse_version(versioned[1]), versioned[2]) if versioned else (NEWEST, path)
+        if self.headers.get("user-agent", "").startswith("docker-compose/1."):
+            self.version = min(self.version, (1, 44))  # it takes the newest, and needs what left it in 1.45
         expects = self.headers.get("expect", "")
         if expects and expects.lower() != "100-continue":
             raise ProtocolError(417, f"unknown expectation {expects!r}")
@@ -24458,8 +24461,6 @@ REFUSED_ROUTES: list[tuple[type[DockerError], str, str]] = [  # error, text, "ME
     (NotSupported, NO_EXPERIMENT, """
         GET /containers/{name}/checkpoints, POST /containers/{name}/checkpoints,
         DELETE /containers/{name}/checkpoints/{checkpoint}"""),
-    (NotFound, "page not found: this daemon has no BuildKit; build with DOCKER_BUILDKIT=0",
-     "POST /session, POST /grpc"),
 ]
 for _error, _text, _paths in REFUSED_ROUTES:
     for _method, _path in (_item.split() for _item in _paths.split(",")):
@@ -24578,6 +24579,61 @@ def container_attach_ws(request: Request, name: str) -> None:
     job.on_ready = ready
     job.run()
     job.hijacked.finish()
+
+
+def http2_client(request: Request) -> Iterator[bytes]:
+    """What a client sends that has upgraded to HTTP/2, as BuildKit's do, until it hangs up."""
+    if "h2c" not in request.headers.get("upgrade", ""):
+        raise NotFound("page not found: " + NO_BUILDKIT)
+    stream = request.connection.hijack(
+        b"HTTP/1.1 101 UPGRADED\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n")
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
+    data: Optional[bytes] = None
+    while data != b"":
+        if not stream.pending():
+            poll.poll()
+        data = stream.read_some()
+        yield data or b""
+
+
+@route("POST", "/session")
+def session(request: Request) -> None:
+    """Where BuildKit asks its client for files.  Nobody does; the client hears from /build what to do."""
+    for _ in http2_client(request):
+        pass
+
+
+def http2_frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """A frame, RFC 9113 section 4.1."""
+    return struct.pack("!HBBBI", len(payload) >> 8, len(payload) & 255, kind, flags, stream) + payload
+
+
+GRPC_REFUSAL = b"\x88" + b"".join(  # RFC 7541: :status 200, then literal headers without indexing
+    b"\0%c%b%c%b" % (len(name), name, len(value), value) for name, value in (
+        (b"content-type", b"application/grpc"), (b"grpc-status", b"9"),  # FAILED_PRECONDITION
+        (b"grpc-message", NO_BUILDKIT.encode())))
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+@route("POST", "/grpc")
+def grpc(request: Request) -> None:
+    """BuildKit's own API, gRPC over HTTP/2: each call fails, in words that the client shows."""
+    buffer, start = b"", len(HTTP2_PREFACE)
+    for data in http2_client(request):
+        buffer += data
+        if start and len(buffer) >= start:
+            buffer, start = buffer[start:], 0
+            request.connection.send(http2_frame(4, 0, 0))  # SETTINGS
+        while not start and len(buffer) >= 9 + (size := int.from_bytes(buffer[:3], "big")):
+            kind, flags, stream = struct.unpack("!BBI", buffer[3:9])
+            payload, buffer = buffer[9:9 + size], buffer[9 + size:]
+            if kind in (4, 6) and not flags & 1:  # SETTINGS or PING, to be acknowledged
+                request.connection.send(http2_frame(kind, 1, 0, payload if kind == 6 else b""))
+            elif kind == 1:  # HEADERS: the answer ends headers and stream
+                request.connection.send(http2_frame(1, 5, stream, GRPC_REFUSAL))
+        if len(buffer) > 1 << 16:  # four times what a frame may have
+            return
 
 
 @route("POST", "/exec/{id}/start", until("1.42", without("ConsoleSize")))

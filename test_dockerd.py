@@ -15283,6 +15283,19 @@ def test_the_cli_builds(clis: list[Docker], tmp_path: Path) -> None:
     assert [seen[0] for seen in theirs[:8]] == [0, 0, 7, 0, 0, 0, 1, 0]
 
 
+def test_asked_for_buildkit_the_error_says_what_to_set(clis: list[Docker], tmp_path: Path) -> None:
+    """With buildx as a plugin, which CLIs from 23 on take unless told not to, and without."""
+    docker, context = clis[0], write_context(tmp_path / "context", {"Dockerfile": b"FROM busybox\n"})
+    plugins = tmp_path / ".docker/cli-plugins"
+    plugins.mkdir(parents=True)
+    (plugins / "docker-buildx").symlink_to(f"{CACHE}/newer/usr/libexec/docker/cli-plugins/docker-buildx")
+    docker.environment["DOCKER_BUILDKIT"] = "1"
+    done = docker.run("build", context, status=None)
+    assert done.returncode != 0 and "DOCKER_BUILDKIT=0" in done.stdout + done.stderr
+    docker.environment["DOCKER_BUILDKIT"] = "0"
+    docker("build", context)
+
+
 def test_docker_py_builds(builder: Host, tmp_path: Path) -> None:
     client = docker_py.DockerClient(base_url=builder.url, version="auto", timeout=30)
     try:
@@ -15306,6 +15319,53 @@ def test_docker_py_builds(builder: Host, tmp_path: Path) -> None:
             client.images.build(fileobj=io.BytesIO(b"FOO bar"))
     finally:
         client.close()
+
+
+COMPOSED_BUILD = """
+version: "3.7"
+services:
+  app:
+    build:
+      context: {context}
+      dockerfile: sub/D
+      target: app
+      args: {{v: "1"}}
+      labels: {{l: "2"}}
+    image: composed:1
+    network_mode: none
+  other:
+    build: {context}
+    network_mode: none
+"""
+COMPOSED_CONTEXT = {
+    "sub/D": b"FROM busybox AS app\nARG v\nENV v=$v\nCOPY a /\nCMD cat /a; echo v=$v; sleep 1000\n"
+             b"FROM busybox\nRUN exit 1\n",
+    "Dockerfile": b"FROM busybox\nCMD sleep 1000\n", "a": b"before\n",
+}
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_compose_builds(builder: Host, tmp_path: Path, version: int) -> None:
+    """build, then up --build after a change: the service runs the new image."""
+    context = write_context(tmp_path, COMPOSED_CONTEXT)
+    compose = Compose(version, builder, COMPOSED_BUILD.format(context=context))
+    compose.environment["DOCKER_BUILDKIT"] = "0"
+    compose("build")
+    labels = builder.api("GET", "/images/composed:1/json")["Config"]["Labels"]
+    assert labels["l"] == "2"
+    try:
+        compose("up", "-d", "--build")
+        assert "before" in wait_for(lambda: compose("logs", "app"))
+        (tmp_path / "a").write_text("after\n")
+        compose("up", "-d", "--build")
+        wait_for(lambda: "after" in compose("logs", "app"), "the new image's output")
+        assert "v=1" in compose("logs", "app")
+    finally:
+        compose("down", "-t", "0")
+    if version == 2:
+        compose.environment["DOCKER_BUILDKIT"] = "1"
+        done = compose.run("build", status=None)
+        assert done.returncode != 0 and "DOCKER_BUILDKIT=0" in done.stderr + done.stdout
 
 
 # What is large
