@@ -14,10 +14,13 @@ import concurrent.futures
 import contextlib
 import functools
 import glob
+import gzip
+import hashlib
 import http.client
 import io
 import json
 import os
+import random
 import selectors
 import shutil
 import signal
@@ -27,6 +30,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 from typing import Any, Callable, Iterator
 
@@ -298,9 +302,10 @@ def root_file_system(mark: str) -> bytes:
     return stream.getvalue()
 
 
-def plain_files(count: int, size: int, root: str = "") -> bytes:
-    """A tar archive of `count` files of `size` bytes that nothing compresses, a hundred in a directory."""
-    stream, content = io.BytesIO(), os.urandom(size)
+def plain_files(count: int, size: int, root: str = "", content: Callable[[], bytes] = bytes) -> bytes:
+    """A tar archive of `count` files, a hundred in a directory: `size` bytes that nothing compresses, or else
+    what `content()` gives, in each."""
+    stream, same = io.BytesIO(), os.urandom(size)
     with tarfile.open(fileobj=stream, mode="w") as tar:
         for number in range(count):
             if number % 100 == 0:
@@ -308,8 +313,9 @@ def plain_files(count: int, size: int, root: str = "") -> bytes:
                 directory.type, directory.mode = tarfile.DIRTYPE, 0o755
                 tar.addfile(directory)
             file = tarfile.TarInfo(f"{root}{number // 100}/{number}")
-            file.size = size
-            tar.addfile(file, io.BytesIO(content))
+            data = same or content()
+            file.size = len(data)
+            tar.addfile(file, io.BytesIO(data))
     return stream.getvalue()
 
 
@@ -530,6 +536,109 @@ def measure_copies(daemons: list[Daemon], rounds: int = 5) -> Rows:
     yield "diff in an image of 20,000 files", "ms", [statistics.median(taken) * 1e3 for taken in figures]
 
 
+class Registry:
+    """Debian's docker-registry on a port of one daemon's network, whose files this program writes itself."""
+
+    def __init__(self, daemon: Daemon, port: int) -> None:
+        self.name, self.directory = f"127.0.0.1:{port}", f"{daemon.directory}/registry-{port}"
+        os.mkdir(self.directory)
+        with open(f"{self.directory}/config", "w") as file:
+            file.write(f"version: 0.1\nhttp: {{addr: '{self.name}'}}\n"
+                       f"storage: {{filesystem: {{rootdirectory: {self.directory}/data}}}}\n")
+        self.process = subprocess.Popen(
+            ["nsenter", "-t", str(daemon.holder.pid), "-n", "--", "docker-registry", "serve",
+             f"{self.directory}/config"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def _write(self, path: str, data: bytes) -> None:
+        path = f"{self.directory}/data/docker/registry/v2/{path}"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
+
+    def add(self, data: bytes, *links: str) -> str:
+        """Keep a blob, and the repository's links to it; its digest."""
+        digest = hashlib.sha256(data).hexdigest()
+        self._write(f"blobs/sha256/{digest[:2]}/{digest}/data", data)
+        for link in links or (f"_layers/sha256/{digest}",):
+            self._write(f"repositories/bench/{link.format(digest)}/link", f"sha256:{digest}".encode())
+        return f"sha256:{digest}"
+
+    def add_image(self, layers: list[bytes]) -> None:
+        """Keep bench:1 of these tar streams."""
+        def blob(data: bytes, kind: str = "application/octet-stream") -> dict[str, Any]:
+            return {"mediaType": kind, "size": len(data), "digest": self.add(data)}
+
+        diff_ids = [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers]
+        config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": diff_ids}}
+        kind = "application/vnd.docker.distribution.manifest.v2+json"
+        named = blob(json.dumps(config).encode(), "application/vnd.docker.container.image.v1+json")
+        manifest = {"schemaVersion": 2, "mediaType": kind, "config": named,
+                    "layers": [blob(gzip.compress(layer, 6)) for layer in layers]}
+        self.add(json.dumps(manifest).encode(), "_manifests/revisions/sha256/{}", "_manifests/tags/1/current")
+
+    def close(self) -> None:
+        """End it."""
+        self.process.terminate()
+        self.process.wait()
+
+
+class PeakMemory(threading.Thread):
+    """Looks at a daemon's memory again and again; `peak` is the most, in MiB, in a block."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        super().__init__(daemon=True)
+        self.watched, self.over, self.peak = daemon, threading.Event(), 0.0
+
+    def run(self) -> None:
+        """Look until it is over."""
+        while not self.over.wait(0.05):
+            self.peak = max(self.peak, self.watched.pss())
+
+    def __enter__(self) -> PeakMemory:
+        self.start()
+        return self
+
+    def __exit__(self, *facts: Any) -> None:
+        self.over.set()
+        self.join()
+
+
+def measure_registry(daemons: list[Daemon], rounds: int = 3) -> Rows:
+    """Time of a pull and of a push of 300 MB, 20,000 files and 6 layers, from and to a registry beside the
+    daemon; the memory that each takes over the idle daemon's."""
+    chance = random.Random(5)
+    words = [chance.randbytes(6) for _ in range(4000)]  # text of a kind, which gzip halves
+    layers = [plain_files(3334, 0, f"layer{number}/", lambda: b"".join(chance.choices(words, k=2500)))
+              for number in range(6)]
+    times: list[dict[str, list[float]]] = [{"pull": [], "push": []} for _ in daemons]
+    memory: list[dict[str, float]] = [{"pull": 0.0, "push": 0.0} for _ in daemons]
+    for daemon, found, used in zip(daemons, times, memory):
+        source, target = Registry(daemon, 5000), Registry(daemon, 5001)
+        source.add_image(layers)
+        call = daemon.connection.call
+        for _ in range(rounds):
+            shutil.rmtree(f"{target.directory}/data", ignore_errors=True)
+            for what, path in (("pull", f"/images/create?fromImage={source.name}/bench&tag=1"),
+                               ("push", f"/images/{target.name}/bench/push?tag=1")):
+                idle, begin = daemon.pss(), time.perf_counter()
+                with PeakMemory(daemon) as watch:
+                    daemon.connection.request("POST", path, headers={"X-Registry-Auth": "e30="})
+                    answer = daemon.connection.getresponse().read()
+                found[what].append(time.perf_counter() - begin)
+                used[what] = max(used[what], watch.peak - idle)
+                if b'"error"' in answer:
+                    raise RuntimeError(f"{daemon.name}: {answer[-300:]!r}")
+                call("POST", f"/images/{source.name}/bench:1/tag?repo={target.name}/bench&tag=1")
+            for name in (source.name, target.name):
+                call("DELETE", f"/images/{name}/bench:1")
+        source.close()
+        target.close()
+    for what in ("pull", "push"):
+        yield (f"{what} of 300 MB, 20,000 files", "ms",
+               [statistics.median(found[what]) * 1e3 for found in times])
+        yield f"  memory over idle during the {what}", "MiB", [used[what] for used in memory]
+
+
 def measure_start(daemons: list[Daemon], rounds: int = 5) -> Rows:
     """Time from the start of the process to the first answered ping and `info`."""
     times: list[list[float]] = [[] for _ in daemons]
@@ -587,6 +696,7 @@ def main() -> None:
             measure_after,
             measure_logs,
             measure_copies,
+            measure_registry,
             measure_start,
         ):
             for what, unit, row in measure(daemons):
