@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import _thread
 import base64
+import binascii
 import collections
 import contextlib
 import copy
@@ -4059,6 +4060,9 @@ def crc64(data: Any, crc: int = 0) -> int:
     The bytes are one integer, whose lowest bit is the highest coefficient.  The polynomial x^64+x^4+x^3+x+1
     is so sparse that x^(64k), k a power of 2, is (x^3k+1)(x^k+1) modulo it: two shifts fold half the
     number."""
+    if native is not None:
+        from _native import ffi
+        return native.crc64(crc, ffi.from_buffer(data), len(data))
     for at in range(0, len(data), CRC_PIECE):
         piece = data[at:at + CRC_PIECE]
         number, bits = int.from_bytes(piece, "little") ^ crc ^ CRC_ONES, 8 * len(piece) + 64
@@ -4084,6 +4088,7 @@ class TarRecord:
         self._write, self._compressor = write, zlib.compressobj(1, zlib.DEFLATED, 31)
         self._entry: Optional[TarEntry] = None
         self._bytes, self._crc, self._position = bytearray(), 0, 0
+        self._lines = bytearray()
 
     def __call__(self, entry: Optional[TarEntry], data: Any) -> None:
         if entry is not self._entry or len(self._bytes) > CHUNK:
@@ -4097,7 +4102,7 @@ class TarRecord:
     def _end_line(self) -> None:
         if self._entry is not None:
             try:
-                name = '"name":' + json.dumps(self._entry.name.decode(), ensure_ascii=False)
+                name = '"name":' + json.encoder.encode_basestring(self._entry.name.decode())
             except UnicodeDecodeError:
                 name = f'"name_raw":"{base64.b64encode(self._entry.name).decode()}"'
             kind, payload = f'1,{name},"size":{self._entry.stored}', self._crc.to_bytes(8, "big")
@@ -4106,15 +4111,17 @@ class TarRecord:
             self._bytes.clear()
         else:
             return
-        text = base64.b64encode(payload).decode()
-        line = f'{{"type":{kind},"payload":"{text}","position":{self._position}}}\n'
+        text = binascii.b2a_base64(payload, newline=False).decode()
+        self._lines += f'{{"type":{kind},"payload":"{text}","position":{self._position}}}\n'.encode()
         self._position += 1
-        self._write(self._compressor.compress(line.encode()))
+        if len(self._lines) > CHUNK:
+            self._write(self._compressor.compress(self._lines))
+            self._lines.clear()
 
     def close(self) -> None:
         """Write what is left."""
         self._end_line()
-        self._write(self._compressor.flush())
+        self._write(self._compressor.compress(self._lines) + self._compressor.flush())
 
 
 def tar_record(record: Any) -> Iterator[dict[str, Any]]:

@@ -6484,6 +6484,7 @@ def test_the_observer_sees_every_byte_in_order(tmp_path: Path) -> None:
     assert b"".join(piece for name, piece in seen if name == b"a") == b"x" * 5000
 
 
+@pytest.mark.usefixtures("native")
 def test_the_sum_of_tar_split() -> None:
     def slowly(data: bytes) -> int:
         crc = dockerd.CRC_ONES

@@ -6,6 +6,7 @@ from cffi import FFI
 DECLARATIONS = """
 int sd_notify(const char *address, const char *state);
 int netlink_batch(int fd, const void *messages, size_t size, int count, char *text, size_t text_size);
+uint64_t crc64(uint64_t crc, const void *data, size_t size);
 """
 
 SOURCE = r"""
@@ -91,6 +92,39 @@ static int netlink_batch(int fd, const void *messages, size_t size, int count, c
         }
     }
     return result;
+}
+
+/* CRC-64/GO-ISO of `data` behind what has the sum `crc`, eight bytes at a time. */
+static uint64_t crc_table[8][256];
+
+__attribute__((constructor)) static void fill_crc_table(void)
+{
+    for (int byte = 0; byte < 256; byte++) {
+        uint64_t crc = byte;
+        for (int bit = 0; bit < 8; bit++)
+            crc = crc >> 1 ^ (crc & 1 ? 0xD800000000000000 : 0);
+        crc_table[0][byte] = crc;
+    }
+    for (int row = 1; row < 8; row++)
+        for (int byte = 0; byte < 256; byte++) {
+            uint64_t crc = crc_table[row - 1][byte];
+            crc_table[row][byte] = crc_table[0][crc & 0xff] ^ crc >> 8;
+        }
+}
+
+static uint64_t crc64(uint64_t crc, const void *data, size_t size)
+{
+    const unsigned char *at = data;
+    crc = ~crc;
+    for (; size >= 8; size -= 8, at += 8) {
+        uint64_t sum = 0;
+        for (int byte = 0; byte < 8; byte++)
+            sum ^= crc_table[7 - byte][(crc >> 8 * byte & 0xff) ^ at[byte]];
+        crc = sum;
+    }
+    while (size--)
+        crc = crc_table[0][(crc & 0xff) ^ *at++] ^ crc >> 8;
+    return ~crc;
 }
 """
 
