@@ -3477,8 +3477,10 @@ class Unpacker:
         os.umask(0)  # of this thread alone: confined() has unshared CLONE_FS
         for entry in self.reader:
             self._count()
-            with reworded(DockerError, f"failed to unpack {quoted(entry.name)}: "):
+            try:  # not reworded(), which costs as much as a small file
                 self._unpack(entry)
+            except OSError as error:
+                raise DockerError(f"failed to unpack {quoted(entry.name)}: {reason(error)}") from None
         self._set_directory_times()
         self.reader.drain()
         return LayerStats(self.size, self.entries)
