@@ -6287,11 +6287,9 @@ class LayerStore:
     @contextlib.contextmanager
     def _tar_record(self, layer: Layer) -> Iterator[Any]:
         """What the layer's archive had besides the files; DockerError where that is not known."""
-        try:
+        with reworded(DockerError, f"the layer {layer.chain_id} has no record of the archive that it was "
+                      "made of: pull or import its images again", FileNotFoundError):
             record = open(os.path.join(self._path(layer.chain_id), TAR_SPLIT), "rb")
-        except FileNotFoundError:
-            raise DockerError(f"the layer {layer.chain_id} has no record of the archive that it was made of: "
-                              "pull or import its images again") from None
         with record:
             yield record
 
@@ -20256,10 +20254,8 @@ class ContextReader(TarReader):
 
     def copy(self, fd: int, size: int) -> None:
         """As any reader, with Docker's words for an archive that ends within a file."""
-        try:
+        with reworded(BadParameter, "Error processing tar file(exit status 1): ", BadParameter):
             super().copy(fd, size)
-        except BadParameter as error:
-            raise BadParameter(f"Error processing tar file(exit status 1): {error}") from None
 
     def close(self) -> None:
         """The current entry is over."""
@@ -20897,10 +20893,8 @@ class Stage(Instructions):
                                                  if asked["size"] else {})}
             return {"Type": "tmpfs", "Target": target, "TmpfsOptions": options}, ""
         source = self.build.image_source(self, asked["from"]) if asked["from"] else self.build.context
-        try:
+        with reworded(DockerError, f"failed to mount {asked['source']}: not found", FileNotFoundError):
             found, = source.find(asked["source"] or ".", literal=True)
-        except FileNotFoundError:
-            raise DockerError(f"failed to mount {asked['source']}: not found") from None
         if kind == "cache":
             path = self.build.cache_directory(asked, found if asked["from"] else None, held)
             return {"Type": "bind", "Source": path, "Target": target, "ReadOnly": "ro" in asked["write"]}, ""
@@ -21122,10 +21116,8 @@ class Build:
         """The images of --cache-from that are here."""
         found = []
         for name in self._json("cachefrom", list, "error reading cache-from"):
-            try:
+            with noted(log.warning, f"Could not look up {name} for cache resolution, skipping", DockerError):
                 found.append(self.image_jobs.resolve(str(name)))
-            except DockerError as error:
-                log.warning("Could not look up %s for cache resolution, skipping: %s", name, error)
         return found
 
     def _host_config(self) -> dict[str, Any]:
@@ -21387,7 +21379,7 @@ class Build:
 
     def _download_context(self, address: str) -> Optional[bytes]:
         """Fetch a remote context; where it is no archive but text, that, as the Dockerfile."""
-        try:
+        with reworded(None, f"error downloading remote context {address}: ", DockerError):
             with open_url(address) as response:
                 if not response.headers.get("Content-Type", "").startswith("text/plain"):
                     self._unpack_context(response)
@@ -21397,8 +21389,6 @@ class Build:
                 self.write(message_line(status=address, progressDetail={"current": len(text)},
                                         progress=told["progress"], id="Downloading context") + message_line())
                 return text
-        except DockerError as error:
-            raise type(error)(f"error downloading remote context {address}: {error}") from None
 
     def _read(self, name: str) -> Optional[bytes]:
         """A file of the context, or None."""
@@ -21549,11 +21539,10 @@ class Build:
             raise BadParameter(f"invalid refspec: {reference}")
 
         def git(*words: str, check: bool = True) -> bool:
-            try:
+            with reworded(DockerError, "unable to find 'git': install it to build from repositories",
+                          FileNotFoundError):
                 done = subprocess.run(["git", *words], cwd=root, env=environment, stdin=subprocess.DEVNULL,
                                       capture_output=True, errors="replace", check=False, timeout=1800)
-            except FileNotFoundError:
-                raise DockerError("unable to find 'git': install it to build from repositories") from None
             if done.returncode and check:
                 raise DockerError(f"error fetching: {done.stderr.strip() or done.returncode}")
             return done.returncode == 0
