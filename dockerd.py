@@ -372,8 +372,29 @@ def http_status(error: BaseException) -> int:
     return next((HTTP_STATUS[kind] for kind in type(error).__mro__ if kind in HTTP_STATUS), 500)
 
 
+# The beginning of what Python's json says of a character, and what Go's encoding/json says of it
+_JSON_FAULTS = (("Expecting property name", "looking for beginning of object key string"),
+                ("Expecting value", "looking for beginning of value"), ("Expecting ':'", "after object key"),
+                ("Expecting ','", "after object key:value pair"), ("Invalid control", "in string literal"),
+                ("Invalid \\", "in string escape code"))
+
+
+def _json_reason(error: json.JSONDecodeError) -> str:
+    rest = error.doc[error.pos:]
+    rest = rest if error.msg.startswith("Invalid control") else rest.lstrip(" \t\r\n\\")
+    if error.msg.startswith("Illegal trailing comma"):  # since Python 3.13, of the comma
+        rest = rest[1:].lstrip()
+        error.msg = "Expecting " + ("value" if "array" in error.msg else "property name")
+    if error.msg == "Extra data":
+        return "unexpected content after JSON"
+    told = next((told for begin, told in _JSON_FAULTS if error.msg.startswith(begin)), "")
+    return f"invalid character '{repr(rest[0])[1:-1]}' {told}" if rest and told else "unexpected EOF"
+
+
 def reason(error: BaseException) -> str:
     """What an error says, as Go words it: the system's in lower case, without its number and file."""
+    if isinstance(error, json.JSONDecodeError):
+        return _json_reason(error)
     return (getattr(error, "strerror", None) or "").lower() or str(error)
 
 
@@ -2559,7 +2580,6 @@ Handler = Callable[[Job], Optional[int]]
 _ARGUMENTS: dict[str, Callable[[Env, str], Any]] = {
     "": lambda env, name: env.get(name) or "", "bool": Env.get_bool,
     "int": lambda env, name: env.get_int(name, 0), "int?": lambda env, name: env.get_int(name, None),
-    "object": lambda env, name: env.get(name) or {},
     "signal?": lambda env, name: parse_signal(env[name]) if env.get(name) else None,
 }
 
@@ -2624,10 +2644,9 @@ class Engine:
 
     @staticmethod
     def _act(part: Any, find: Optional[Callable[[str], Any]], method: Any, job: Job) -> Any:
-        actor = find("".join(job.args[:1])) if find else part
         values = [_ARGUMENTS[kind](job.env, name) if name[0] != "." else
                   operator.attrgetter(name[1:])(job) if name[1:] else job for name, _, kind in method.job[1]]
-        result = method(actor, *values)
+        result = method(find("".join(job.args[:1])) if find else part, *values)
         if find and result is not None:
             job.reply(result)
         return None if find else result
@@ -2821,6 +2840,14 @@ def parse_timestamp(text: str) -> int:
         return time.time_ns() - int(parse_duration(text) * 10**9)
     except (ValueError, OverflowError, BadParameter):
         raise BadParameter(f"strconv.ParseInt: parsing {go_quote(text)}: invalid syntax") from None
+
+
+def parse_atoi(text: str) -> int:
+    """The number that Go's strconv.Atoi reads; BadParameter in its words."""
+    fault = "" if re.fullmatch(r"[+-]?\d+", text, re.ASCII) else "invalid syntax"
+    if fault or not -1 << 63 <= int(text[:40]) < 1 << 63:
+        raise BadParameter(f"strconv.Atoi: parsing {go_quote(text)}: {fault or 'value out of range'}")
+    return int(text)
 
 
 SIGNALS = {"STKFLT": 16, **{name[3:]: int(number) for name, number in signal.Signals.__members__.items()},
@@ -5217,7 +5244,7 @@ def parse_filters(value: Any, accepted: Optional[Iterable[str]] = None) -> dict[
 
     `value` is JSON text or the decoded object.  BadParameter when it is no such object, or names one that is
     not in `accepted`."""
-    with reworded(BadParameter, "invalid filter: ", ValueError, RecursionError):
+    with reworded(BadParameter, "invalid filter", ValueError, RecursionError):
         filters = json.loads(value or "{}") if isinstance(value, (str, bytes)) else value or {}
     if not isinstance(filters, dict):
         raise BadParameter("invalid filter")
@@ -5238,14 +5265,14 @@ def until_filter(filters: dict[str, list[str]]) -> int:
 
 
 def matches_labels(filters: dict[str, list[str]], labels: Optional[dict[str, str]]) -> bool:
-    """Whether `labels` has every KEY or KEY=VALUE of the filter `label`, and none of `label!`."""
+    """Whether `labels` has every KEY or KEY=VALUE of the filter `label`, and not all of those of `label!`."""
     known = labels or {}
 
-    def has(item: str) -> bool:
-        key, equals, value = item.partition("=")
-        return key in known and (not equals or known[key] == value)
+    def has_all(wanted: Iterable[str]) -> bool:
+        pairs = (item.partition("=") for item in wanted)
+        return all(key in known and (not equals or known[key] == value) for key, equals, value in pairs)
 
-    return all(map(has, filters.get("label", ()))) and not any(map(has, filters.get("label!", ())))
+    return has_all(filters.get("label", ())) and not (filters.get("label!") and has_all(filters["label!"]))
 
 
 @contextlib.contextmanager
@@ -10635,10 +10662,10 @@ _RESOURCE_FAULTS: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
      "Minimum memory limit can not be less than memory reservation limit, see usage"),
     (lambda of: 0 < of["KernelMemory"] < _MINIMUM_MEMORY, "Minimum kernel memory limit allowed is 6MB"),
     (lambda of: of["NanoCpus"] > 0 and of["CpuPeriod"] > 0,
-     "Conflicting options: Nano CPUs and CPU Period cannot both be set."),
+     "Conflicting options: Nano CPUs and CPU Period cannot both be set"),
     (lambda of: of["NanoCpus"] > 0 and of["CpuQuota"] > 0,
-     "Conflicting options: Nano CPUs and CPU Quota cannot both be set."),
-    (lambda of: of["NanoCpus"] and not 10**7 <= of["NanoCpus"] <= of["processors"] * 10**9,
+     "Conflicting options: Nano CPUs and CPU Quota cannot both be set"),
+    (lambda of: not 0 <= of["NanoCpus"] <= of["processors"] * 10**9,
      "Range of CPUs is from 0.01 to {0}.00, as there are only {0} CPUs available"),
     (lambda of: of["CpuPeriod"] and not 1000 <= of["CpuPeriod"] <= 1000000,
      "CPU cfs period can not be less than 1ms (i.e. 1000) or larger than 1s (i.e. 1000000)"),
@@ -16856,7 +16883,7 @@ def check_log_options(kind: str, options: dict[str, str]) -> None:
             parse_size(options["max-buffer-size"])
     _cache_disabled(options)
     if kind not in LOG_DRIVERS:
-        raise BadParameter(f"logger: no log driver named '{kind}' is registered")
+        raise BadParameter(f'error looking up logging plugin {kind}: plugin "{kind}" not found')
     server = LOG_SERVERS.get(kind, LogServer)
     unknown = "unknown log opt '{}' for log driver {}" if kind == "local" else server.unknown
     for name in options:
@@ -17348,6 +17375,9 @@ def decode_struct(value: Any, name: str, path: str = "") -> dict[str, Any]:
     return decoded
 
 
+_ARGUMENTS["UpdateConfig"] = lambda env, name: decode_struct(env.get(name), "UpdateConfig")
+
+
 def _decode(value: Any, kind: str, path: str) -> Any:
     """`value`, of JSON, as the Go type `kind`; null is the type's zero value."""
     if kind in STRUCTS:
@@ -17502,6 +17532,8 @@ RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
      "invalid IPC mode: {IpcMode}"),
     (lambda c: not re.fullmatch("|host|container:.+", c["PidMode"], re.DOTALL),
      "invalid PID mode: {PidMode}"),
+    (lambda c: c["NetworkMode"] == "container:",
+     "Invalid network mode: invalid container format container:<name|id>"),
     (lambda c: c["UTSMode"] not in ("", "host"), "invalid UTS mode: {UTSMode}"),
     (lambda c: c["UsernsMode"] not in ("", "host"), "invalid user namespace mode: {UsernsMode}"),
     (lambda c: c["CgroupnsMode"] not in ("host", "private"), "invalid cgroup namespace mode: {CgroupnsMode}"),
@@ -17644,7 +17676,8 @@ def _check_host_config(host: dict[str, Any]) -> None:
         if not (name and colon):
             raise BadParameter(f"bad format for add-host: {go_quote(entry)}")
         if address != "host-gateway":
-            parse_ip(address or "?")
+            with reworded(BadParameter, f"invalid IP address in add-host: {go_quote(address)}", BadParameter):
+                parse_ip(address or "?")
     for address in host["Dns"] or []:
         parse_ip(address or "?")
     check_log_options(host["LogConfig"]["Type"], host["LogConfig"]["Config"])
@@ -17718,21 +17751,34 @@ def _exited_with(container: Any, value: str) -> bool:
     return not state.running and state.started_at != ZERO_TIME and state.exit_code == int(value)
 
 
-def _port_is_among(ports: Iterable[str], value: str) -> bool:
-    """Whether a port such as "80/tcp" is within "80", "80/udp" or "8000-8080/tcp"."""
+def _filter_ports(value: str) -> tuple[range, str]:
+    """The ports and the protocol of "80", "80/udp" or "8000-8080/tcp"; BadParameter, in Go's words."""
     numbers, _, protocol = value.partition("/")
-    low, _, high = numbers.partition("-")
+    low, dash, high = numbers.partition("-")
+    for text in (low, high) if dash else (low,):
+        fault = "" if re.fullmatch(r"\d+", text, re.ASCII) else "invalid syntax"
+        fault = fault or ("value out of range" if len(text) > 9 or int(text) > 65535 else "")
+        if fault:
+            raise BadParameter(f"strconv.ParseUint: parsing {go_quote(text)}: {fault}")
+    if dash and int(high) < int(low):
+        raise BadParameter(f"Invalid range specified for the Port: {numbers}")
+    return range(int(low), int(high or low) + 1), protocol or "tcp"
+
+
+def _port_is_among(ports: Iterable[str], value: str) -> bool:
+    """Whether a port such as "80/tcp" is within a range."""
+    numbers, protocol = _filter_ports(value)
     split = [port.partition("/") for port in ports]
-    return any(number.isdecimal() and int(low) <= int(number) <= int(high or low)
-               and (kind or "tcp") == (protocol or "tcp") for number, _, kind in split)
+    return any(number.isdecimal() and int(number) in numbers and (kind or "tcp") == protocol
+               for number, _, kind in split)
 
 
 CONTAINER_MATCHES: dict[str, Callable[[Any, str], bool]] = {
     "exited": _exited_with,
     "expose": lambda container, value: _port_is_among(container.config.get("ExposedPorts") or {}, value),
     "health": lambda container, value: _health(container) == value,
-    "id": lambda container, value: _found(value, container.id),
-    "is-task": lambda container, value: value.lower() in ("0", "false"),
+    "id": lambda container, value: container.id.startswith(value),
+    "is-task": lambda container, value: value in ("0", "false"),
     "isolation": lambda container, value: True,
     "name": lambda container, value: _found(value, container.name) or _found(value, "/" + container.name),
     "network": lambda container, value: any(
@@ -17744,11 +17790,12 @@ CONTAINER_MATCHES: dict[str, Callable[[Any, str], bool]] = {
     "volume": lambda container, value: any(
         value in (point.get("Name"), place) for place, point in _member(container, "MountPoints").items()),
 }
-CONTAINER_FILTERS = frozenset(CONTAINER_MATCHES) | {"ancestor", "before", "label", "label!", "since"}
+CONTAINER_FILTERS = frozenset(CONTAINER_MATCHES) | {"ancestor", "before", "label", "since"}
 
-_PORT_RANGE = r"\d{1,5}(-\d{1,5})?(/\w+)?"
-_FILTER_VALUES = {"expose": _PORT_RANGE, "health": "|".join(HEALTH_STATES), "is-task": "(?i:0|1|true|false)",
-                  "publish": _PORT_RANGE, "status": "|".join(CONTAINER_STATES)}
+# (what a filter's value can be, what Docker says of another one)
+_FILTER_VALUES = {"health": ("|".join(HEALTH_STATES), "unrecognized filter value for health: {value}"),
+                  "is-task": ("0|1|true|false", "invalid filter 'is-task=[{value}]'"),
+                  "status": ("|".join(CONTAINER_STATES), "invalid filter 'status={value}'")}
 
 
 def container_matches(container: Any, filters: dict[str, list[str]], images: Any) -> bool:
@@ -17774,12 +17821,19 @@ def check_container_filters(filters: dict[str, list[str]]) -> dict[str, list[str
     """`filters` unchanged; BadParameter for a value that its filter cannot have."""
     for name, values in filters.items():
         for value in values:
-            if name in ("id", "name") and (len(value) > 1024 or _tries(value) > 64 ** 4):
+            if name == "name" and (len(value) > 1024 or _tries(value) > 64 ** 4):
                 raise BadParameter(f"Invalid filter '{name}={value[:100]}': the expression is too costly")
-            if name == "exited" and not re.fullmatch(r"[+-]?\d{1,9}", value, re.ASCII):
-                raise BadParameter(f"strconv.Atoi: parsing {go_quote(value)}: invalid syntax")
-            if name in _FILTER_VALUES and not re.fullmatch(_FILTER_VALUES[name], value, re.ASCII):
-                raise BadParameter(f"Invalid filter '{name}={value}'")
+            if name == "exited":
+                with reworded(BadParameter, f"invalid filter 'exited={value}': ", BadParameter):
+                    parse_atoi(value)
+            if name in ("expose", "publish"):
+                with reworded(BadParameter, f"error while looking up for {name} {value}: ", BadParameter):
+                    _filter_ports(value)
+            pattern, text = _FILTER_VALUES.get(name, (".*", ""))
+            if not re.fullmatch(pattern, value, re.DOTALL):
+                raise BadParameter(text.format(value=value))
+    if len(filters.get("is-task", ())) > 1:
+        raise BadParameter(f"invalid filter 'is-task=[{' '.join(filters['is-task'])}]'")
     return filters
 
 
@@ -18929,11 +18983,10 @@ class Container:
 
     # Changes
 
-    @job("update", "body:object")
-    def update(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Change resources and restart policy as `body`, of POST /containers/ID/update, asks, at once if it
-        runs; the API's answer, which is Docker's warnings.  A refused change changes nothing."""
-        changes = decode_struct(body, "UpdateConfig")
+    @job("update", "body:UpdateConfig")
+    def update(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """Change resources and restart policy as `changes` asks, at once if it runs; the API's answer, which
+        is Docker's warnings.  A refused change changes nothing."""
         if changes["RestartPolicy"]["Name"]:
             check_rules(POLICY_RULES, changes)
         warnings = _warnings(changes) + self.parts.cgroups.adapt(changes, update=True)
@@ -19194,9 +19247,10 @@ class Container:
             if self.state.removing:
                 raise Conflict(f"removal of container {self.name} is already in progress")
             if self.state.running and not force:
-                advice = "unpause and then stop the container" if self.state.paused else "stop the container"
-                raise Conflict(f"cannot remove container \"/{self.name}\": container is {self.state.status}: "
-                               f"{advice} before removing or force remove")
+                advice = " and must be unpaused first" if self.state.paused else (
+                    ": stop the container before removing or force remove")
+                raise Conflict(f'cannot remove container "/{self.name}": container is {self.state.status}'
+                               + advice)
             self.state.removing = True  # from here on nobody starts it
             try:
                 if self.state.running:
@@ -21987,7 +22041,7 @@ class ContainerJobs:
     def create(self, job: Job) -> None:
         """Make a container of env `body`, the body of POST /containers/create; args: perhaps its name."""
         body = job.env.get("body") or {}
-        name = (job.args[0] if job.args else "").lstrip("/")
+        name = job.args[0] if job.args else ""
         asked = decode_struct(body, "ContainerConfigWrapper")["Image"]
         image = self.images.resolve(asked or "", job.env.get("platform") or "")
         config, host_config, networking, warnings = container_config(body, image.config, self.parts.config)
@@ -22023,6 +22077,8 @@ class ContainerJobs:
         links = []
         for link in host_config["Links"] or []:
             target, _, alias = link.partition(":")
+            if ":" in alias:
+                raise BadParameter(f"bad format for links: {link}")
             with reworded(BadParameter, f"could not get container for {target}: ", NotFound):
                 child = self.table.find(target.lstrip("/"))
             links.append(f"/{child.name}:/{name}/{alias.rpartition('/')[2] or child.name}")
@@ -22083,9 +22139,9 @@ class ContainerJobs:
 
     def _reserve_name(self, name: str, container_id: str) -> str:
         """The name asked for, or a random one that is free."""
-        if name:
+        if name.lstrip("/"):
             self.table.reserve(name, container_id)
-            return name
+            return name.lstrip("/")
         while True:
             with contextlib.suppress(Conflict):
                 name = random_name()
@@ -22095,17 +22151,20 @@ class ContainerJobs:
     @job("kill")
     def kill(self, job: Job) -> None:
         """Send it a signal: the second argument, by default KILL."""
-        with reworded(NotFound, f"Cannot kill container: {job.args[0]}: ", NotFound):
+        failed = f"Cannot kill container: {job.args[0]}: "
+        with reworded(BadParameter, failed, BadParameter):
+            number = parse_signal(job.args[1] if len(job.args) > 1 and job.args[1] else "KILL")
+        with reworded(NotFound, failed, NotFound):
             container = self.table.find(job.args[0])
-        container.kill(parse_signal(job.args[1]) if len(job.args) > 1 and job.args[1] else signal.SIGKILL)
+        container.kill(number)
 
     @job("rename")
     def rename(self, job: Job) -> None:
         """Give it env `name`."""
-        container, name = self.table.find(job.args[0]), job.env.get("name") or ""
+        name = job.env.get("name") or ""
         if not name:
             raise BadParameter("Neither old nor new names may be empty")
-        self.table.rename(container, name[name.startswith("/"):])
+        self.table.rename(self.table.find(job.args[0]), name[name.startswith("/"):])
 
     @job("container_prune")
     def prune(self, job: Job) -> None:
@@ -22163,21 +22222,18 @@ class ContainerJobs:
     @job("delete")
     def delete(self, job: Job) -> None:
         """Remove it: env `force`, `v`, `link`."""
+        container = self.table.find(job.args[0])
         if job.env.get_bool("link"):
-            raise NotSupported("removing links is not supported yet")
-        self.table.find(job.args[0]).remove(job.env.get_bool("force"), job.env.get_bool("v"))
+            raise Conflict("Conflict, cannot remove the default link name of the container")
+        container.remove(job.env.get_bool("force"), job.env.get_bool("v"))
 
     @job("containers")
     def containers(self, job: Job) -> None:
-        """The list of containers: env all, limit, size, filters, since, before."""
+        """The list of containers: env all, limit, size, filters."""
         env = job.env
         filters = check_container_filters(parse_filters(env.get("filters") or {}, CONTAINER_FILTERS))
-        for key in ("since", "before"):
-            if env.get(key):
-                filters.setdefault(key, []).append(env[key])
         limit = env.get_int("limit", 0)
-        everything = env.get_bool("all") or limit > 0 or "status" in filters or any(
-            env.get(key) for key in ("since", "before"))  # before 1.20 these were no filters
+        everything = env.get_bool("all") or limit > 0 or "status" in filters
         bounds = {key: max(self.table.find(name).record["Created"] for name in filters.pop(key))
                   for key in ("since", "before") if key in filters}
         listed = [container for container in self.table.all()
@@ -22312,9 +22368,10 @@ class ExecJobs:
     @job("exec_create")
     def create(self, job: Job) -> None:
         """Make an instance of env `body`, an ExecConfig, in the container named by the argument."""
-        container, config = self.table.find(job.args[0]), decode_struct(job.env.get("body"), "ExecConfig")
+        config = decode_struct(job.env.get("body"), "ExecConfig")
         if not config["Cmd"]:
             raise BadParameter("No exec command specified")
+        container = self.table.find(job.args[0])
         config["User"] = config["User"] or container.config.get("User") or ""
         instance = ExecInstance(container, config)
         with container.lock:
@@ -23205,10 +23262,10 @@ def parse_json(data: bytes) -> Any:
         if not nesting:
             break
         nesting = nesting.replace(b"[]", b"").replace(b"{}", b"")
-    if nesting:
-        raise BadParameter(f"invalid JSON: unbalanced, or nested deeper than {JSON_DEPTH} levels")
+    if b"[]" in nesting or b"{}" in nesting or nesting.count(b"[") + nesting.count(b"{") > JSON_DEPTH:
+        raise BadParameter(f"invalid JSON: nested deeper than {JSON_DEPTH} levels")
     with reworded(BadParameter, "invalid JSON: ", ValueError):
-        value = json.loads(data, parse_constant=lambda name: json.loads("?"))
+        value = json.loads(data, parse_constant=lambda name: json.loads(name[:1]))
         if _SURROGATE.search(data):
             text = json.dumps(value, ensure_ascii=False)
             value = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
@@ -23627,7 +23684,7 @@ def parse_version(text: str) -> tuple[int, int]:
 
 NEWEST, OLDEST = parse_version(API_VERSION), parse_version(MIN_API_VERSION)
 _CONVERSIONS: dict[str, Callable[[str], Any]] = {
-    "": str, "int": int, "bool": lambda text: Env(flag=text).get_bool("flag"),
+    "": str, "int": parse_atoi, "bool": lambda text: Env(flag=text).get_bool("flag"),
     "json": lambda text: parse_json(text.encode()),
 }
 
@@ -23685,8 +23742,7 @@ class Request:
             values = self.query.get(name)
             if not values or (values == [""] and kind != "bool"):
                 continue
-            with reworded(BadParameter, f"invalid value {values[0][:100]!r} of parameter {name}", ValueError):
-                found[name] = values if kind == "list" else _CONVERSIONS[kind](values[0])
+            found[name] = values if kind == "list" else _CONVERSIONS[kind](values[0])
         return found
 
     @functools.cached_property
@@ -24182,14 +24238,20 @@ def one_network_in_stats(item: Any) -> None:
 
 def with_filter(name: str, value: str, request: Request) -> None:
     """Put one more value of a filter into the query."""
-    filters = request.parameters("filters:json").get("filters") or {}
-    if not isinstance(filters, dict):
-        raise BadParameter("invalid filter")
+    filters = parse_filters(request.parameters("filters").get("filters"))
     request.query["filters"] = [json.dumps({**filters, name: [*filters.get(name, ()), value]})]
 
 
 # Before 1.42 named volumes were pruned too.
 all_volumes = functools.partial(with_filter, "all", "true")
+
+
+def bounds_are_filters(request: Request) -> None:
+    """Before 1.24 `since` and `before` were parameters, and meant all containers."""
+    for name in ("since", "before"):
+        if request.query.get(name, [""])[0]:
+            with_filter(name, request.query[name][0], request)
+            request.query["all"] = ["1"]
 
 
 def filter_is_reference(request: Request) -> None:
@@ -24244,17 +24306,16 @@ def shareable_ipc(request: Request) -> None:
 
 def lenient_mounts(request: Request) -> None:
     """Before 1.42 options of another type of mount were not refused."""
-    for mount in asked_host_config(request).get("Mounts") or []:
-        for kind in {"volume", "tmpfs", "bind"} - {mount.get("Type")}:
+    for mount, _ in members(request.object, "HostConfig.Mounts.Type"):
+        for kind in {"volume", "tmpfs", "bind"} - {mount["Type"]}:
             mount.pop(kind.capitalize() + "Options", None)
 
 
 def one_network(request: Request) -> None:
     """Before 1.44 a container was created on one network."""
-    endpoints = (request.object.get("NetworkingConfig") or {}).get("EndpointsConfig") or {}
-    if len(endpoints) > 1:
-        raise BadParameter("Container cannot be created with multiple network endpoints: "
-                           + ", ".join(endpoints))
+    names = [name for _, name in members(request.object, "NetworkingConfig.EndpointsConfig.*")]
+    if len(names) > 1:
+        raise BadParameter("Container cannot be created with multiple network endpoints: " + ", ".join(names))
 
 
 # Before 1.42 a WebSocket got all streams.
@@ -24311,13 +24372,13 @@ INFO_1_14: dict[str, Any] = {
 
 # -- the table of routes: first those that are one job, then those that this daemon refuses, then the others
 
-CONTAINER_LIST = runs("containers", "all:bool limit:int size:bool filters:json since before")
+CONTAINER_LIST = runs("containers", "all:bool limit:int size:bool filters")
 ENDPOINT_GATES = [
     shape_until("1.48", drops("ImageManifestDescriptor", "NetworkSettings.Networks.*.GwPriority")),
     shape_until("1.44", drops("NetworkSettings.Networks.*.DNSNames")),
 ]
 CONTAINER_LIST_GATES = [
-    *ENDPOINT_GATES, shape_until("1.46", drops("HostConfig.Annotations")),
+    until("1.24", bounds_are_filters), *ENDPOINT_GATES, shape_until("1.46", drops("HostConfig.Annotations")),
     shape_until("1.23", drops("State", "Mounts")), shape_until("1.22", drops("NetworkSettings")),
     shape_until("1.22", plain_ids), shape_until("1.21", drops("ImageID")),
     shape_until("1.20", drops("HostConfig")), shape_until("1.18", drops("Labels")),
@@ -24347,7 +24408,7 @@ PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
         shape_until("1.25", option_names_only), shape_until("1.25", drops("Isolation")),
         shape_until("1.24", adds(ExecutionDriver="native-0.2")),
         shape_until("1.19", flags_as_numbers), shape_until("1.15", exactly(INFO_1_14))),
-    ("GET", "/events", follows("events", "since until filters:json"),
+    ("GET", "/events", follows("events", "since until filters"),
         shape_until("1.46", no_image_create_event), shape_until("1.22", flat_event)),
     ("GET", "/system/df", runs("system_df", "type:list"),
         until("1.42", ignores("type")),
@@ -24376,11 +24437,11 @@ PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
     ("POST", "/containers/{name}/resize", resizes("resize")),
     ("POST", "/containers/{name}/exec", runs("exec_create", "", 201, body=True),
         until("1.42", without("ConsoleSize"))),
-    ("POST", "/containers/prune", runs("container_prune", "filters:json")),
+    ("POST", "/containers/prune", runs("container_prune", "filters")),
     ("DELETE", "/containers/{name}", runs("delete", "v:bool link:bool force:bool", 204)),
     ("GET", "/exec/{id}/json", runs("exec_inspect")),
     ("POST", "/exec/{id}/resize", resizes("exec_resize")),
-    ("GET", "/images/json", runs("images", "all:bool filters:json shared-size:bool manifests:bool"),
+    ("GET", "/images/json", runs("images", "all:bool filters shared-size:bool manifests:bool"),
         until("1.47", ignores("manifests")), until("1.42", ignores("shared-size")),
         until("1.41", filter_is_reference),
         shape_until("1.48", drops("Descriptor")), shape_until("1.47", drops("Manifests")),
@@ -24400,35 +24461,35 @@ PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
         shape_until("1.22", plain_ids), shape_until("1.19", exactly(HISTORY_1_14))),
     ("GET", "/images/{name}/get", downloads("image_export", TAR, "platform:json"), ANY_PLATFORM),
     ("GET", "/images/get", downloads("image_export", TAR, "platform:json"), ANY_PLATFORM),
-    ("GET", "/images/search", runs("search", "term limit:int filters:json", auth="x-registry-auth")),
+    ("GET", "/images/search", runs("search", "term limit:int filters", auth="x-registry-auth")),
     ("GET", "/distribution/{name}/json", runs("distribution_inspect", auth="x-registry-auth")),
     ("POST", "/images/{name}/push", progresses("push", "tag platform:json", "x-registry-auth"),
         until("1.46", ignores("platform"))),
     ("POST", "/images/load", progresses("load", "quiet:bool platform:json", quiet=True), ANY_PLATFORM),
-    ("POST", "/images/prune", runs("image_prune", "filters:json")),
+    ("POST", "/images/prune", runs("image_prune", "filters")),
     ("DELETE", "/images/{name}", runs("image_delete", "force:bool noprune:bool platforms:list"),
         shape_until("1.22", plain_ids)),
     ("POST", "/build", progresses("build", BUILD_PARAMETERS, "x-registry-config", rm=True),
         until("1.40", ignores("outputs")), until("1.32", ignores("platform")),
         until("1.30", asks(withoutaux="1"))),
-    ("POST", "/build/prune", runs("build_prune", "all:bool filters:json keep-storage:int reserved-space:int "
+    ("POST", "/build/prune", runs("build_prune", "all:bool filters keep-storage:int reserved-space:int "
                                                  "max-used-space:int min-free-space:int")),
     ("POST", "/build/cancel", runs("build_cancel", "id", reply=False)),
-    ("GET", "/networks", runs("networks", "filters:json detailed:bool"),
+    ("GET", "/networks", runs("networks", "filters detailed:bool"),
         until("1.28", asks(detailed="1"))),
-    ("GET", "/networks/", runs("networks", "filters:json")),
+    ("GET", "/networks/", runs("networks", "filters")),
     ("GET", "/networks/{id}", runs("network_inspect", "verbose:bool scope")),
     ("POST", "/networks/create", runs("network_create", "", 201, body=True),
         until("1.48", without("EnableIPv4"))),
     ("POST", "/networks/{id}/connect", runs("network_connect", body=True, reply=False),
         until("1.48", without("EndpointConfig.GwPriority"))),
     ("POST", "/networks/{id}/disconnect", runs("network_disconnect", body=True, reply=False)),
-    ("POST", "/networks/prune", runs("network_prune", "filters:json")),
+    ("POST", "/networks/prune", runs("network_prune", "filters")),
     ("DELETE", "/networks/{id}", runs("network_delete", status=204)),
-    ("GET", "/volumes", runs("volumes", "filters:json")),
+    ("GET", "/volumes", runs("volumes", "filters")),
     ("GET", "/volumes/{name}", runs("volume_inspect")),
     ("POST", "/volumes/create", runs("volume_create", "", 201, body=True)),
-    ("POST", "/volumes/prune", runs("volume_prune", "filters:json"), until("1.42", all_volumes)),
+    ("POST", "/volumes/prune", runs("volume_prune", "filters"), until("1.42", all_volumes)),
     ("POST", "/volumes/{name}/rename", runs("volume_rename", "name", 204)),
     ("DELETE", "/volumes/{name}", runs("volume_delete", "force:bool", 204), until("1.25", ignores("force"))),
     ("GET", "/plugins", lambda request: Response(200, [])),
@@ -24502,9 +24563,6 @@ def container_create(request: Request) -> Response:
     asked_host_config(request)
     if request.object.keys() <= {"HostConfig", "NetworkingConfig"}:
         raise BadParameter("config cannot be empty in order to create a container")
-    for name in ("Cmd", "Entrypoint"):  # either has always been one string too
-        if isinstance(request.object.get(name), str):
-            request.object[name] = [request.object[name]]
     env = request.parameters("name platform defaultReadOnlyNonRecursive:bool")
     return Response(201, request.job("create", env.pop("name", ""), body=request.object, **env).run())
 
@@ -24515,7 +24573,9 @@ def container_start(request: Request, name: str) -> Response:
     if request.host_config is None and not request.body.ended and not 0 <= request.body.length <= 7:
         raise BadParameter("starting container with non-empty request body was deprecated since API v1.22 "
                            "and removed in v1.24")
-    env = request.parameters("detachKeys checkpoint checkpoint-dir")
+    env = request.parameters("detachKeys")
+    if "checkpoint" in request.query:
+        raise BadParameter("checkpoint is only supported in experimental mode")
     if request.host_config:
         env["hostconfig"] = request.host_config
     request.job("start", name, **env).run()

@@ -3315,6 +3315,79 @@ def test_prune(host: Host) -> None:
     assert prune("{}")["ContainersDeleted"] == [names["two"]] and host.inspect(running)["State"]["Running"]
 
 
+# Requests about a container, and about one that is not there, for which the real dockerd looks at the request
+# first.  Ours refuses with the same words; what the client got wrong is never 500, as in later versions.
+REFUSED: list[tuple[str, str, Any]] = [
+    *[("POST", path, None) for path in (
+        "/stop?t=abc", "/restart?t=1.5", "/restart?t=99999999999999999999", "/rename?name=", "/rename",
+        "/rename?name=a%20b", "/start?checkpoint=x", "/unpause")],
+    *[("GET", path, None) for path in ("/logs", "/logs?stdout=1&since=abc", "/top?ps_args=-o%20comm")],
+    ("POST", "/exec", {}), ("POST", "/exec", {"Cmd": []}), ("POST", "/exec", {"Cmd": "x"}),
+    ("POST", "/update", {"Memory": "x"}), ("POST", "/update", {"Memory": 1}),
+    ("POST", "/update", {"NanoCpus": 10**8, "CpuQuota": 1000}), ("POST", "/update", {"CpuPeriod": 1}),
+    ("POST", "/update", {"RestartPolicy": {"Name": "bogus"}}), ("DELETE", "?link=1", None),
+]
+REFUSED_ELSEWHERE: list[tuple[str, str, Any]] = [
+    *[("GET", "/containers/json?all=1&" + query, None) for query in (
+        "limit=abc", "limit=99999999999999999999",
+        *["filters=" + urllib.parse.quote(json.dumps({name: [value]})) for name, value in (
+            ("bogus", "x"), ("status", "bogus"), ("is-task", "x"), ("label!", "a"),
+            ("publish", "x"), ("publish", "90-80"), ("publish", "99999"), ("expose", "x"))])],
+    *[("POST", "/containers/create", body) for body in (
+        {"HostConfig": {}, "Image": 1}, {"Image": "busybox", "Env": "x"}, {"Image": "nosuch"})],
+    *[("POST", "/containers/create", {"Image": "busybox", "HostConfig": host}) for host in (
+        {"NanoCpus": 10**9, "CpuPeriod": 50000}, {"NanoCpus": -1}, {"NetworkMode": "container:"},
+        {"Links": ["x:y:z"]}, {"ExtraHosts": ["x:bogus"]}, {"SecurityOpt": ["bogus"]},
+        {"RestartPolicy": {"Name": "always", "MaximumRetryCount": 3}}, {"Isolation": "bogus"})],
+    ("POST", "/containers/create?name=/x/y", {"Image": "busybox"}),
+]
+
+
+def test_refusals_have_the_real_daemons_words(host: Host, peer: Host) -> None:
+    asked = [(method, f"/containers/{name}{path}", body) for name in ("judged", "nosuch")
+             for method, path, body in REFUSED] + REFUSED_ELSEWHERE
+    found = {}
+    for daemon in (host, peer):
+        daemon.http("POST", "/v1.41/containers/create?name=judged",
+                    {"Image": "busybox", "Cmd": ["true"], "HostConfig": {"NetworkMode": "none"}})
+        try:
+            answers = [daemon.http(method, "/v1.41" + path, body) for method, path, body in asked]
+            identity = daemon.http("GET", "/v1.41/containers/judged/json").json["Id"]
+        finally:
+            daemon.http("DELETE", "/v1.41/containers/judged?force=1")
+        found[daemon] = [
+            (answer.status, (answer.json or {}).get("message", "").replace(identity, "ID").lower())
+            for answer in answers]
+    assert [] == [(request, ours, theirs) for request, ours, theirs in zip(asked, found[host], found[peer])
+                  if ours[1] != theirs[1] or ours[0] not in (theirs[0], 400, 409) or ours[0] < 300]
+
+
+def test_lists_with_filters_are_the_real_daemons(host: Host, peer: Host) -> None:
+    """What the filters choose by an id is a beginning of it; `label!` of a prune spares what has all."""
+    def listed(daemon: Host, query: str) -> list[str]:
+        names = [each["Names"][0] for each in daemon.http("GET", f"/v1.41/containers/json?{query}").json]
+        return sorted(name for name in names if name.startswith("/f-"))
+
+    found = {}
+    for daemon in (host, peer):
+        identity = ""
+        for name, labels in (("f-one", {"a": "1", "b": "1"}), ("f-two", {"a": "1"})):
+            identity = daemon.http("POST", f"/v1.41/containers/create?name={name}", {
+                "Image": "busybox", "Labels": {**labels, "f": ""}, "HostConfig": {"NetworkMode": "none"},
+                "Cmd": ["true"]}).json["Id"]
+        queries: list[Any] = [{"id": [text]} for text in (identity, identity[:9], identity[1:], "^" + identity[:9])]
+        queries += [{"label": ["a", "b"]}, {"is-task": ["true"]}, {"is-task": ["false"]}, {"name": ["f-o"]},
+                    {"since": ["f-one"]}, {"before": ["f-two"]}, {"status": {"created": False}}]
+        found[daemon] = [listed(daemon, "all=1&filters=" + urllib.parse.quote(json.dumps(query)))
+                         for query in queries]
+        found[daemon] += [listed(daemon, query) for query in ("since=f-one", "before=f-two", "limit=0")]
+        spared = urllib.parse.quote(json.dumps({"label": ["f"], "label!": ["a", "b"]}))
+        daemon.http("POST", f"/v1.41/containers/prune?filters={spared}")
+        found[daemon].append(listed(daemon, "all=1"))
+        daemon.http("DELETE", "/v1.41/containers/f-one?force=1")
+    assert found[host] == found[peer] and found[host][-1] == ["/f-one"]
+
+
 @pytest.mark.parametrize("arguments, status, expected", [
     ("", 200, ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"]),
     ("aux", 200, ["USER", "PID", "%CPU", "%MEM", "VSZ", "RSS", "TTY", "STAT", "START", "TIME", "COMMAND"]),
@@ -5242,12 +5315,18 @@ def test_too_many_connections_are_refused(fake_api: FakeApi, monkeypatch: pytest
         (b"[" * 65 + b"]" * 65, "nested deeper"),
         (b"[" * 100000, "nested deeper"),
         (b'{"a":' * 65 + b"1" + b"}" * 65, "nested"),
-        (b"[]]", "nested"),
-        (b'{"a"', "unbalanced"),
-        (b"{a}", "invalid JSON"),
-        (b"NaN", "invalid JSON"),
+        (b"[]]", "invalid JSON: unexpected content after JSON"),
+        *[(text, "invalid JSON: unexpected EOF") for text in (
+            b"{", b'{"a"', b'{"a":', b'{"a":1,', b'"a', b"[" * 60, b"[1, ")],
+        *[(text, f"invalid JSON: invalid character '{character}' {where}$") for text, character, where in (
+            (b"x", "x", "looking for beginning of value"), (b"[1,]", "]", "looking for beginning of value"),
+            (b"NaN", "N", "looking for beginning of value"),
+            (b"{a}", "a", "looking for beginning of object key string"),
+            (b'{"a":1,}', "}", "looking for beginning of object key string"),
+            (b'{"a" 1}', "1", "after object key"), (b'{"a":01}', "1", "after object key:value pair"),
+            (b'{"a":"\\x"}', "x", "in string escape code"), (b'"\n"', r"\\n", "in string literal"))],
         (b"\xff", "invalid JSON"),
-        (b'{"a": 1} {}', "invalid JSON"),
+        (b'{"a": 1} {}', "invalid JSON: unexpected content after JSON"),
         (b'"\\' * 50000, "invalid JSON"),
         (b'"' * 99999, "invalid JSON"),
     ],
@@ -5319,7 +5398,7 @@ def test_every_route_is_found_by_its_path() -> None:
         ("GET /plugins/x/y/json", 404, 'plugin "x/y" not found'),
         ("GET /v1.40/containers/x/logs", 400, "Bad parameters: you must choose at least one stream"),
         ("POST /containers/x/resize?h=1&w=x", 400, 'invalid resize width "x": invalid syntax'),
-        ("GET /containers/json?limit=x", 400, "invalid value 'x' of parameter limit"),
+        ("GET /containers/json?limit=x", 400, 'strconv.Atoi: parsing "x": invalid syntax'),
     ],
 )
 def test_errors(raw: Raw, line: str, status: int, message: Optional[str]) -> None:
@@ -5586,7 +5665,12 @@ def test_image_shapes(fake_api: FakeApi, raw: Raw) -> None:
         "Size": 7,
         "VirtualSize": 7,
     }
-    assert fake_api.seen[-1].env == {"filters": {"reference": ["bu*"]}}
+    assert json.loads(fake_api.seen[-1].env["filters"]) == {"reference": ["bu*"]}
+    raw.json("GET /v1.23/containers/json?since=x&limit=2")
+    asked = fake_api.seen[-1].env
+    assert (json.loads(asked["filters"]), asked["all"], asked["limit"]) == ({"since": ["x"]}, True, 2)
+    raw.json("GET /v1.24/containers/json?since=x")
+    assert fake_api.seen[-1].env == {}
     v43, v44 = (raw.json(f"GET /v{version}/images/json")[1][0] for version in ("1.43", "1.44"))
     assert raw.json("GET /v1.51/images/json")[1][0]["Containers"] == 2
     assert v44["Containers"] == v43["Containers"] == -1
@@ -5710,7 +5794,7 @@ def test_create_is_brought_to_the_newest_shape(fake_api: FakeApi, raw: Raw) -> N
     job = fake_api.seen[-1]
     body, host = job.env["body"], job.env["body"]["HostConfig"]
     assert job.args == ["n"] and "platform" not in job.env and job.env["defaultReadOnlyNonRecursive"]
-    assert body["Cmd"] == ["ls"] and "Memory" not in body and body["Healthcheck"] == {}
+    assert body["Cmd"] == "ls" and "Memory" not in body and body["Healthcheck"] == {}
     assert host["Memory"] == 5000000 and host["CpusetCpus"] == "0" and host["CpuShares"] == 1
     assert "AutoRemove" not in host and "Annotations" not in host and host["IpcMode"] == "shareable"
     assert host["Mounts"] == [{"Type": "bind", "BindOptions": {}}]
@@ -5719,7 +5803,7 @@ def test_create_is_brought_to_the_newest_shape(fake_api: FakeApi, raw: Raw) -> N
         {"Id": "x", "Warnings": []},
     )
     job = fake_api.seen[-1]
-    assert job.env["body"] == {**sent, "Cmd": ["ls"]} and job.env["platform"] == "linux"
+    assert job.env["body"] == sent and job.env["platform"] == "linux"
 
 
 @pytest.mark.parametrize(
@@ -9116,7 +9200,7 @@ def test_a_torn_log_is_mended(host: Host) -> None:
 # What the real dockerd 20.10.24 says: at the creation, at the start.
 
 LOG_REFUSALS: list[tuple[str, dict[str, str], str]] = [
-    ("awslogs", {}, "logger: no log driver named 'awslogs' is registered"),
+    ("awslogs", {}, 'error looking up logging plugin awslogs: plugin "awslogs" not found'),
     ("local", {"x": ""}, "unknown log opt 'x' for log driver local"),
     ("syslog", {"x": ""}, "unknown log opt 'x' for syslog log driver"),
     ("journald", {"x": ""}, "unknown log opt 'x' for journald log driver"),
@@ -9756,7 +9840,7 @@ def test_config_that_is_no_object():
     ({"CgroupnsMode": "x"}, "invalid cgroup namespace mode: x"), ({"IpcMode": "x"}, "invalid IPC mode: x"),
     ({"PidMode": "x"}, "invalid PID mode: x"), ({"UTSMode": "x"}, "invalid UTS mode: x"),
     ({"Isolation": "x"}, "Invalid isolation: \"x\" - linux only supports 'default'"),
-    ({"LogConfig": {"Type": "bogus"}}, "logger: no log driver named 'bogus' is registered"),
+    ({"LogConfig": {"Type": "bogus"}}, 'error looking up logging plugin bogus: plugin "bogus" not found'),
     ({"LogConfig": {"Type": "json-file", "Config": {"bogus": "1"}}},
      "unknown log opt 'bogus' for json-file log driver"),
     ({"ExtraHosts": ["x"]}, 'bad format for add-host: "x"'),
@@ -9950,7 +10034,7 @@ class ImageTable:
 
 @pytest.mark.parametrize("name,yes,no", [
     ("id", "2b11", "ffff"), ("name", "^/run", "^un"), ("name", "run1", "["), ("label", "l=v", "l=w"),
-    ("label", "l", "m"), ("label!", "m", "l"), ("status", "exited", "running"), ("exited", "3", "0"),
+    ("label", "l", "m"), ("status", "exited", "running"), ("exited", "3", "0"),
     ("health", "healthy", "none"), ("is-task", "false", "true"), ("network", "none", "host"),
     ("network", "7547", "75470"), ("publish", "80", "81"), ("publish", "79-81/tcp", "80/udp"),
     ("expose", "53/udp", "53"), ("volume", "vol", "x"), ("volume", "/data", "/"),
@@ -9966,13 +10050,16 @@ def test_container_filters(name, yes, no):
 
 
 @pytest.mark.parametrize("name,value,text", [
-    ("status", "bogus", "Invalid filter 'status=bogus'"), ("health", "x", "Invalid filter 'health=x'"),
-    ("exited", "bogus", 'strconv.Atoi: parsing "bogus": invalid syntax'),
-    ("publish", "x", "Invalid filter 'publish=x'"),
-    ("is-task", "maybe", "Invalid filter 'is-task=maybe'"),
-    *[(name, value, f"Invalid filter '{name}={value[:100]}': the expression is too costly")
-      for name, value in (("name", "(a+)+b"), ("id", ".*" * 9 + "x"), ("name", "(aa|a)" * 50),
-                          ("id", "a" * 1025))],
+    ("status", "bogus", "invalid filter 'status=bogus'"),
+    ("health", "x", "unrecognized filter value for health: x"),
+    ("exited", "x", "invalid filter 'exited=x': strconv.Atoi: parsing \"x\": invalid syntax"),
+    *[("publish", value, f"error while looking up for publish {value}: {text}") for value, text in (
+        ("x", 'strconv.ParseUint: parsing "x": invalid syntax'),
+        ("99999", 'strconv.ParseUint: parsing "99999": value out of range'),
+        ("90-80", "Invalid range specified for the Port: 90-80"))],
+    ("is-task", "maybe", "invalid filter 'is-task=[maybe]'"),
+    *[("name", value, f"Invalid filter 'name={value[:100]}': the expression is too costly")
+      for value in ("(a+)+b", ".*" * 9 + "x", "(aa|a)" * 50, "a" * 1025)],
 ])
 def test_container_filters_refuse(name, value, text):
     with pytest.raises(dockerd.BadParameter) as caught:
