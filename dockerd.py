@@ -10982,7 +10982,7 @@ def cgroup_manager(cgroup_parent: str, options: Iterable[str]) -> CgroupManager:
 # man pages namespaces(7), pivot_root(2), capabilities(7), seccomp(2), pts(4).
 # ------------------------------------------------------------------------------------------------------------
 
-SHIM_PROTOCOL = 3       # 1: no "take", 2: no "exec"
+SHIM_PROTOCOL = 4       # 1: no "take", 2: no "exec", 3: no "kill"
 SHIM_PACKET = 1 << 16
 PROC_FILES = ("/cpuinfo", "/diskstats", "/meminfo", "/stat", "/swaps", "/uptime", "/loadavg", "/slabinfo",
               "/net/dev", "/sys/kernel/ns_last_pid", "/sys/crypto/fips_enabled")
@@ -11514,20 +11514,22 @@ def _fork_into(plan: dict[str, Any], fds: dict[str, int], flags: int) -> int:
     """Fork a further process into the namespaces `flags` of the one behind the descriptor `target`; its pid.
 
     For a thread of its own: with that it has the root, and of the descriptors those in `fds` alone, before a
-    process of the container can see it (pitfalls 4 and 6).  A user namespace is joined by the child, for no
-    thread among others may."""
+    process of the container can see it (pitfalls 4 and 6).  The child joins what is left: a user namespace,
+    for no thread among others may, and that of cgroups, for whoever is in it may not fork into one from
+    outside (cgroups(7), nsdelegate)."""
+    last = CLONE_NEWUSER | CLONE_NEWCGROUP
     unshare(CLONE_FS | CLONE_FILES)
     _close_others(set(fds.values()))
     init = Init(plan, fds)
     init.open_host()
     with reworded(InitError, "cannot join the container's namespaces: "):
-        setns(fds["target"], flags & ~CLONE_NEWUSER)
+        setns(fds["target"], flags & ~last)
         pid = clone3(0, fds.get("cgroup"))[0]
     if pid == 0:
         with _child(fds["sync"]):
             init.prepare()
-            if flags & CLONE_NEWUSER:
-                setns(fds["target"], CLONE_NEWUSER)
+            with reworded(InitError, "cannot join the container's namespaces: "):
+                setns(fds["target"], flags & last)
             os.close(fds.pop("target"))
             init.run_joined()
     return pid
@@ -11736,7 +11738,28 @@ class Shim(HelperProcess):
         except InitError as error:
             _tell_failure(fds["sync"], error)
             return []
-        return self._follow(request, fds, answer, pid, os.pidfd_open(pid))
+        finally:
+            self._await_threads()
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+        return self._follow(request, fds, answer, pid, pidfd)
+
+    @staticmethod
+    def _await_threads() -> None:
+        """Wait until no other thread is left: while one ends it may hold a lock of the C library's, and a
+        child would find it held (pitfall 5)."""
+        while len(os.listdir("/proc/self/task")) > 1:
+            time.sleep(0.0001)
+
+    def op_kill(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
+        """Kill a process, of which the daemon may have no descriptor."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(  # type: ignore[attr-defined]
+                self.processes[request["key"]].pidfd, signal.SIGKILL)
 
     def op_take(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
         """Watch and keep a process whose own shim is gone; it is no child of this one."""
@@ -12236,6 +12259,13 @@ class Process:
         """Send the signal; ProcessLookupError when the process has ended."""
         signal.pidfd_send_signal(self.pidfd, number)  # type: ignore[attr-defined]
 
+    def kill(self) -> None:
+        """Kill it; where there was no descriptor left for it, the shim does."""
+        if self.pidfd < 0:
+            return self.shim.post("kill", key=self.key)
+        with contextlib.suppress(ProcessLookupError):
+            self.send_signal(signal.SIGKILL)
+
     def forget(self) -> None:
         """Its end has been recorded everywhere: let go all that is kept of it."""
         self.shim.processes.pop(self.key, None)
@@ -12419,11 +12449,10 @@ class ShimClient(HelperClient):
         """The end of a process, or an answer that comes too late: what was started after all has to end."""
         if packet.get("exit") in self.processes:
             self.processes[packet["exit"]].finish(packet)
-        elif "key" in packet and fds:
-            process = Process(packet["key"], self, packet["pid"], fds.pop(0))
+        elif "key" in packet:
+            process = Process(packet["key"], self, packet["pid"], fds.pop(0) if fds else -1)
             self.processes[process.key] = process
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGKILL)
+            process.kill()
             process.deliver(Process.forget)
         super()._told(packet, fds)
 
@@ -12585,8 +12614,10 @@ class ExecutionDriver:
                 fds.update({"keep:" + name: fd for name, fd in keep.items()})
                 answer, received = shim.call(
                     "exec" if joins else "start", fds, key=spec.key, flags=spec.namespaces)
-            if received:
-                process.pid, process.pidfd = answer["pid"], received[0]
+            process.pid = answer.get("pid", 0)
+            if process.pid and not received:
+                raise DockerError("cannot take the descriptor of a new process: too many open files")
+            process.pidfd = received[0] if received else -1
             failed = EXEC_FAILED if joins else START_FAILED
             if document["wait"]:
                 self._enter(process, ours, functools.partial(self._admit, spec), failed)
@@ -12750,9 +12781,8 @@ class ExecutionDriver:
 
     def _abandon(self, process: Process) -> None:
         """A start that failed leaves no process: wait for the child's end, by force, and forget it."""
-        if process.pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGKILL)
+        if process.pid:
+            process.kill()
             process.ended.wait(10)
         if process.console >= 0:
             os.close(process.console)
@@ -18051,6 +18081,7 @@ class Container:
         self._health: Optional[HealthMonitor] = None
         self._again = False         # this run is not to be the last, whatever the restart policy says
         self._stopping = False      # this run is to be the last, whatever the restart policy says
+        self._killed = False        # SIGKILL is on its way: what is frozen by cgroup v1 would not die of it
         self._clearing = False      # the last run has ended, and what it has left is being cleared away
         self._views = 0             # copies to and from it that are under way: no start before their end
         self.kept = False           # not to be removed at the end of a run, whatever --rm says
@@ -18229,7 +18260,7 @@ class Container:
         self.state.started_at = rfc3339nano(time.time_ns())
         self.record["HasBeenStartedBefore"] = True
         self.record["HasBeenManuallyStopped"] = False
-        self._stopping = self._again = False
+        self._stopping = self._killed = self._again = False
         self._watch_health(fresh=True)
         self.save()
         self.changed.notify_all()
@@ -19045,6 +19076,7 @@ class Container:
         """Send a signal to the container's process and tell of it.  After one that is to be the `last` thing
         of the run, a paused container goes on, to end, and none is started again."""
         self._stopping |= last
+        self._killed |= number == signal.SIGKILL
         if manually:
             self.record["HasBeenManuallyStopped"] = True
             self.save()
@@ -19149,6 +19181,8 @@ class Container:
     def _require_pausable(self) -> None:
         self._refuse_restarting(self.id)
         self._require_running("")
+        if self._killed:
+            raise Conflict(f"Container {self.id} is not running")
         if self.state.paused:
             raise Conflict(f"Container {self.id} is already paused")
 
@@ -19906,9 +19940,9 @@ class HealthMonitor:
                     container.restart_unhealthy()
 
 
-def make_pipes(stdin: bool, outputs: Iterable[int]) -> tuple[dict[str, int], dict[str, int]]:
-    """(a process's ends, ours) of its streams by name; /dev/null for those that nobody is to have."""
-    theirs, ours = {}, {}
+def make_pipes(stdin: bool, outputs: Iterable[int], theirs: dict[str, int], ours: dict[str, int]) -> None:
+    """Add a process's ends and ours of its streams by name, /dev/null for those that nobody is to have; where
+    that fails, those that were made."""
     for number, name in STREAM_NAMES.items():
         if number in outputs:
             ours[name], theirs[name] = os.pipe2(os.O_CLOEXEC)
@@ -19921,16 +19955,17 @@ def make_pipes(stdin: bool, outputs: Iterable[int]) -> tuple[dict[str, int], dic
         os.set_blocking(ours["stdin"], False)
     else:
         theirs["stdin"] = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    return theirs, ours
 
 
 def launch(driver: ExecutionDriver, spec: Spec, stdin: bool, outputs: Iterable[int] = (STDOUT, STDERR),
            target: int = -1, **kept: int) -> tuple[Process, dict[str, int]]:
     """Start `spec`; returns the process and what the shim keeps of it: our ends of its streams, or its
     "console", and what is in `kept`.  Raises what ExecutionDriver.start raises, with all of it closed."""
-    theirs, ours = ({}, {}) if spec.tty else make_pipes(stdin, outputs)
-    ours.update(kept)
+    theirs: dict[str, int] = {}
+    ours = dict(kept)
     try:
+        if not spec.tty:
+            make_pipes(stdin, outputs, theirs, ours)
         process = driver.start(spec, theirs, ours, target)
     except BaseException:
         close_fds(ours.values())

@@ -3375,7 +3375,8 @@ def test_lists_with_filters_are_the_real_daemons(host: Host, peer: Host) -> None
             identity = daemon.http("POST", f"/v1.41/containers/create?name={name}", {
                 "Image": "busybox", "Labels": {**labels, "f": ""}, "HostConfig": {"NetworkMode": "none"},
                 "Cmd": ["true"]}).json["Id"]
-        queries: list[Any] = [{"id": [text]} for text in (identity, identity[:9], identity[1:], "^" + identity[:9])]
+        queries: list[Any] = [{"id": [text]} for text in (
+            identity, identity[:9], identity[1:], "^" + identity[:9])]
         queries += [{"label": ["a", "b"]}, {"is-task": ["true"]}, {"is-task": ["false"]}, {"name": ["f-o"]},
                     {"since": ["f-one"]}, {"before": ["f-two"]}, {"status": {"created": False}}]
         found[daemon] = [listed(daemon, "all=1&filters=" + urllib.parse.quote(json.dumps(query)))
@@ -3653,6 +3654,58 @@ def race_on_one_container(host: Host, clients: int, count: int) -> None:
 
 def test_races_on_one_container(host: Host) -> None:
     race_on_one_container(host, 6, 40)
+
+
+def test_a_container_that_is_killed_is_not_paused(host: Host) -> None:
+    """In the freezer of cgroup v1 it would not die."""
+    identity = host.create("sleep", NEVER)
+    host.api("POST", f"/containers/{identity}/start")
+    path, freeze, thaw = next(
+        (directory + name, freeze, thaw) for directory in host.cgroups() if identity in directory
+        for name, freeze, thaw in (("/freezer.state", "FROZEN", "THAWED"), ("/cgroup.freeze", "1", "0"))
+        if os.path.exists(directory + name))
+    Path(path).write_text(freeze)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        killed = pool.submit(host.http, "POST", f"{API}/containers/{identity}/kill")
+        wait_for(lambda: "kill" in dict(events_since(host, 1, container=[identity])))
+        answer = host.http("POST", f"{API}/containers/{identity}/pause")
+        with contextlib.suppress(OSError):
+            Path(path).write_text(thaw)
+        assert (answer.status, killed.result().status) == (409, 204)
+    assert host.api("POST", f"/containers/{identity}/wait")["StatusCode"] == 137
+    host.api("DELETE", f"/containers/{identity}")
+
+
+def test_no_process_is_left_where_descriptors_run_out(new_host: Callable[..., Host], busybox: bytes) -> None:
+    """Starts and execs with ever fewer descriptors: each fails or not, and what failed leaves nothing."""
+    import resource
+    host = new_host()
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    box = Execs(host)
+    assert host.process
+    pid, shim = host.process.pid, shims(host)[0]
+    limits, statuses = resource.prlimit(pid, resource.RLIMIT_NOFILE), set()
+    held = len(os.listdir(f"/proc/{pid}/fd"))
+    for spare in range(2, 32, 2):
+        identity = host.create("sleep", NEVER)
+        instance = host.api("POST", f"/containers/{box.id}/exec", {"Cmd": ["sleep", NEVER]})["Id"]
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (held + spare, limits[1]))
+        for path in (f"/containers/{identity}/start", f"/exec/{instance}/start"):
+            with contextlib.suppress(OSError, http.client.HTTPException):  # not even a connection
+                body = {"Detach": True} if "exec" in path else None
+                statuses.add(host.http("POST", API + path, body).status)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        runs = host.inspect(identity)["State"]["Running"]
+        lives = host.api("GET", f"/exec/{instance}/json")["Running"]
+        children = f"/proc/{shim}/task/{shim}/children"
+        wait_for(lambda: len(read_text(children).split()) == 1 + runs + lives)  # noqa: B023
+        host.api("DELETE", f"/containers/{identity}?force=1")
+        if lives:
+            os.kill(host.api("GET", f"/exec/{instance}/json")["Pid"], signal.SIGKILL)
+        wait_for(lambda: len(read_text(children).split()) == 1)  # noqa: B023
+    assert {204, 200, 500} <= statuses, statuses
+    wait_for(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= held + 2)
+    host.api("DELETE", f"/containers/{box.id}?force=1")
 
 
 @pytest.mark.torture
@@ -5451,11 +5504,13 @@ def test_parameters_are_converted(fake_api: FakeApi, raw: Raw) -> None:
     fake_api.job("stop", lambda job: None)
     query = "all=1&limit=5&size=False&filters=%7B%22status%22%3A%7B%22a+b%22%3Atrue%7D%7D&since=&x=y"
     assert raw.json("GET /containers/json?" + query) == (
-        200,
-        [{"all": True, "limit": 5, "size": False, "filters": {"status": {"a b": True}}}],
-    )
+        200, [{"all": True, "limit": 5, "size": False, "filters": '{"status":{"a b":true}}'}])
+    raw.ask("GET /v1.23/containers/json?since=x&limit=2")
+    assert dict(fake_api.seen[-1].env) == {"filters": '{"since": ["x"]}', "all": True, "limit": 2}
+    raw.ask("GET /v1.24/containers/json?since=x")
+    assert dict(fake_api.seen[-1].env) == {}
     assert raw.json("GET /containers/json?limit=x")[0] == 400
-    assert raw.json("GET /containers/json?filters=%7B")[0] == 400
+    assert raw.ask("GET /v1.23/containers/json?since=x&filters=%7B")[0] == 400
     assert raw.ask("POST /v1.41/containers/a%2Fb/stop?t=3&signal=INT")[0] == 204
     assert fake_api.seen[-1].args == ["a/b"] and dict(fake_api.seen[-1].env) == {"t": 3}
     assert (
@@ -5666,11 +5721,6 @@ def test_image_shapes(fake_api: FakeApi, raw: Raw) -> None:
         "VirtualSize": 7,
     }
     assert json.loads(fake_api.seen[-1].env["filters"]) == {"reference": ["bu*"]}
-    raw.json("GET /v1.23/containers/json?since=x&limit=2")
-    asked = fake_api.seen[-1].env
-    assert (json.loads(asked["filters"]), asked["all"], asked["limit"]) == ({"since": ["x"]}, True, 2)
-    raw.json("GET /v1.24/containers/json?since=x")
-    assert fake_api.seen[-1].env == {}
     v43, v44 = (raw.json(f"GET /v{version}/images/json")[1][0] for version in ("1.43", "1.44"))
     assert raw.json("GET /v1.51/images/json")[1][0]["Containers"] == 2
     assert v44["Containers"] == v43["Containers"] == -1
