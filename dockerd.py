@@ -19374,13 +19374,15 @@ class Container:
         finally:
             subscriber.close()
 
-    def run_through(self, write: Callable[[int, bytes], Any]) -> int:
+    def run_through(self, write: Callable[[int, bytes], Any], ended: Callable[[], bool]) -> int:
         """Start it, pass on what it prints, for which it waits, and return its exit code when all of the run
-        is over; --rm does not hold for that."""
+        is over, by force where it is `ended` by then; --rm does not hold for that."""
         self.kept, self.streams.spool = True, None
         subscriber = self.streams.subscribe(set(STREAM_NAMES))
         try:
             self.start()
+            if ended():
+                self.kill(signal.SIGKILL)
             poll = select.poll()
             poll.register(subscriber, select.POLLIN)
             while subscriber.waiting or not subscriber.ended:
@@ -20214,6 +20216,7 @@ BUILD_FLAGS = {"add": "checksum chmod chown exclude* keep-git-dir? link? unpack?
                "copy": "chmod chown exclude* from link? parents?", "run": "mount* network security"}
 PROXY_ARGUMENTS = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "FTP_PROXY", "ftp_proxy",
                    "NO_PROXY", "no_proxy")  # those that no Dockerfile has to declare
+MAX_DOCKERFILE = 16 << 20       # bytes
 BUILD_THREADS = 4               # stages that are built at the same time
 VOICE_LIMIT = 8 << 20           # bytes of output that a stage may be ahead of those before it
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_.-]*")
@@ -20472,8 +20475,11 @@ def path_matches(pattern: str, path: str) -> bool:
             at + 1, place + 1)
 
     parts, names = pattern.split("/"), path.split("/")
-    compiled = [compile_pattern(part) for part in parts]
+    compiled = list(map(_compiled_part, parts))
     return matches(0, 0)
+
+
+_compiled_part = functools.lru_cache(maxsize=1024)(compile_pattern)
 
 
 class IgnoreRules:
@@ -20597,36 +20603,35 @@ def open_place(path: str, name: str, maker: tuple[int, int], owner: tuple[int, i
 RUN_MOUNTS = {"bind": "from source target write", "cache": "from gid id mode sharing source target uid write",
               "tmpfs": "size target", "secret": "env gid id mode required source target uid",
               "ssh": "gid id mode required target uid"}
-_MOUNT_ALIASES = {"src": "source", "dst": "target", "destination": "target", "ro": "write",
-                  "readonly": "write", "rw": "write", "readwrite": "write"}
+_MOUNT_ALIASES = {"src": "source", "dst": "target", "destination": "target"}
+_MOUNT_WRITES = {"ro": "ro", "readonly": "ro", "rw": "rw", "readwrite": "rw"}
+_MOUNT_VALUES = {"uid": "[0-9]{0,9}", "gid": "[0-9]{0,9}", "mode": "[0-7]{0,4}",
+                 "sharing": "(shared|private|locked)?"}
 
 
 def parse_run_mount(text: str) -> dict[str, str]:
-    """The members of a RUN --mount, "" for those that are not given; `write` is "rw...", "ro..." or "".
+    """The members of a RUN --mount, "" for those that are not given; `write` is "rw", "ro" or "".
 
     BadParameter for what its type does not have."""
-    given: dict[str, str] = {}
+    found = dict.fromkeys("from gid id mode required sharing size source target uid write".split(), "")
+    given: dict[str, str] = {"type": "bind"}
     for word in text.split(","):
-        key, equals, value = word.partition("=")
-        name = _MOUNT_ALIASES.get(key.lower(), key.lower())
-        if name == "write":
-            value = (key[:2] if key[:2] in ("ro", "rw") else key[4:6].replace("on", "ro").replace("wr", "rw")
-                     ) if value.lower() in ("", "true", "1") else "rw" if key.startswith(
-                         ("ro", "reado")) else "ro"
-        elif name == "required":
-            value = "true" if value.lower() in ("", "true", "1") else ""
-        given[name] = value
-    kind = given.setdefault("type", "bind")
+        key, _, value = word.partition("=")
+        name, holds = _MOUNT_ALIASES.get(key.lower(), key.lower()), value.lower() in ("", "true", "1")
+        if name in _MOUNT_WRITES:
+            name, value = "write", "rw" if (_MOUNT_WRITES[name] == "rw") == holds else "ro"
+        given[name] = value if name != "required" else "true" * holds
+    kind = given["type"]
     if kind not in RUN_MOUNTS:
         raise BadParameter(f"unsupported mount type {go_quote(kind)}")
-    for name in given:
-        if name != "type" and name not in RUN_MOUNTS[kind].split():
+    for name, value in given.items():
+        if name not in ("type", *RUN_MOUNTS[kind].split()):
             raise BadParameter(f"unexpected key '{name}' for a mount of the type {kind}")
-    found = {**dict.fromkeys("from gid id mode required sharing size source target uid write".split(), ""),
-             **given}
-    if kind in ("bind", "cache", "tmpfs") and not found["target"]:
+        if not re.fullmatch(_MOUNT_VALUES.get(name, ".*"), value, re.DOTALL | re.ASCII):
+            raise BadParameter(f"invalid value of {name} for a mount: {go_quote(value)}")
+    if kind in ("bind", "cache", "tmpfs") and not given.get("target"):
         raise BadParameter(f"the target of a mount of the type {kind} is required")
-    return found
+    return {**found, **given}
 
 
 def is_git(address: str) -> bool:
@@ -20729,6 +20734,10 @@ class Stage(Instructions):
         if self.image is not None and not self.build.job.env.get_bool("withoutaux"):
             self.voice.write(message_line(aux={"ID": self.image.id}))
 
+    def globally(self, text: str) -> str:
+        """`text` with its variables replaced by arguments from before the first FROM."""
+        return ShellWord(text, self.build.global_arguments(), self.escape).expand()
+
     def needs(self) -> set[int]:
         """The numbers of the stages that its instructions name."""
         names = [step.flags["from"] for step in self.steps if step.flags.get("from")]
@@ -20736,7 +20745,7 @@ class Stage(Instructions):
                   for name in re.findall("(?:^|,)from=([^,]+)", mount)]
         found = set()
         with contextlib.suppress(DockerError):  # it will be raised where it is used
-            base = ShellWord(self.base, self.build.global_arguments(), self.escape).expand()
+            base = self.globally(self.base)
             found |= {stage.number for stage in [self.build.stage(self, base, numbers=False)] if stage}
         for name in names:
             with contextlib.suppress(DockerError):
@@ -20746,7 +20755,7 @@ class Stage(Instructions):
     def is_free(self) -> bool:
         """Whether it only changes the configuration of an image that is here."""
         try:
-            base = ShellWord(self.base, self.build.global_arguments(), self.escape).expand()
+            base = self.globally(self.base)
             if self.build.stage(self, base, numbers=False) is None and base != "scratch":
                 self.build.image_jobs.resolve(base)
         except DockerError:
@@ -20762,12 +20771,10 @@ class Stage(Instructions):
 
     def _begin(self) -> None:
         """Take the base image, and run its triggers."""
-        platform = self.origin.flags.get("platform", "")
+        platform, name = self.globally(self.origin.flags.get("platform", "")), self.globally(self.base)
         if platform:
-            platform = ShellWord(platform, self.build.global_arguments(), self.escape).expand()
             with reworded(BadParameter, f"failed to parse platform {platform}: ", BadParameter):
                 platform = str(parse_platform(platform))
-        name = ShellWord(self.base, self.build.global_arguments(), self.escape).expand()
         if not name:
             raise DockerError(f"base name ({self.base}) should not be blank")
         self.image = self.parent = self.build.image(self, name, platform)
@@ -20790,19 +20797,22 @@ class Stage(Instructions):
 
     def dispatch(self, step: Instruction) -> None:
         """Carry one instruction out, and remove its containers as the client asked for."""
-        failed = True
+        stays = not self.build.removes
         try:
             comment = self.apply(step)
             if comment is not None:
                 self.commit([*self.shell, "#(nop) ", comment])
-            failed = False
+        except DockerError:
+            stays = not self.build.stopped
+            raise
+        except BaseException:
+            stays = False
+            raise
         finally:
-            if self.build.job.env.get_bool("forcerm") or self.build.removes and not failed \
-                    or failed and (self.build.ended or self.build.job.cancelled.is_set()):
-                while self._containers:
-                    container_id = self._containers.pop()
-                    self.build.remove_container(container_id)
-                    self.voice.say(f"Removing intermediate container {container_id[:12]}\n")
+            while self._containers and not (stays and not self.build.job.env.get_bool("forcerm")):
+                container_id = self._containers.pop()
+                self.build.remove_container(container_id)
+                self.voice.say(f"Removing intermediate container {container_id[:12]}\n")
 
     # Arguments
 
@@ -20944,11 +20954,8 @@ class Stage(Instructions):
             return text + "".join(f"\n{document.text}{document.name}" for document in documents)
         if not documents[0].text.startswith("#!"):
             return documents[0].text
-        path = os.path.join(self.build.new_directory(), documents[0].name)
-        with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(documents[0].text)
-            os.fchmod(file.fileno(), 0o755)
-        place = f"/dev/pipes/{documents[0].name}"
+        path = self.build.new_file(documents[0].name, documents[0].text, 0o755)
+        place = f"/dev/pipes/{os.path.basename(path)}"
         mounts.append({"Type": "bind", "Source": path, "Target": place, "ReadOnly": True})
         return place
 
@@ -20986,8 +20993,8 @@ class Stage(Instructions):
             found, = source.find(asked["source"] or ".", literal=True)
         if kind == "cache":
             path = self.build.cache_directory(asked, found if asked["from"] else None, held)
-            return {"Type": "bind", "Source": path, "Target": target, "ReadOnly": "ro" in asked["write"]}, ""
-        readonly = not asked["write"].startswith("rw")
+            return {"Type": "bind", "Source": path, "Target": target, "ReadOnly": asked["write"] == "ro"}, ""
+        readonly = asked["write"] != "rw"
         return {"Type": "bind", "Source": self.build.bindable(found, readonly), "Target": target,
                 "ReadOnly": readonly}, found.hash
 
@@ -21035,7 +21042,7 @@ class Stage(Instructions):
         name, documents = step.name.upper(), iter(step.line.heredocs)
         try:
             found = [item for path in paths for item in (
-                self._inline(next(documents)) if documents and step.line.heredocs and HEREDOC.fullmatch(path)
+                self._inline(next(documents)) if step.line.heredocs and HEREDOC.fullmatch(path)
                 else self._find(step, source, path, to))]
         except FileNotFoundError as error:
             where = "file not found in build context or excluded by .dockerignore: " * (
@@ -21052,12 +21059,8 @@ class Stage(Instructions):
         text = document.text
         if document.expands:
             text = ShellWord(text, self.environment(), self.escape, document=True).expand()
-        directory = self.build.new_directory()
-        with open(os.path.join(directory, os.path.basename(document.name)), "w", encoding="utf-8",
-                  errors="surrogateescape") as file:
-            file.write(text)
-            os.fchmod(file.fileno(), 0o644)
-        return Source(directory).find(os.path.basename(document.name), literal=True)
+        directory, name = os.path.split(self.build.new_file(document.name, text, 0o644))
+        return Source(directory).find(name, literal=True)
 
     def _find(self, step: Instruction, source: Source, path: str, to: str) -> list[Found]:
         """What one source of COPY or ADD means."""
@@ -21312,6 +21315,9 @@ class Build:
             voice.say("\n".join([*dockerfile.warnings, end]), warning=True)
         failure = self._evaluate(dockerfile.escape)
         needed = self.stages if failure else self._needed()
+        for stage in self.stages:
+            if stage not in needed:  # a trigger may still want it
+                stage.voice.speak(aloud=False)
         number = 1 + len(self.arguments)
         for stage in needed:
             stage.first = number
@@ -21420,8 +21426,13 @@ class Build:
 
     def check(self) -> None:
         """DockerError when the build is to end."""
-        if self.ended or self.job.cancelled.is_set():
+        if self.stopped:
             raise DockerError("Build cancelled")
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the client is gone, or a stage has failed."""
+        return self.ended or self.job.cancelled.is_set()
 
     # The context
 
@@ -21473,7 +21484,7 @@ class Build:
                 if not response.headers.get("Content-Type", "").startswith("text/plain"):
                     self._unpack_context(response)
                     return None
-                text = response.read()
+                text = self._limited(response, address)
                 told = progress_bar(len(text), 0)
                 self.write(message_line(status=address, progressDetail={"current": len(text)},
                                         progress=told["progress"], id="Downloading context") + message_line())
@@ -21489,7 +21500,14 @@ class Build:
             place = f"{self.context.root}{found.real}"
             raise DockerError(f"unexpected error reading Dockerfile: read {place}: is a directory")
         with open(self.context.open(found.real), "rb") as file:
-            return file.read()
+            return self._limited(file, name)
+
+    @staticmethod
+    def _limited(file: Any, name: str) -> bytes:
+        data = read_chunk(file, MAX_DOCKERFILE + 1)
+        if len(data) > MAX_DOCKERFILE:
+            raise BadParameter(f"{name} is larger than {MAX_DOCKERFILE} bytes")
+        return data
 
     def _leave_out(self, name: str, everything: bool) -> None:
         """Remove what .dockerignore names: of a context that a client has packed only the two files which it
@@ -21525,9 +21543,9 @@ class Build:
         for stage in self.stages[:asking.number]:
             if stage.name and stage.name == name.lower():
                 return stage
-        if not numbers or _go_integer(name) is None:
+        number = _go_integer(name) if numbers else None
+        if number is None:
             return None
-        number = int(name)
         if number == asking.number:
             raise DockerError("refers to current build stage")
         if not 0 <= number < asking.number:
@@ -21582,6 +21600,14 @@ class Build:
         """An empty directory that goes at the end."""
         import tempfile
         return tempfile.mkdtemp(dir=self.directory)
+
+    def new_file(self, name: str, text: str, mode: int) -> str:
+        """A file with the last part of `name` that goes at the end; its path."""
+        path = os.path.join(self.new_directory(), os.path.basename(name))
+        with opened(path, NEW_FILE) as fd:
+            write_all(fd, text.encode("utf-8", "replace"))
+            os.fchmod(fd, mode)
+        return path
 
     def download(self, voice: Voice, address: str, to: str, checksum: str) -> Found:
         """Fetch a URL of ADD; BadParameter or DockerError where it has not the `checksum` asked for."""
@@ -21674,15 +21700,18 @@ class Build:
                         held: contextlib.ExitStack) -> str:
         """The directory of a cache of RUN, made if it is new and filled with what is `found`; `held` gives it
         back where only one step at a time may have it."""
-        name = asked["id"] or asked["target"]
-        for number in itertools.count():
-            key = hashlib.sha256(f"{name}\0{number}".encode() if number else name.encode()).hexdigest()
-            lock = self.builder.cache_locks.setdefault(key, threading.Lock())
-            if asked["sharing"] in ("", "shared"):
-                break
-            if lock.acquire(blocking=asked["sharing"] == "locked"):
-                held.callback(lock.release)
-                break
+        name, users = asked["id"] or asked["target"], self.builder.cache_users
+        changed = self.builder.cache_changed
+        keys = (hashlib.sha256(f"{name}\0{number}".encode() if number else name.encode()).hexdigest()
+                for number in itertools.count())
+        with changed:
+            key = next(keys)
+            while asked["sharing"] == "private" and users[key]:
+                key = next(keys)
+            while asked["sharing"] == "locked" and not changed.wait_for(lambda: not users[key], 1):
+                self.check()
+            users[key] += 1
+        held.callback(self.builder.give_back, key)
         path = os.path.join(self.builder.caches, key)
         os.makedirs(self.builder.caches, 0o700, exist_ok=True)
         if not os.path.isdir(path):
@@ -21714,8 +21743,7 @@ class Build:
         self.running.add(container)
         self.job.on_cancel(lambda: self._end(container))
         try:
-            self.check()
-            code = container.run_through(write)
+            code = container.run_through(write, lambda: self.stopped)
             self.check()
         finally:
             self.running.discard(container)
@@ -21744,7 +21772,8 @@ class Builder:
     def __init__(self, parts: Parts, images: Images) -> None:
         self.parts, self.images = parts, images
         self.caches = os.path.join(parts.config.data_root, "builder")
-        self.cache_locks: dict[str, threading.Lock] = {}
+        self.cache_users: collections.Counter[str] = collections.Counter()
+        self.cache_changed = threading.Condition()
         self._running: dict[str, Job] = {}
         temporary = os.path.join(parts.config.data_root, "tmp")
         for name in os.listdir(temporary):
@@ -21766,6 +21795,12 @@ class Builder:
             self._running.pop(key, None)
             trim_memory()
 
+    def give_back(self, key: str) -> None:
+        """A step has done with a cache."""
+        with self.cache_changed:
+            self.cache_users[key] -= 1
+            self.cache_changed.notify_all()
+
     @job("build_cancel")
     def cancel(self, job: Job) -> None:
         """Cancel the build with the env `id` that its client has given it."""
@@ -21779,12 +21814,13 @@ class Builder:
     def prune(self, job: Job) -> None:
         """Remove the caches of RUN --mount that no step uses."""
         deleted, size = [], 0
-        for name in os.listdir(self.caches) if os.path.isdir(self.caches) else ():
-            with self.cache_locks.setdefault(name, threading.Lock()):
-                path = os.path.join(self.caches, name)
-                size += sum(size for _, size, _ in confined(path, _file_sizes))
-                remove_tree(path)
-                deleted.append(name)
+        with self.cache_changed:
+            for name in os.listdir(self.caches) if os.path.isdir(self.caches) else ():
+                if not self.cache_users[name]:
+                    path = os.path.join(self.caches, name)
+                    size += sum(size for _, size, _ in confined(path, _file_sizes))
+                    remove_tree(path)
+                    deleted.append(name)
         job.reply({"CachesDeleted": deleted or None, "SpaceReclaimed": size})
 
 
