@@ -166,6 +166,11 @@ class Daemon:
                         total += next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
         return total / 1024
 
+    def peak(self) -> float:
+        """MiB that the daemon's own process has had at most."""
+        with open(f"/proc/{self.process.pid}/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) / 1024
+
     def create(self, variant: dict[str, Any]) -> str:
         """Create a container without a network; returns its id."""
         body = {**variant, "HostConfig": {"NetworkMode": "none", **variant.get("HostConfig", {})}}
@@ -639,6 +644,47 @@ def measure_registry(daemons: list[Daemon], rounds: int = 3) -> Rows:
         yield f"  memory over idle during the {what}", "MiB", [used[what] for used in memory]
 
 
+def measure_archives(daemons: list[Daemon], rounds: int = 2) -> Rows:
+    """Time of import, save and load of 314 MB in 21,000 files, and how far the daemon grows in it."""
+    tree, steps = plain_files(21000, 14 << 10), ("import", "save", "rmi", "load")
+    times: list[list[list[float]]] = [[] for _ in daemons]
+    for daemon, found in zip(daemons, times):
+        call, saved = daemon.connection.call, b""
+        before = daemon.peak()
+        for _ in range(rounds):
+            at = [time.perf_counter()]
+            for method, path, body in (("POST", "/images/create?fromSrc=-&repo=big&tag=1", tree),
+                                       ("GET", "/images/big:1/get", None), ("DELETE", "/images/big:1", None),
+                                       ("POST", "/images/load", None)):
+                answer = call(method, path, saved if path.endswith("load") else body)
+                saved = answer if method == "GET" else saved
+                at.append(time.perf_counter())
+            call("DELETE", "/images/big:1")
+            found.append([later - earlier for earlier, later in zip(at, at[1:])])
+        found[0].append(daemon.peak() - before)
+    for step, name in enumerate(steps):
+        yield f"{name} of 314 MB, 21,000 files", "ms", [
+            statistics.median(run[step] for run in found) * 1e3 for found in times]
+    yield "save, rmi and load together", "ms", [
+        statistics.median(sum(run[1:4]) for run in found) * 1e3 for found in times]
+    yield "  growth of the daemon at most", "MiB", [found[0][4] for found in times]
+
+
+def measure_commit(daemons: list[Daemon], rounds: int = 30) -> Rows:
+    """Time of a commit of a container with one changed file."""
+    change, times = plain_files(1, 1000), list[list[float]]([] for _ in daemons)
+    for number in range(rounds):
+        for daemon, found in zip(daemons, times):
+            call, identity = daemon.connection.call, daemon.create(VARIANTS[0])
+            call("PUT", f"/containers/{identity}/archive?path=/tmp", change)
+            begin = time.perf_counter()
+            call("POST", f"/commit?container={identity}&repo=made&tag={number}")
+            found.append(time.perf_counter() - begin)
+            call("DELETE", f"/containers/{identity}")
+            call("DELETE", f"/images/made:{number}")
+    yield "commit of one changed file", "ms", [statistics.median(found) * 1e3 for found in times]
+
+
 def measure_start(daemons: list[Daemon], rounds: int = 5) -> Rows:
     """Time from the start of the process to the first answered ping and `info`."""
     times: list[list[float]] = [[] for _ in daemons]
@@ -697,6 +743,10 @@ def main() -> None:
             measure_logs,
             measure_copies,
             measure_registry,
+
+
+            measure_commit,
+            measure_archives,
             measure_start,
         ):
             for what, unit, row in measure(daemons):

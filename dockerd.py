@@ -6780,10 +6780,11 @@ class ImageStore:
     def _fact(self, image_id: str, name: str) -> str:
         return next(read_facts(os.path.join(self._metadata, image_id[7:]), [name]))
 
-    def _write_fact(self, image_id: str, name: str, value: str, durable: bool = True) -> None:
+    def _write_fact(self, image_id: str, name: str, value: str) -> None:
+        """Note something beside an image; synced in the background, as nothing depends on it."""
         directory = os.path.join(self._metadata, image_id[7:])
         os.makedirs(directory, 0o700, exist_ok=True)
-        write_state(os.path.join(directory, name), value.encode(), durable=durable)
+        write_state(os.path.join(directory, name), value.encode(), durable=False)
 
     def create(self, raw: bytes, parent: str = "", saved: bool = True) -> Image:
         """Store the configuration `raw`, whose layers are in the layer store and held; durable on return,
@@ -6808,7 +6809,7 @@ class ImageStore:
         failpoint("image-create")
         assert image.unsaved is not None
         if image.parent:
-            self._write_fact(image.id, "parent", image.parent, durable)
+            self._write_fact(image.id, "parent", image.parent)
         write_state(image._path, image.unsaved, durable=durable)
         image.unsaved = None
 
@@ -8918,12 +8919,12 @@ class ImageArchives:
     def load(self, job: Job) -> None:
         """Read images from stdin.  env: quiet, platform."""
         text = self.images._platform(job)
-        archive = ImageArchive(job.stdin, self._directory)
-        with contextlib.closing(archive), self.images.layers.transaction() as transaction:
-            found = archive.images(parse_platform(text) if text else None)
-            for image in found:
-                self._unpack(job, transaction, archive, image)
-            transaction.sync()
+        with self.images.layers.transaction() as transaction:
+            with contextlib.closing(ImageArchive(job.stdin, self._directory)) as archive:
+                found = archive.images(parse_platform(text) if text else None)
+                for image in found:
+                    self._unpack(job, transaction, archive, image)
+            transaction.sync()  # when the archive has gone, whose bytes need not reach the disk
             ids = [self.images.store.create(image.raw).id for image in found]
             for image_id, image in zip(ids, found):
                 self._finish(job, image_id, image, ids)
