@@ -15085,7 +15085,7 @@ CORPUS: dict[str, list[Build]] = {
     "network-unknown": [based("RUN echo no network", networkmode="nowhere")],
 }
 
-REFUSED: list[Any] = [  # on busybox, unless it is a whole Build
+REFUSED_FILES: list[Any] = [  # on busybox, unless it is a whole Build
     build("# escape=`\n# escape=\\\nFROM busybox"), build("# escape=x\nFROM busybox"), build(""),
     build("# nothing\n"), "RUNN echo", build("FORM busybox"), build("LABEL a=1\nFROM busybox"),
     "STOPSIGNAL\nCMD x\nFOO", "CMD [\"a\", 1]", build("FROM"), build("FROM busybox x"),
@@ -15192,7 +15192,7 @@ def test_dockerfiles_build_as_under_the_real_dockerd(builder: Host, real_builder
 
 
 def test_dockerfiles_are_refused_as_by_the_real_dockerd(builder: Host, real_builder: Host) -> None:
-    steps = [step if isinstance(step, Build) else based(step) for step in REFUSED]
+    steps = [step if isinstance(step, Build) else based(step) for step in REFUSED_FILES]
     ours, theirs = on_both(lambda host: [seen_build(host, step, "")["printed"] for step in steps],
                            builder, real_builder)
     assert {printed[0] for printed in theirs} == {400}
