@@ -849,6 +849,11 @@ def read_text(path: str, limit: int = 1 << 20) -> str:
         return ""
 
 
+def unescaped(field: str) -> str:
+    """A path as a field of mountinfo has it, with blanks and the like in octal; proc(5)."""
+    return re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), field)
+
+
 class _ZstdBuffer(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("size", ctypes.c_size_t), ("at", ctypes.c_size_t))
 
@@ -3642,29 +3647,26 @@ class Unpacker:
         self.size += entry.size
 
     def _directory(self, name: bytes, entry: TarEntry) -> None:
-        fresh = True
         try:
             os.mkdir(name, entry.mode & 0o777)
         except FileExistsError:
-            fresh = self._clear_for_directory(name, entry)
+            self._clear_for_directory(name, entry)
         except (FileNotFoundError, NotADirectoryError):
             self._make_parents(name)
             os.mkdir(name, entry.mode & 0o777)
         self._attributes(name, entry)
-        if not fresh or entry.mode & 0o7000:
-            os.chmod(name, entry.mode)
+        os.chmod(name, entry.mode)  # also against a setgid bit from the directory above
         self._directories[name] = self._times(entry)
 
-    def _clear_for_directory(self, name: bytes, entry: TarEntry) -> bool:
-        """Make way for a directory where something is; False when that is a directory, which is kept."""
+    def _clear_for_directory(self, name: bytes, entry: TarEntry) -> None:
+        """Make way for a directory where something is, unless that is one, which is kept."""
         known = os.lstat(name)
         if stat.S_ISDIR(known.st_mode):
-            return False
+            return
         os.unlink(name)
         os.mkdir(name, entry.mode & 0o777)
         if self.whiteouts == "overlay" and is_whiteout(known):
             os.setxattr(name, OVERLAY_OPAQUE, b"y")
-        return True
 
     def _hard_link(self, name: bytes, entry: TarEntry) -> None:
         """A second name of a file in this archive, which has its attributes already."""
@@ -10988,6 +10990,8 @@ SHIM_PACKET = 1 << 16
 PROC_FILES = ("/cpuinfo", "/diskstats", "/meminfo", "/stat", "/swaps", "/uptime", "/loadavg", "/slabinfo",
               "/net/dev", "/sys/kernel/ns_last_pid", "/sys/crypto/fips_enabled")
 TIOCSPTLCK = 0x40045431
+MOUNT_MISMATCH = (": Are you trying to mount a directory onto a file (or vice-versa)? Check if the specified "
+                  "host path exists and is the expected type")
 
 
 class InitError(Exception):
@@ -11006,7 +11010,8 @@ def _open_in_root(root: int, path: str, flags: int = os.O_PATH, links: bool = Tr
 
 
 def _mount_point(root: int, path: str, directory: bool, links: bool = True) -> int:
-    """A descriptor of the place `path` to mount on, made (0755, or an empty file) where it is missing."""
+    """A descriptor of the place `path` to mount on, made (0755, or an empty file) where it is missing, also
+    where a link leads to it."""
     with contextlib.suppress(FileNotFoundError):
         return _open_in_root(root, path, links=links)
     above, name = os.path.split(path.rstrip("/"))
@@ -11017,6 +11022,9 @@ def _mount_point(root: int, path: str, directory: bool, links: bool = True) -> i
         else:
             os.mknod(name, stat.S_IFREG | 0o755, dir_fd=parent)
         return os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    except FileExistsError:
+        target = os.path.join(above, os.readlink(name, dir_fd=parent))
+        return _mount_point(root, target, directory, links)
     finally:
         os.close(parent)
 
@@ -11184,7 +11192,9 @@ class Init:
     def _mount(self, entry: dict[str, Any]) -> None:
         to = entry["to"]
         source = entry.get("from", entry.get("type", ""))
-        with reworded(InitError, f'error mounting "{source}" to rootfs at "{to}": '):
+        failed = f'error mounting "{entry.get("shown", source)}" to rootfs at "{to}": '
+        with reworded(InitError, failed), \
+                reworded(lambda text: InitError(text + MOUNT_MISMATCH, 127), failed, NotADirectoryError):
             if "node" in entry or "link" in entry:
                 with contextlib.suppress(FileExistsError):  # --device comes before the default ones
                     self._make_node(to, entry)
@@ -11203,7 +11213,11 @@ class Init:
         given = self.fds.pop(entry["from"], -1)  # what a remapped root may not reach by its path
         made = open_tree(AT_FDCWD, entry["from"], flags) if given < 0 else given
         if entry.get("volume"):
-            return _attach(made, self.root, entry["to"], allowed=self._spare_proc)
+            if entry["to"] == "/proc" and statfs_type(made) != PROC_SUPER_MAGIC:
+                raise InitError('"/proc" cannot be mounted because it is not of type proc')
+            with reworded(InitError, f'"{entry["to"]}" cannot be mounted because it is inside /proc',
+                          FileNotFoundError):  # where no other file system refuses a new name so
+                return _attach(made, self.root, entry["to"], allowed=self._spare_proc)
         if entry.get("attributes") or entry.get("propagation"):
             mount_setattr(made, "", AT_EMPTY_PATH | (AT_RECURSIVE if entry.get("recursive") else 0),
                           set=entry.get("attributes", 0), propagation=entry.get("propagation", 0))
@@ -11287,7 +11301,8 @@ class Init:
             with reworded(InitError, f"cannot make {path} read-only: "):
                 self._cover(path)
         flags = os.O_PATH | os.O_CLOEXEC | (os.O_NOFOLLOW if defended("mask-check") else 0)
-        null = os.open("/dev/null", flags)
+        with reworded(lambda text: InitError(text, 127), "cannot mask paths: stat /dev/null: "):
+            null = os.open("/dev/null", flags)
         facts = os.fstat(null)
         if defended("mask-check") and (stat.S_IFMT(facts.st_mode), facts.st_rdev) != (
                 stat.S_IFCHR, os.makedev(1, 3)):
@@ -15171,13 +15186,12 @@ def parse_bind(text: str, driver: str) -> tuple[dict[str, Any], str]:
     """A -v ([SOURCE:]TARGET[:MODE]) as (a mount like those of HostConfig.Mounts, its mode); BadParameter."""
     refusal = f"invalid volume specification: '{text}'"
     parts = text.split(":")
-    if not parts[0] or len(parts) > 3:
+    with contextlib.suppress(BadParameter):
+        if len(parts) == 2 and check_mode(parts[1]) is not None:  # a mode is for what has a source
+            parts = []
+    if not 0 < len(parts) < 4 or not parts[0]:
         raise BadParameter(refusal)
     mode = parts.pop() if len(parts) == 3 else ""
-    if len(parts) == 2 and not mode:
-        with contextlib.suppress(BadParameter):
-            check_mode(parts[1])
-            mode = parts.pop()
     words = check_mode(mode)
     source, target = parts if len(parts) == 2 else ("", parts[0])
     kind = "bind" if source[:1] == "/" else "volume"
@@ -15244,7 +15258,7 @@ def require_shared(source: str, propagation: str) -> None:
     """DockerError, as Docker's, unless the mount that holds `source` can propagate as asked."""
     found, fields = "", ""
     for line in read_text("/proc/self/mountinfo", 1 << 24).splitlines():
-        place = line.split()[4].replace("\\040", " ")
+        place = unescaped(line.split()[4])
         if len(place) >= len(found) and (source + "/").startswith(place.rstrip("/") + "/"):
             found, fields = place, line.partition(" - ")[0]
     if "shared:" not in fields and not ("slave" in propagation and "master:" in fields):
@@ -15337,7 +15351,7 @@ def make_parents(path: str, owner: tuple[int, int]) -> None:
 
 
 def copy_up(root: int, path: str, target: str) -> None:
-    """Fill the empty directory `target` with what is at `path` in the root: owners, modes, links, xattrs.
+    """Put what is at `path` in the root into the directory `target`: owners, modes, links, xattrs.
 
     Reading and writing are each confined to their directory, so that neither a hostile image nor a container
     that already uses the volume leads the copy elsewhere."""
@@ -15347,17 +15361,9 @@ def copy_up(root: int, path: str, target: str) -> None:
         return
     except NotADirectoryError:
         raise DockerError(f"cannot mount volume over existing file, file exists {path}") from None
-    with closing_fd(source), opened(target, SUBDIRECTORY) as made:
-        if os.listdir(made):
-            return
-        feed = Feed()
-        pack = start_confined(source, TreePacker(feed, IdMap(), "", attributes=True).run, failed=feed.finish)
-        try:
-            confined(made, Unpacker(TarReader(feed), "", IdMap(), UnpackLimits(0)).run)
-        finally:
-            feed.stop()
-            with contextlib.suppress(Exception):  # the feed has told of it
-                pack()
+    packer = TreePacker(Feed(), IdMap(), "", attributes=True)
+    with closing_fd(source), opened(target, SUBDIRECTORY) as made, packed(source, packer) as feed:
+        confined(made, Unpacker(TarReader(feed), "", IdMap(), UnpackLimits(0)).run)
         facts = os.fstat(source)
         os.fchown(made, facts.st_uid, facts.st_gid)
         os.fchmod(made, stat.S_IMODE(facts.st_mode))
@@ -15390,8 +15396,8 @@ class View:
         for line in read_text("/proc/thread-self/mountinfo", 1 << 24).splitlines() if mounts else ():
             place, kind = line.split()[4], line.partition(" - ")[2].split()[0]
             if place.startswith(self.place + "/") and kind == "proc" and defended("view-proc"):
-                place = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), place)
-                mount_setattr(AT_FDCWD, place, set=MOUNT_ATTR_NOSYMFOLLOW)  # the host's, bound by a client
+                # the host's, bound by a client
+                mount_setattr(AT_FDCWD, unescaped(place), set=MOUNT_ATTR_NOSYMFOLLOW)
         return root
 
     def _copies(self) -> tuple[int, list[tuple[int, str]]]:
@@ -15442,17 +15448,47 @@ class Volume:
 
     def mount(self, user: str) -> str:
         """Have its files in place while `user` needs them; where they are.  DockerError."""
-        options = self.facts["Options"] or {}
         with self.lock:
-            if options.get("device") and not os.path.ismount(self.data):
-                words = options.get("o", "").split(",")
-                flags = functools.reduce(int.__or__, [MOUNT_FLAGS.get(word, 0) for word in words])
-                data = ",".join(word for word in words if word not in MOUNT_FLAGS)
-                with reworded(DockerError, f"error while mounting volume '{self.data}': failed to mount "
-                              f"local volume: mount {options['device']}:{self.data}: "):
-                    mount(options["device"], self.data, options["type"], flags, self._resolved(data))
+            self._mount()
             self.active.add(user)
         return self.data
+
+    def _mount(self) -> None:
+        options = self.facts["Options"] or {}
+        if options.get("device") and not os.path.ismount(self.data):
+            words = options.get("o", "").split(",")
+            flags = functools.reduce(int.__or__, [MOUNT_FLAGS.get(word, 0) for word in words])
+            data = ",".join(word for word in words if word not in MOUNT_FLAGS)
+            with reworded(DockerError, f"error while mounting volume '{self.data}': failed to mount "
+                          f"local volume: mount {options['device']}:{self.data}: "):
+                mount(options["device"], self.data, options["type"], flags, self._resolved(data))
+
+    def fill(self, copy: Callable[[str], None]) -> None:
+        """Have copy(directory) fill the volume if it is empty; nobody can begin to use it meanwhile.  What a
+        failure leaves goes at once, or at the next start, unless somebody uses the volume already."""
+        with self.lock:
+            try:
+                self._mount()
+                if not os.listdir(self.data):
+                    if not self.active:
+                        open(self._filling, "w").close()
+                    copy(self.data)
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(self._filling)
+            finally:
+                self.clear_unfilled()
+                self._unmount()
+
+    def clear_unfilled(self) -> None:
+        """Remove what a fill() that did not come to its end has left."""
+        if os.path.exists(self._filling):
+            for name in os.listdir(self.data):
+                remove_tree(os.path.join(self.data, name))
+            os.unlink(self._filling)
+
+    @property
+    def _filling(self) -> str:
+        return os.path.join(self.path, "volume.filling")
 
     @staticmethod
     def _resolved(data: str) -> str:
@@ -15465,9 +15501,12 @@ class Volume:
         """`user` needs it no more."""
         with self.lock:
             self.active.discard(user)
-            if not self.active and (self.facts["Options"] or {}).get("device"):
-                with contextlib.suppress(OSError):
-                    umount(self.data, MNT_DETACH)
+            self._unmount()
+
+    def _unmount(self) -> None:
+        if not self.active and (self.facts["Options"] or {}).get("device"):
+            with contextlib.suppress(OSError):
+                umount(self.data, MNT_DETACH)
 
 
 class Volumes:
@@ -15488,6 +15527,7 @@ class Volumes:
                 self._discard(path)
             elif VOLUME_NAME.match(name) and os.path.isdir(os.path.join(path, "_data")):
                 self._volumes[name] = Volume(path, name, self._facts(path, moby.get(name.encode(), b"{}")))
+                self._volumes[name].clear_unfilled()
 
     @staticmethod
     def _facts(path: str, moby: bytes) -> dict[str, Any]:
@@ -15565,7 +15605,7 @@ class Volumes:
                 if key not in LOCAL_OPTIONS:
                     raise BadParameter(f"invalid option: {go_quote(key)}")
             size = parse_size(options.get("size", "0"))
-            missing = [needed for key in options for needed in LOCAL_OPTIONS[key] if not options.get(needed)]
+            missing = [needed for key in options for needed in LOCAL_OPTIONS[key] if needed not in options]
             check_rules(VOLUME_RULES, {"limited": size, "quota": size and has_project_quota(self.root),
                                        "missing": go_quote("".join(missing[:1])), **options})
         return size
@@ -18130,26 +18170,21 @@ class Container:
     def _make_volumes(self, undo: contextlib.ExitStack) -> None:
         """Have every volume among the mount points, and in those that are empty what the image has there."""
         table, root = self.parts.volumes, -1
-        for point in self.points:
-            if point["Type"] != "volume":
-                continue
-            options = point["Spec"].get("VolumeOptions") or {}
-            driver = options.get("DriverConfig") or {}
-            undo.callback(table.release, point["Name"], self.id, not point["Spec"].get("Source"))
-            volume = table.create(point["Name"], driver.get("Name") or point["Driver"], driver.get("Options"),
-                                  options.get("Labels"), self.id)
-            point.update(Name=volume.name, Driver="local", Source=volume.data)
-            if options.get("NoCopy") or options.get("Subpath") or point.get("ID") == "shared":
-                continue
-            if root < 0:
-                root = self.parts.layers.mount_rw(self.id)
-                undo.callback(os.close, root)
-            try:
-                copy_up(root, point["Destination"], volume.mount(self.id))
-            finally:
-                volume.unmount(self.id)
-        if root >= 0:
-            os.close(root)
+        with contextlib.ExitStack() as held:
+            for point in self.points:
+                if point["Type"] != "volume":
+                    continue
+                options = point["Spec"].get("VolumeOptions") or {}
+                driver = options.get("DriverConfig") or {}
+                volume = table.create(point["Name"], driver.get("Name") or point["Driver"],
+                                      driver.get("Options"), options.get("Labels"), self.id)
+                undo.callback(table.release, volume.name, self.id, not point["Spec"].get("Source"))
+                point.update(Name=volume.name, Driver="local", Source=volume.data)
+                if options.get("NoCopy") or options.get("Subpath") or point.get("ID") == "shared":
+                    continue
+                if root < 0:
+                    root = held.enter_context(closing_fd(self.parts.layers.mount_rw(self.id)))
+                volume.fill(functools.partial(copy_up, root, point["Destination"]))
 
     def volume_renamed(self, volume: Volume, old: str) -> None:
         """Take a volume's new name over."""
@@ -18771,8 +18806,11 @@ class Container:
         """Docker's words for a path of cp that is not there."""
         if not path:
             raise BadParameter("bad parameter: path cannot be empty")
+        if "\0" in path:
+            raise BadParameter(f"lstat {go_quote(path)}: invalid argument")
         with reworded(NotFound, f"Could not find the file {path} in container {self.name}",
-                      FileNotFoundError):
+                      FileNotFoundError), \
+                reworded(DockerError, f"lstat {path}: ", NotADirectoryError, PermissionError):
             yield
 
     @job("archive_stat", "path")
@@ -18826,7 +18864,9 @@ class Container:
             with reworded(lambda text: StartError(START_FAILED.format(text)), f'error mounting "{place}": '):
                 fd = new_tmpfs(parse_tmpfs(asked)) if place in tmpfs else self._open_mount(asked)
             held.callback(os.close, fd)
-            opened.append({"from": f"volume:{len(opened)}", "to": place, "volume": True, "fd": fd})
+            source = "tmpfs" if place in tmpfs or asked["Type"] == "tmpfs" else asked["Source"]
+            opened.append({"from": f"volume:{len(opened)}", "to": place, "volume": True, "fd": fd,
+                           "shown": source})
         return opened
 
     def _open_mount(self, point: dict[str, Any]) -> int:
@@ -22163,7 +22203,10 @@ class ContainerJobs:
         points = {point["Destination"]: point for text in host["VolumesFrom"] or ()
                   for point in self._others_points(text)}
         for place in host.get("Tmpfs") or ():
-            check_mount({"Type": "tmpfs", "Target": place})
+            try:
+                check_mount({"Type": "tmpfs", "Target": place})
+            except BadParameter as error:
+                raise BadParameter(str(error).partition(": ")[2]) from None
         taken = {os.path.normpath(place) for place in host.get("Tmpfs") or {}}
         asked = [(*parse_bind(text, host["VolumeDriver"]), True) for text in host["Binds"] or ()]
         asked += [(check_mount(mount), "", False) for mount in host.get("Mounts") or ()]
@@ -22735,7 +22778,7 @@ class Survey:
         """Mounts that another daemon has left among layers and containers: ours stand in no mount table."""
         places = (self.images.layers.driver.home + "/", self.containers + "/")
         for line in reversed(read_text("/proc/self/mountinfo").splitlines()):
-            path = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), line.split()[4])
+            path = unescaped(line.split()[4])
             if path.startswith(places):
                 self.damages.append(Damage(f"{path} is mounted",
                                            functools.partial(umount, path, MNT_DETACH), True))

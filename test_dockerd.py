@@ -8901,6 +8901,7 @@ def put(host: Host, name: str, path: str, entries: dict[str, Any], options: str 
     (["/a:/"], "", "invalid volume specification: '/a:/': invalid mount config for type \"bind\": invalid "
                    "specification: destination can't be '/'"),
     ([":/b"], "", "invalid volume specification: ':/b'"),
+    (["/b:ro"], "", "invalid volume specification: '/b:ro'"),
     (["/a:/b", "/c:/b/"], "", "Duplicate mount point: /b"),
     (["/a:/b:nocopy"], "", "invalid volume specification: '/a:/b:nocopy': invalid mount config for type "
                            '"bind": field VolumeOptions must not be specified'),
@@ -8944,6 +8945,7 @@ def test_binds_volumes_and_tmpfs_inside(host: Host, data_image: str) -> None:
     kept = Path(host.data_root, "volumes", "named", "_data")
     facts = kept.stat()
     assert (facts.st_uid, facts.st_gid, facts.st_mode & 0o7777) == (7, 8, 0o2750)
+    assert (kept / "sub").stat().st_mode & 0o7777 == 0o755  # below a setgid directory
     assert os.readlink(kept / "out") == "/etc/passwd" and (kept / "sub/file").stat().st_mode & 0o777 == 0o640
     assert (kept / "hard").stat().st_ino == (kept / "sub/file").stat().st_ino
     refused = host.http("DELETE", f"{API}/volumes/named").json["message"]
@@ -9036,6 +9038,56 @@ def test_binds_with_mapped_owners(host: Host) -> None:
     assert (code, output) == (0, b"1000:100\n")
 
 
+def test_a_copy_up_that_comes_to_no_end_leaves_the_volume_empty(tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the next container fills it; what a container that uses it has written stays."""
+    volumes = dockerd.Volumes(str(tmp_path), lambda *event: None)
+    volume = volumes.create("one")
+
+    def fail(directory: str) -> None:
+        os.makedirs(directory + "/half/way")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        volume.fill(fail)
+    assert os.listdir(volume.data) == [] and not volume.lock.locked()
+    monkeypatch.setattr(volume, "clear_unfilled", lambda: None)  # the daemon is killed
+    with pytest.raises(OSError, match="No space left"):
+        volume.fill(fail)
+    assert os.listdir(volume.data) == ["half"]
+    volume = dockerd.Volumes(str(tmp_path), lambda *event: None).get("one")
+    assert os.listdir(volume.data) == []
+    volume.mount("user")
+    with pytest.raises(OSError, match="No space left"):
+        volume.fill(fail)
+    assert os.listdir(volume.data) == ["half"]
+    volume.fill(fail)  # it is not empty: nothing is copied
+
+
+def test_places_of_mounts(host: Host, data_image: str) -> None:
+    """As in Docker: a link that leads nowhere has its target made; what is no place for it is told of."""
+    host.import_image("places", tar_of({**busybox_entries(), "dangling": link_entry("dangling", "no/where")}),
+                      *BUSYBOX_CHANGES)
+    _, output = host.run("ls", "/no/where", image="places", HostConfig={"Mounts": [
+        {"Type": "volume", "Source": "place", "Target": "/dangling"},
+        {"Type": "tmpfs", "Target": "/dangling/below"}]})
+    assert output == b"below\n"
+    file = host.path("a-file")
+    Path(file).write_text("")
+    for bind, code, text in (
+            (f"{file}:/etc", 127, f'error mounting "{file}" to rootfs at "/etc": not a directory'),
+            ("place:/proc", 128, '"/proc" cannot be mounted because it is not of type proc'),
+            ("place:/proc/new", 128, '"/proc/new" cannot be mounted because it is inside /proc'),
+            ("place:/sys/new", 128, '/sys/new": read-only file system'),
+            ("place:/dev", 127, "stat /dev/null: no such file or directory")):
+        name = host.create("true", HostConfig={"Binds": [bind + ":nocopy" if bind[0] == "p" else bind]})
+        answer = host.api("POST", f"/containers/{name}/start", status=500 if code == 128 else 400)
+        assert text in answer["message"] and host.inspect(name)["State"]["ExitCode"] == code, answer
+    host.remove_all()
+    host.api("DELETE", "/images/places")
+    host.api("DELETE", "/volumes/place")
+
+
 @pytest.mark.parametrize("running", [False, True], ids=["stopped", "running"])
 def test_cp_diff_and_export(host: Host, data_image: str, running: bool) -> None:
     name = host.create("sleep", "100", image=data_image, name="copied", User="bob",
@@ -9054,6 +9106,12 @@ def test_cp_diff_and_export(host: Host, data_image: str, running: bool) -> None:
     assert archive(host, name, "/v/file") == {"file": b"in the volume"}
     assert put(host, name, "/v", {"own": b""}, "&copyUIDGID=1").status == 200
     assert (kept.parent / "own").stat().st_uid == 1000
+    for path, status, text in (("/etc/passwd/x", 500, "lstat /etc/passwd/x: not a directory"),
+                               ("/a%00b", 400, 'lstat "/a\\u0000b": invalid argument'),
+                               ("/a%0ab", 404, "Could not find the file /a\nb in container copied"),
+                               ("", 400, "bad parameter: path cannot be empty")):
+        answer = host.http("GET", f"{API}/containers/{name}/archive?path={path}")
+        assert (answer.status, answer.json["message"]) == (status, text)
     for path, status, text in (("/vr", 500, "mounted volume is marked read-only"),
                                ("/etc/passwd", 400, "extraction point is not a directory"),
                                ("/nope", 404, "Could not find the file /nope in container copied")):
