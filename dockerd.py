@@ -887,6 +887,9 @@ class ZstdDecoder:
         return room.raw[:target.at]
 
 
+NATIVE_VERSION = 3  # of the helper's functions
+
+
 def load_native() -> Any:
     """The compiled helper `_native` beside this file, or None: every function in it has a twin in Python
     here."""
@@ -897,6 +900,9 @@ def load_native() -> Any:
     try:
         from _native import lib
     except ImportError:
+        return None
+    if getattr(lib, "HELPER_VERSION", 0) != NATIVE_VERSION:
+        log.warning("the compiled helper is that of another version, and is not used: make native")
         return None
     return lib
 

@@ -4560,6 +4560,17 @@ def test_one_copied_file_is_enough(new_host: Callable[..., Host], busybox: bytes
     assert host.run("echo", "alone") == (0, b"alone\n")
 
 
+def test_a_helper_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    helper = types.ModuleType("_native")
+    monkeypatch.setitem(sys.modules, "_native", helper)
+    found = []
+    for version in (dockerd.NATIVE_VERSION, dockerd.NATIVE_VERSION - 1):
+        helper.lib = types.SimpleNamespace(HELPER_VERSION=version)  # type: ignore[attr-defined]
+        found.append(dockerd.load_native() is helper.lib)
+    helper.lib = types.SimpleNamespace()  # type: ignore[attr-defined]
+    assert found == [True, False] and dockerd.load_native() is None
+
+
 @pytest.fixture(params=["python", "compiled"])
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """dockerd with the functions in Python, and with those of the compiled helper."""

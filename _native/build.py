@@ -4,12 +4,14 @@ import os
 from cffi import FFI
 
 DECLARATIONS = """
+#define HELPER_VERSION 3  /* NATIVE_VERSION of dockerd.py: one more whenever a declaration here changes */
 int sd_notify(const char *address, const char *state);
 int netlink_batch(int fd, const void *messages, size_t size, int count, char *text, size_t text_size);
 uint64_t crc64(uint64_t crc, const void *data, size_t size);
 """
 
 SOURCE = r"""
+#define HELPER_VERSION 3
 #include <errno.h>
 #include <stddef.h>
 #include <stdint.h>
