@@ -15575,6 +15575,139 @@ def test_compose_builds(builder: Host, tmp_path: Path, version: int) -> None:
         assert done.returncode != 0 and "DOCKER_BUILDKIT=0" in done.stderr + done.stdout
 
 
+# Builds that end early, and what they leave
+
+def open_build(host: Host, dockerfile: str) -> socket.socket:
+    """Begin a build, and return its connection when it has printed "ready"."""
+    context = context_of(dockerfile, {})
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(60)
+    sock.connect(host.socket)
+    head = f"POST {BUILD_API}/build HTTP/1.1\r\nHost: x\r\nContent-Length: {len(context)}\r\n\r\n"
+    sock.sendall(head.encode() + context)
+    said = b""
+    while b'"stream":"ready' not in said:
+        data = sock.recv(65536)
+        assert data, said
+        said += data
+    return sock
+
+
+def build_leftovers(host: Host) -> list[str]:
+    """What is there that only lasts as long as a build: containers, their layers, contexts, transactions."""
+    names = ("tmp", "containers", "image/overlay2/layerdb/tmp", "image/overlay2/layerdb/mounts")
+    return [path for name in names for path in os.listdir(os.path.join(host.data_root, name))]
+
+
+LASTING = "FROM busybox\nRUN echo {0} >/first\nRUN echo ready; trap '' TERM; sleep " + NEVER
+
+
+def test_a_build_ends_with_its_connection(new_host: Callable[..., Host], busybox: bytes) -> None:
+    """The step that runs is stopped and leaves nothing; the steps before it are in the cache.  The same after
+    the daemon's end; after a crash nothing of the build is there."""
+    host = new_host("--bridge=none", "--iptables=false")
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+
+    def images() -> int:
+        return len(host.api("GET", "/images/json?all=1"))
+
+    open_build(host, LASTING.format("gone")).close()
+    wait_for(lambda: not build_leftovers(host) and images() == 2, "the build to end")
+    answer = post_build(host, context_of("FROM busybox\nRUN echo gone >/first", {}), {})
+    assert b"Using cache" in answer.body
+    sock = open_build(host, LASTING.format("stopped"))
+    assert host.stop() == 0
+    host.start()
+    assert (build_leftovers(host), images()) == ([], 3)
+    sock = open_build(host, LASTING.format("killed"))
+    layers = len(os.listdir(os.path.join(host.data_root, "overlay2")))
+    host.kill()
+    sock.close()
+    host.start()
+    assert "failed to exit within 0 s" in host.log()  # it has no time to stop
+    wait_for(lambda: not build_leftovers(host), "what the crash left to go")
+    assert images() == 3
+    assert len(os.listdir(os.path.join(host.data_root, "overlay2"))) == layers - 3
+
+
+def test_stages_are_built_side_by_side(builder: Host) -> None:
+    """Each waits for what the other has written, so that neither could be first; they print in their order.
+    A failure of one ends the other."""
+    wait = "RUN --mount=type=cache,target=/c,id=meeting touch /c/{0}; " \
+           "while ! [ -e /c/{1} ]; do sleep 0.01; done; echo {0} >/met\n"
+    stages = "FROM busybox AS a\n" + wait.format("a", "b") + "FROM busybox AS b\n" + wait.format("b", "a")
+    last = "FROM busybox\nCOPY --from=a /met /a\nCOPY --from=b /met /b\n"
+    answer = post_build(builder, context_of(stages + last, {}), {"t": "met", "nocache": "1"})
+    assert re.findall(rb"Step (\d)/7", answer.body) == [b"%d" % number for number in range(1, 8)]
+    assert {path: file.data for path, file in image_tree(builder, "met").items() if len(path) == 1} == {
+        "a": b"a\n", "b": b"b\n"}
+    stages = "FROM busybox AS a\nRUN sleep 0.2; exit 9\nFROM busybox AS b\nRUN sleep " + NEVER + "\n"
+    answer = post_build(builder, context_of(stages + last, {}), {"forcerm": "1"})
+    assert answer.lines[-1]["errorDetail"]["code"] == 9
+    assert builder.api("GET", "/containers/json?all=1") == []
+
+
+def test_a_cache_in_use_is_not_pruned(builder: Host) -> None:
+    builder.http("POST", f"{BUILD_API}/build/prune")
+    sock = open_build(builder, "FROM busybox\nRUN --mount=type=cache,target=/used echo 1 >/used/f; "
+                               "echo ready; sleep " + NEVER)
+    post_build(builder, context_of("FROM busybox\nRUN --mount=type=cache,target=/free echo 22 >/free/f", {}),
+               {"nocache": "1"})
+    told = builder.http("POST", f"{BUILD_API}/build/prune").json
+    assert len(told["CachesDeleted"]) == 1 and told["SpaceReclaimed"] == 3
+    sock.close()
+    wait_for(lambda: builder.http("POST", f"{BUILD_API}/build/prune").json["CachesDeleted"], "the use to end")
+    assert os.listdir(os.path.join(builder.data_root, "builder")) == []
+
+
+REPOSITORY = {
+    "Dockerfile": "FROM busybox\nCOPY . /r\nRUN find /r | sort | tr '\\n' ' '\n", ".dockerignore": "*.o\n",
+    "x.o": "", "sub/Dockerfile": "FROM busybox\nLABEL sub=1\n",
+    ".gitconfig": "[core]\n\tfsmonitor = touch {0}/evil\n[alias]\n\tsubmodule = !touch {0}/evil\n",
+    ".gitmodules": '[submodule "s"]\n\tpath = s\n\turl = ext::touch {0}/evil\n\tupdate = !touch {0}/evil\n'}
+
+
+def test_contexts_from_git(builder: Host, tmp_path: Path) -> None:
+    """Branches, tags, directories; what a repository brings along configures nothing."""
+    for name, text in REPOSITORY.items():
+        (tmp_path / "repo" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "repo" / name).write_text(text.format(tmp_path) if name.startswith(".git") else text)
+    who = {"PATH": PATH, "HOME": str(tmp_path), **{f"GIT_{role}_{what}": "a@b" for role in (
+        "AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}}
+    for command in ("init -q -b master", "add .", "commit -qm first", "tag v1", "branch other",
+                    "update-server-info"):
+        subprocess.run(["git", *command.split()], cwd=tmp_path / "repo", env=who, check=True)
+    url = "http://127.0.0.1:8002/repo/.git"
+
+    def said(remote: str) -> str:
+        return str(printed(post_build(builder, None, {"remote": remote, "nocache": "1"}), Ids(builder)))
+
+    files = "/r /r/.dockerignore /r/.gitconfig /r/.gitmodules /r/Dockerfile /r/sub /r/sub/Dockerfile"
+    with builder.enter(sys.executable, "-m", "http.server", "8002", "--bind", "127.0.0.1", "-d",
+                       str(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        wait_for(lambda: ":1F42 " in read_text(f"/proc/{builder.holder.pid}/net/tcp"), "the server to listen")
+        try:
+            assert files in said(url) and files in said(url + "#v1")
+            assert "LABEL sub=1" in said(url + "#other:sub")
+            assert "error checking out nosuch" in said(url + "#nosuch")
+            assert "nosuch not within git root" in said(url + "#:nosuch")
+            assert "invalid refspec" in said(url + "#--upload-pack=touch%20/evil")
+            assert "error fetching" in said("http://127.0.0.1:8002/gone.git")
+            added = said_of(builder, f"ADD {url}#master:sub /s/\nADD --keep-git-dir {url} /g/\n"
+                                     "RUN ls -A /s /g | tr '\\n' ' '")
+            assert "/g: .dockerignore .git .gitconfig .gitmodules Dockerfile sub x.o  /s: Dockerfile" in added
+        finally:
+            server.kill()
+    assert not (tmp_path / "evil").exists()
+    assert build_leftovers(builder) == []
+
+
+def said_of(host: Host, dockerfile: str) -> str:
+    """What a build on busybox prints."""
+    answer = post_build(host, context_of("FROM busybox\n" + dockerfile, {}), {"nocache": "1"})
+    return str(printed(answer, Ids(host)))
+
+
 # What is large
 
 def wheel(name: str, source: str) -> bytes:
