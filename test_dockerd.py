@@ -9963,7 +9963,7 @@ def test_config_that_is_no_object():
     ({"LogConfig": {"Type": "json-file", "Config": {"bogus": "1"}}},
      "unknown log opt 'bogus' for json-file log driver"),
     ({"ExtraHosts": ["x"]}, 'bad format for add-host: "x"'),
-    ({"ExtraHosts": ["a:b"]}, "b is not an ip address"),
+    ({"ExtraHosts": ["a:b"]}, 'invalid IP address in add-host: "b"'),
     ({"DeviceRequests": [{"Driver": "cdi", "Count": 1, "DeviceIDs": ["a/b=c"]}]},
      "cannot set both Count and DeviceIDs on device request"),
     ({"Ulimits": [{"Name": "bogus", "Soft": 1, "Hard": 1}]}, "invalid ulimit type: bogus"),
