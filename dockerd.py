@@ -7267,6 +7267,14 @@ class Images:
             self._delete_image(image, force, prune, reference is not None, records)
         return records
 
+    def remove_names(self, image: Image) -> list[dict[str, str]]:
+        """Remove an image by each of its names, but what something needs; what was untagged and deleted."""
+        records: list[dict[str, str]] = []
+        for name in [reference.familiar for reference in self.tags.references(image.id)] or [image.id]:
+            with contextlib.suppress(Conflict, NotFound):  # a container came, or it has gone
+                records += self.remove(name)
+        return records
+
     @job("image_prune")
     def prune(self, job: Job) -> None:
         """Remove the images without a tag, with the filter `dangling`=false all, that no container has and
@@ -7283,9 +7291,7 @@ class Images:
                         dangling and self._names(references)[0]) or image.created_ns > latest or (
                         not matches_labels(filters, image.labels)) or job.cancelled.is_set():
                     continue
-                for name in [reference.familiar for reference in references] or [image.id]:
-                    with contextlib.suppress(Conflict, NotFound):  # a container came, or it has gone
-                        records += self.remove(name)
+                records += self.remove_names(image)
         reclaimed = sum(sizes.get(record.get("Deleted", ""), 0) for record in records)
         self.event("prune", "", {"reclaimed": str(reclaimed)})
         job.reply({"ImagesDeleted": records or None, "SpaceReclaimed": reclaimed})
@@ -7327,11 +7333,6 @@ class Images:
         parent = self.store.get(image.parent)
         if prune and parent is not None:
             self._delete_image(parent, False, True, True, records)
-
-    def discard(self, image: Image, records: list[dict[str, str]]) -> None:
-        """Remove an image with all its names; Conflict when a container or another image needs it."""
-        self._check_conflicts(image, False, references=False)
-        self._delete_image(image, True, True, False, records)
 
     def _check_conflicts(self, image: Image, force: bool, references: bool = True) -> None:
         """Conflict when something needs the image: children and running containers always, tags (not without
@@ -7381,20 +7382,21 @@ class ImageGarbage:
         days, space, records = self.config.image_gc_days, self.config.image_gc_space, list[dict[str, str]]()
         for used, image in self._unused() if days or space else ():
             old = 0 < days <= (time.time_ns() - used) / 86400e9
-            if old or 0 < space < sum(layer.size for layer in self.images.layers.all()):
-                with contextlib.suppress(DockerError):  # it is another's parent, or used since
-                    self.images.discard(image, records)
-                    log.info("removed the image %s, unused since %s", image.id, rfc3339nano(used))
+            if old or 0 < space < sum(self.images.layers.sizes().values()):
+                log.info("removing the image %s, unused since %s", image.id, rfc3339nano(used))
+                records += self.images.remove_names(image)
         return records
 
     def _unused(self) -> list[tuple[int, Image]]:
         """(last use, image) of those that may go, the longest unused first; notes who is used now."""
         found, noted, self._used = [], self._used, set()
-        for image in self.images.store.all():
+        images = self.images.store.all()
+        parents = {image.parent for image in images}
+        for image in images:
             used, references = self.images.store.last_used(image), self.images.tags.references(image.id)
             if not used or image.id in noted or self.images.users(image.id):
                 self.images.store.touch(image, "lastUsed")
-            elif not references or any(reference.digest for reference in references):
+            elif image.id not in parents and (not references or any(name.digest for name in references)):
                 found.append((used, image))
         return sorted(found, key=lambda pair: pair[0])
 
