@@ -8368,7 +8368,8 @@ class Pulls:
             transaction.sync()
             image = self.images.store.create(raw)
             for layer in layers:
-                self.images.note_blob(layer.diff_id, layer.blob.digest, reference.name)
+                if layer.blob.kind.endswith("gzip"):  # as what a push says that it is
+                    self.images.note_blob(layer.diff_id, layer.blob.digest, reference.name)
             names = [reference.stored(), reference._replace(tag="", digest=digest)]
             changed = any(self.images.tags.get(name) != image.id for name in names)
             for name in names:
@@ -8444,7 +8445,7 @@ class Pulls:
 
 
 class Upload:
-    """A layer on its way into the repository `name`, and the lines that tell the client of it.
+    """A layer on its way into the repository of `reference`, and the lines that tell the client of it.
 
     `stop` is set when the push is to end, and by the upload itself when it fails."""
 

@@ -11463,7 +11463,9 @@ class FakeRegistry(http.server.ThreadingHTTPServer):
         """The manifest of an image of these layers, whose blobs are kept."""
         rootfs = {"type": "layers", "diff_ids": [sha256(archive) for archive in archives]}
         raw = json.dumps({"architecture": "amd64", "os": "linux", "rootfs": rootfs, **config}).encode()
-        return {"config": self.blob(raw), "layers": [self.blob(compress(archive)) for archive in archives]}
+        kind = "application/vnd.docker.image.rootfs.diff.tar.gzip"
+        return {"config": self.blob(raw),
+                "layers": [self.blob(compress(archive), mediaType=kind) for archive in archives]}
 
     def requests(self, text: str) -> list[Any]:
         """The headers of the requests whose path has `text`."""
@@ -12080,6 +12082,9 @@ def test_a_layer_is_taken_for_what_it_is_not_for_what_its_type_says(pull_rig: Pu
     pull_rig.run("pull", f"{registry.name}/a/b:1")
     layers = pull_rig.run("image_inspect", f"{registry.name}/a/b:1")["RootFS"]["Layers"]
     assert layers == [sha256(archive) for archive in archives]
+    pull_rig.run("push", f"{registry.name}/a/b:1")
+    pushed = json.loads(registry.manifests["a/b", "1"][1])["layers"]
+    assert [gzip.decompress(registry.blobs[layer["digest"]]) for layer in pushed] == archives
 
 
 def test_bombs_are_refused_unless_an_option_allows_them(pull_rig: PullRig, registry: FakeRegistry,
