@@ -24,7 +24,7 @@ COMPOSE_STAMP := .cache/compose/.complete-$(shell echo "$(COMPOSE_PACKAGES)" | m
 SOFTWARE_PACKAGES := gcc libc6-dev nginx-light python3-pip
 SOFTWARE_STAMP := .cache/software/.complete-$(shell echo "$(SOFTWARE_PACKAGES)" | md5sum | cut -c 1-8)
 # What the tests call, and the package that has it.
-TOOLS := cc:gcc debootstrap:debootstrap ip:iproute2 iptables-restore:iptables ldd:libc-bin mkfs.btrfs:btrfs-progs \
+TOOLS := cc:gcc dbus-daemon:dbus-daemon dbus-send:dbus-bin debootstrap:debootstrap ip:iproute2 iptables-restore:iptables ldd:libc-bin mkfs.btrfs:btrfs-progs \
 	mkfs.ext4:e2fsprogs mkfs.xfs:xfsprogs nft:nftables nsenter:util-linux openssl:openssl ps:procps ss:iproute2 \
 	unshare:util-linux
 VM_TOOLS := qemu-system-x86_64:qemu-system-x86

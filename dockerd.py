@@ -293,6 +293,7 @@ NFT_RETURN = -5
 NF_ACCEPT = 1
 NF_DROP = 0
 NF_INET_FORWARD = 2
+NF_INET_LOCAL_IN = 1
 NF_INET_LOCAL_OUT = 3
 NF_INET_POST_ROUTING = 4
 NF_INET_PRE_ROUTING = 0
@@ -10808,10 +10809,10 @@ def dbus_unpack(data: bytes, signature: str, at: int = 0) -> tuple[list[Any], in
     return values, at
 
 
-def dbus_call(serial: int, member: str, signature: str, values: Iterable[Any]) -> bytes:
-    """The message that calls a method of systemd's manager."""
+def dbus_call(serial: int, member: str, signature: str, values: Iterable[Any], **other: str) -> bytes:
+    """The message that calls a method of systemd's manager, or of one that `other` fields name."""
     body = dbus_pack(bytearray(), signature, values)
-    given = {"member": member, "signature": signature}
+    given = {"member": member, "signature": signature, **other}
     fields = [(number, (kind, given.get(name, value)))
               for number, (name, kind, value) in enumerate(_DBUS_FIELDS, 1) if given.get(name, value)]
     head = dbus_pack(bytearray(struct.pack("<4B2I", ord("l"), 1, 0, 1, len(body), serial)), "a(yv)", [fields])
@@ -10820,6 +10821,8 @@ def dbus_call(serial: int, member: str, signature: str, values: Iterable[Any]) -
 
 class Systemd:
     """One conversation with systemd's manager; DockerError with what it says when it refuses."""
+
+    other: dict[str, str] = {}  # fields of a message to somebody else
 
     def __init__(self, path: str = _SYSTEMD_SOCKET) -> None:
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
@@ -10847,7 +10850,7 @@ class Systemd:
         """Call a method of the manager; what it returns."""
         serial, fields = next(self._serial), {}  # type: int, dict[str, Any]
         with reworded(DockerError, f"systemd does not answer {member}: "):
-            self._connection.sendall(dbus_call(serial, member, signature, values))
+            self._connection.sendall(dbus_call(serial, member, signature, values, **self.other))
             while fields.get("reply") != serial:
                 fields, body = self._receive()
         if "error" in fields:
@@ -10877,6 +10880,22 @@ class Systemd:
         if len(data) < size:
             raise ConnectionResetError(errno.ECONNRESET, "it has closed the connection")
         return data
+
+
+class MessageBus(Systemd):
+    """The same with the host's message bus, which passes signals on."""
+
+    other = {"path": "/org/freedesktop/DBus", "interface": "org.freedesktop.DBus",
+             "destination": "org.freedesktop.DBus"}
+
+    def signals(self, *rules: str) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+        """(fields, values) of each signal that a match rule chooses; ends only with an error."""
+        self.call("Hello", "")
+        for rule in rules:
+            self.call("AddMatch", "s", f"type='signal',{rule}")
+        self._connection.settimeout(None)
+        while True:
+            yield self._receive()
 
 
 def unit_properties(settings: Iterable[Setting]) -> list[tuple[str, tuple[str, Any]]]:
@@ -13264,6 +13283,12 @@ class Iptables(Firewall):
         ("open", "filter", "-I", "DOCKER-ISOLATION-STAGE-2", "-o {0.bridge} -j DROP"),
         ("masquerade", "nat", "-I", "POSTROUTING", "-s {0.subnet} ! -o {0.bridge} -j MASQUERADE"),
         ("proxied", "nat", "-I", "DOCKER", "-i {0.bridge} -j RETURN"),
+        ("direct", "filter", "-I", "DOCKER-ISOLATION-STAGE-2",
+         "-o {0.bridge} -m conntrack --ctstate DNAT -j RETURN"),
+        ("direct", "nat", "-I", "POSTROUTING", "-o {0.bridge} -m addrtype --src-type LOCAL -j MASQUERADE"),
+        # such a bridge takes packets of loopback's (route_localnet)
+        ("direct 4", "filter", "-I", "INPUT",
+         "-i {0.bridge} -d 127.0.0.0/8 -m conntrack --ctstate NEW -j DROP"),
         ("port", "nat", "-A", "DOCKER", "{host}{outside}-p {0.protocol} -m {0.protocol} --dport {0.port} "
          "-j DNAT --to-destination {target}:{0.target_port}"),
         ("port", "nat", "-A", "POSTROUTING", "-s {0.target} -d {0.target} -p {0.protocol} -m {0.protocol} "
@@ -13275,8 +13300,9 @@ class Iptables(Firewall):
         ("link", "filter", "-I", "DOCKER", "-s {0.child} -d {0.parent} -i {0.bridge} -o {0.bridge} "
          "-p {0.protocol} -m {0.protocol} --sport {0.port} -j ACCEPT"),
     )
-    LEFT_OVER = re.compile(r"-A (?:FORWARD|PREROUTING|OUTPUT|POSTROUTING) .*(?:-j DOCKER\b|-[io] (?:docker0|"
-                           r"br-[0-9a-f]{12})\b)|-A POSTROUTING -s (\S+) -d \1 .*-j MASQUERADE")
+    LEFT_OVER = re.compile(r"-A (?:INPUT|FORWARD|PREROUTING|OUTPUT|POSTROUTING) .*(?:-j DOCKER\b|"
+                           r"-[io] (?:docker0|br-[0-9a-f]{12})\b)|"
+                           r"-A POSTROUTING -s (\S+) -d \1 .*-j MASQUERADE")
 
     def _change(self, version: int, fresh: list[Any], stale: list[Any]) -> None:
         lines = [line for rule in stale for line in self._lines(rule, remove=True)]
@@ -13299,7 +13325,7 @@ class Iptables(Firewall):
             holds = {"icc" if rule.icc else "no icc", "internal" if rule.internal else "open"}
             if not rule.internal:
                 holds |= {"masquerade"} if rule.masquerade else set()
-                holds |= {"proxied"} if self.proxied else set()
+                holds |= {"proxied"} if self.proxied else {"direct", f"direct {rule.version}"}
         elif isinstance(rule, PortRule):
             holds, words = {"port"}, {"host": "" if rule.host.is_unspecified else f"-d {rule.host} ",
                                       "outside": f"! -i {rule.bridge} " if self.proxied else "",
@@ -13351,7 +13377,7 @@ class Iptables(Firewall):
             words = line.split()
             ours = any(word in ("-i", "-o") and name in bridges for word, name in zip(words, words[1:]))
             if line.startswith("-A ") and table in self.CHAINS and (self.LEFT_OVER.match(line) or (
-                    ours and words[1] in ("FORWARD", "POSTROUTING"))):
+                    ours and words[1] in ("INPUT", "FORWARD", "POSTROUTING"))):
                 yield table, line
 
 
@@ -13411,6 +13437,7 @@ class Nftables(Firewall):
         table = (("prerouting", "nat", NF_INET_PRE_ROUTING, -100, nat),
                  ("output", "nat", NF_INET_LOCAL_OUT, -100, nat),
                  ("postrouting", "nat", NF_INET_POST_ROUTING, 100, nat),
+                 ("input", "filter", NF_INET_LOCAL_IN, 0, NF_ACCEPT),
                  ("forward", "filter", NF_INET_FORWARD, 0, policy))
         return {row[0]: nft_chain(self.TABLE, *row) for row in table}
 
@@ -13419,8 +13446,8 @@ class Nftables(Firewall):
         that no bridge reaches another."""
         bridges, lines = self._of_kind(version, BridgeRule), []
         accept, drop, leave = (nft_verdict(code) for code in (NF_ACCEPT, NF_DROP, NFT_RETURN))
+        loopback = ipaddress.ip_network("127.0.0.0/8" if version == 4 else "::1/128")
         if self.proxied:
-            loopback = ipaddress.ip_network("127.0.0.0/8" if version == 4 else "::1/128")
             lines += [("prerouting", nft_interface(rule.bridge) + leave) for rule in bridges]
             lines.append(("output", nft_network(loopback, True) + leave))
         lines += [(chain, self._translation(version, exact))
@@ -13441,9 +13468,11 @@ class Nftables(Firewall):
             if rule.masquerade and not rule.internal:
                 lines.append(("postrouting", source + nft_interface(rule.bridge, True, False)
                               + nft_expression("masq")))
-            if not self.proxied:  # a container that reaches itself or a neighbour by the host's port
-                lines.append(("postrouting", source + inward + nft_ct(2, IPS_DST_NAT)
-                              + nft_expression("masq")))
+            if not self.proxied:  # who reaches itself or a neighbour by the host's port, and loopback
+                local = nft_expression("fib", a1=NFT_REGISTER, a2=3, a3=1) + nft_compare(struct.pack("=I", 2))
+                lines += [("postrouting", who + inward + nft_ct(2, IPS_DST_NAT) + nft_expression("masq"))
+                          for who in (source, local)]
+                lines.append(("input", inside + nft_network(loopback, True) + nft_ct(0, 8) + drop))  # new
         lines += [("forward", nft_interface(rule.bridge) + accept) for rule in bridges]
         return [(NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, nft_rule(self.TABLE, chain, line))
                 for chain, line in lines]
@@ -13515,6 +13544,19 @@ def choose_firewall(config: Any, forwarding: bool) -> Firewall:
         log.warning("no firewall: networks are not isolated, and published ports take the proxy (%s)",
                     "; ".join(failures))
     return Firewall(proxied, forwarding)
+
+
+def follow_firewalld(rebuild: Callable[[], Any], path: str = "/run/dbus/system_bus_socket") -> None:
+    """Call `rebuild` whenever firewalld, which flushes all rules then, has started or reloaded; returns where
+    there is no message bus."""
+    name = "org.fedoraproject.FirewallD1"
+    with noted(log.debug, "firewalld is not followed", DockerError, OSError):
+        for fields, values in MessageBus(path).signals(f"interface='{name}',member='Reloaded'",
+                                                       f"member='NameOwnerChanged',arg0='{name}'"):
+            if fields.get("member") == "Reloaded" or any(values[2:]):  # the name's new owner
+                log.info("firewalld has reloaded: the firewall's rules are written anew")
+                with noted(log.error, "the firewall's rules", DockerError, OSError):
+                    rebuild()
 
 
 class ProxyClient(HelperClient):
@@ -14447,6 +14489,7 @@ class Networks:
         for record in records if isinstance(records, list) else []:
             self.table[record["Id"]] = Network(record)
         self.firewall = choose_firewall(self.config, self._enable_forwarding(4))
+        threading.Thread(target=follow_firewalld, args=(self.firewall.rebuild,), daemon=True).start()
         self._load_predefined()
         for network in self.table.values():
             try:

@@ -8437,6 +8437,11 @@ SERVE = ("busybox", "nc", "-ll", "-p", "80", "-e", "cat", "/etc/hostname")
 FETCH = f"{PEER}/bin/busybox nc -w 2 {{}} {{}} < /dev/null"
 
 
+def backend_of(networked: Networked) -> str:
+    """The firewall back end of a networked host."""
+    return next(name for name, options in BACKENDS.items() if networked.host.options[-1] == options[-1])
+
+
 @pytest.fixture(scope="module", params=sorted(BACKENDS))
 def networked(request: pytest.FixtureRequest, busybox: bytes) -> Iterator[Networked]:
     """A networked host with each firewall back end."""
@@ -8466,7 +8471,7 @@ def test_a_published_port_is_reached_from_everywhere(networked: Networked) -> No
         fetch = f"nc -w 2 {HOST_ADDRESS} 8080 < /dev/null"
         assert docker("exec", name, "sh", "-c", fetch) == "web"
     assert networked.from_outside(FETCH.format(HOST_ADDRESS, 8081)) == ""
-    if networked.host.options[-1] != BACKENDS["none"][0]:
+    if backend_of(networked) != "none":
         assert networked.from_outside(FETCH.format(own, 80)) == ""
         assert docker("exec", "user", "sh", "-c", f"nc -w 1 {own} 80 < /dev/null", status=None) == ""
     docker("rm", "-f", "web", "user")
@@ -8513,7 +8518,7 @@ def test_user_networks_resolve_and_are_apart(networked: Networked) -> None:
     assert "one.left" in docker("exec", "two", "nslookup", address)
     assert docker("exec", "two", "ping", "-c", "1", "-W", "2", "one")
     assert address not in docker("exec", "three", "nslookup", "-type=a", "one", status=None)
-    if networked.host.options[-1] != BACKENDS["none"][0]:
+    if backend_of(networked) != "none":
         docker("exec", "three", "ping", "-c", "1", "-W", "1", address, status=1)
     docker("network", "connect", "left", "three")
     assert address in docker("exec", "three", "nslookup", "-type=a", "one")
@@ -8625,9 +8630,18 @@ def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
         networked.close()
 
 
+BUS = """<busconfig><listen>unix:path=/run/dbus/system_bus_socket</listen><auth>EXTERNAL</auth>
+<policy context="default"><allow user="*"/><allow own="*"/><allow send_type="signal"/>
+<allow send_type="method_call"/><allow receive_type="signal"/><allow receive_type="method_return"/></policy>
+</busconfig>"""
+RELOADED = ("dbus-send --bus=unix:path=/run/dbus/system_bus_socket --type=signal / "
+            "org.fedoraproject.FirewallD1.Reloaded")
+
+
 def test_networks_heal(busybox: bytes) -> None:
-    """A proxy that is killed is followed by another; flushed rules come back at a reload; names follow a
-    rename; and what a container's end leaves while there is no daemon goes at its start."""
+    """A proxy that is killed is followed by another; flushed rules come back at a reload, the daemon's or
+    firewalld's; names follow a rename; and what a container's end leaves while there is no daemon goes at its
+    start."""
     networked = Networked("--live-restore")
     docker, host = networked.docker, networked.host
 
@@ -8635,7 +8649,11 @@ def test_networks_heal(busybox: bytes) -> None:
         found = re.search(r"proxy.,pid=(\d+)", networked.shell("ss -Hlntp"))
         return int(found[1]) if found else 0
 
+    Path(host.path("bus")).write_text(BUS)
+    networked.shell("mount -t tmpfs run /run && mkdir /run/dbus")
+    bus = host.enter("dbus-daemon", "--nofork", "--config-file=" + host.path("bus"))
     try:
+        wait_for(lambda: networked.shell("ls /run/dbus"), "the message bus")
         host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
         before = networked.state()
         docker("network", "create", "mine")
@@ -8657,6 +8675,8 @@ def test_networks_heal(busybox: bytes) -> None:
         assert host.process
         host.process.send_signal(signal.SIGHUP)
         wait_for(lambda: networked.from_outside(FETCH.format(HOST_ADDRESS, 8080)) == "server\n", "its rules")
+        networked.shell("iptables -F; iptables -t nat -F")
+        wait_for(lambda: networked.shell(f"{RELOADED}; iptables-save | grep DNAT", False), "its rules again")
         host.kill()
         os.kill(proxy(), signal.SIGKILL)
         host.start()
@@ -8669,6 +8689,8 @@ def test_networks_heal(busybox: bytes) -> None:
         docker("network", "rm", "mine")
         wait_for(lambda: networked.state() == before, "what the containers left")
     finally:
+        bus.kill()
+        bus.wait()
         networked.close()
 
 
@@ -8730,6 +8752,122 @@ def test_a_thousand_cycles_leave_nothing(networked: Networked) -> None:
         for each in running:
             each.result()
         assert_given_back(networked, before)
+
+
+@pytest.mark.parametrize("backend", ["iptables", "nftables"])
+def test_without_the_proxy(busybox: bytes, backend: str) -> None:
+    """--userland-proxy=false: the kernel alone leads to a published port, from loopback, from the neighbour,
+    from the container itself and from others on its bridge and on another; there is no proxy process, and
+    loopback, which the bridge's packets may have as their source now, is no target of theirs."""
+    networked = Networked("--userland-proxy=false", *BACKENDS[backend])
+    docker, host = networked.docker, networked.host
+    try:
+        host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        before = networked.state()
+        docker("network", "create", "other")
+        docker("run", "-d", "--name", "web", "--hostname", "web", "-p", "8080:80", *SERVE)
+        docker("run", "-d", "--name", "near", "busybox", "sleep", NEVER)
+        docker("run", "-d", "--name", "far", "--net", "other", "busybox", "sleep", NEVER)
+        for place in ("127.0.0.1", HOST_ADDRESS, "172.17.0.1"):
+            assert networked.shell(FETCH.format(place, 8080)) == "web\n", place
+        assert networked.from_outside(FETCH.format(HOST_ADDRESS, 8080)) == "web\n"
+        for name in ("web", "near", "far"):
+            assert docker("exec", name, "sh", "-c", f"nc -w 2 {HOST_ADDRESS} 8080 < /dev/null") == "web", name
+        assert not [pid for pid in host.own_processes() if "proxy" in read_text(f"/proc/{pid}/cmdline")]
+        with open(f"/proc/{host.holder.pid}/ns/net") as namespace:
+            listener = dockerd.in_network(namespace.fileno(), socket.create_server, ("127.0.0.1", 9999))
+        pid, reach = docker("inspect", "-f", "{{.State.Pid}}", "near"), ("nc", "-w", "1", "127.0.0.1", "9999")
+        networked.shell(f"nsenter -n -t {pid} sh -c 'echo 1 > /proc/sys/net/ipv4/conf/eth0/route_localnet; "
+                        "ip addr del 127.0.0.1/8 dev lo; ip route add 127.0.0.1 via 172.17.0.1'")
+        with listener:
+            listener.setblocking(False)
+            docker("exec", "near", *reach, status=1)
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+            networked.shell("iptables -D INPUT -i docker0 -d 127.0.0.0/8 -m conntrack --ctstate NEW "
+                            "-j DROP || nft flush chain ip dockerd input")
+            docker("exec", "-d", "near", *reach)
+            listener.settimeout(20)
+            listener.accept()[0].close()  # so it was that rule
+        assert "already allocated" in docker.run("run", "-p", "8080:80", "busybox", "true", status=125).stderr
+        docker("rm", "-f", "web", "near", "far")
+        docker("network", "rm", "other")
+        wait_for(lambda: networked.state() == before, "what the containers left")
+    finally:
+        networked.close()
+
+
+def test_sctp_ports(networked: Networked) -> None:
+    """They are led by the kernel's rules; a kernel that has no sctp itself has no proxy for them."""
+    docker, before = networked.docker, networked.state()
+    docker("run", "-d", "--name", "sctp", "-p", "7000:80/sctp", "busybox", "sleep", NEVER)
+    assert docker("port", "sctp").splitlines()[0] == "80/sctp -> 0.0.0.0:7000"
+    rules = networked.shell("iptables-save; nft list table ip dockerd 2>/dev/null", False)
+    expected = {"iptables": "-p sctp -m sctp --dport 7000 -j DNAT --to-destination 172.17.0.2:80",
+                "nftables": "sctp . 7000 : 172.17.0.2 . 80"}.get(backend_of(networked), "")
+    assert expected in rules, rules
+    docker.run("run", "-p", "7000:80/sctp", "busybox", "true", status=125)
+    docker("rm", "-f", "sctp")
+    wait_for(lambda: networked.state() == before, "what the container left")
+
+
+def test_macvlan(networked: Networked) -> None:
+    """A container with a place of its own in the host's network, reached from a neighbour, with names."""
+    docker, before = networked.docker, networked.state()
+    docker("network", "create", "-d", "macvlan", "-o", "parent=up0", "--subnet", "10.99.0.0/24",
+           "--gateway", OUTSIDE, "--ip-range", "10.99.0.64/26", "lan")
+    docker("run", "-d", "--name", "one", "--net", "lan", "busybox", "sleep", NEVER)
+    docker("run", "-d", "--name", "two", "--net", "lan", "--ip", "10.99.0.90", "busybox", "sleep", NEVER)
+    assert "macvlan mode bridge" in networked.shell(
+        f"nsenter -n -t {docker('inspect', '-f', '{{.State.Pid}}', 'one')} ip -d link show eth0")
+    assert "1 packets received" in docker("exec", "one", "ping", "-c", "1", "-W", "2", OUTSIDE)
+    assert "1 packets received" in docker("exec", "one", "ping", "-c", "1", "-W", "2", "two")
+    assert " 0% packet loss" in networked.from_outside(f"{PEER}/bin/busybox ping -c 1 -W 2 10.99.0.90")
+    assert "default via " + OUTSIDE in docker("exec", "one", "ip", "route")
+    assert "Address already in use" in docker.run(
+        "run", "--net", "lan", "--ip", "10.99.0.90", "busybox", "true", status=125).stderr
+    docker("rm", "-f", "one", "two")
+    docker("network", "rm", "lan")
+    assert "up0" in networked.shell("ip link show up0")
+    wait_for(lambda: networked.state() == before, "what the containers left")
+
+
+def test_link_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The messages for links that not every kernel has: ipvlan, VLANs, a parent of the network's own."""
+    def made(message: bytes) -> tuple[dict[int, bytes], str, dict[int, bytes]]:
+        values = dockerd.attributes(message[32:])
+        info = dockerd.attributes(values[dockerd.IFLA_LINKINFO])
+        kind = info[dockerd.IFLA_INFO_KIND].rstrip(b"\0").decode()
+        return values, kind, dockerd.attributes(info.get(dockerd.IFLA_INFO_DATA, b""))
+
+    def network(driver: str, **options: str) -> dockerd.Network:
+        body = {"IPAM": {"Config": [{"Subnet": "10.1.0.0/24"}]}, "Options": options}
+        return dockerd.Network(dockerd.network_record("n", driver, body))
+
+    settings = {**dockerd.ENDPOINT, "EndpointID": "e" * 64, "MacAddress": "02:42:0a:01:00:02"}
+    for driver, mode, data in (
+            ("macvlan", "private", struct.pack("=I", 1)), ("macvlan", "vepa", struct.pack("=I", 2)),
+            ("macvlan", "passthru", struct.pack("=I", 8)), ("macvlan", "", struct.pack("=I", 4)),
+            ("ipvlan", "", struct.pack("=H", 0)), ("ipvlan", "l3", struct.pack("=H", 1)),
+            ("ipvlan", "l3s", struct.pack("=H", 2))):
+        endpoint = dockerd.Endpoint(network(driver, parent="lo", **{f"{driver}_mode": mode}), dict(settings))
+        endpoint.link = "eth0"
+        values, kind, found = made(endpoint.message(5))
+        assert (kind, found[1]) == (driver, data)
+        assert values[dockerd.IFLA_LINK] == struct.pack("=I", 1) and values[dockerd.IFLA_IFNAME] == b"eth0\0"
+        assert values[dockerd.IFLA_NET_NS_FD] == struct.pack("=I", 5)
+        assert (dockerd.IFLA_ADDRESS in values) == (driver == "macvlan")
+    sent: list[bytes] = []
+    monkeypatch.setattr(dockerd, "netlink_batch", lambda messages: sent.extend(messages))
+    for own, wanted in (("lo.10", "vlan"), ("dm-0123456789ab", "dummy")):
+        below = network("ipvlan", parent=own)
+        below.record["OwnLink"] = own
+        dockerd.Networks._make_links(None, below)  # type: ignore[arg-type]
+        values, kind, found = made(sent.pop())
+        assert kind == wanted and values[dockerd.IFLA_IFNAME] == own.encode() + b"\0"
+        if kind == "vlan":
+            assert found[dockerd.IFLA_VLAN_ID] == struct.pack("=H", 10)
+            assert values[dockerd.IFLA_LINK] == struct.pack("=I", 1)
 
 
 COMPOSED = """
