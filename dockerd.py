@@ -8732,21 +8732,20 @@ class ImageArchive:
         self._places: dict[str, tuple[int, int]] = {}
         self._links: dict[str, str] = {}
         try:
-            for entry in (reader := TarReader(decompress(stream))):
+            for entry in (reader := TarReader(stream)):
                 self._keep(reader, entry)
         except BaseException:
             self._file.close()
             raise
 
     def _keep(self, reader: TarReader, entry: TarEntry) -> None:
-        name, target = os.fsdecode(entry.name), os.fsdecode(entry.link)
-        name = os.path.normpath("/" + name)
+        name, target = _rooted(os.fsdecode(entry.name)), os.fsdecode(entry.link)
         if len(self._places) + len(self._links) > ARCHIVE_ENTRIES:
             raise BadParameter(f"the archive of images has more than {ARCHIVE_ENTRIES} files")
         if entry.kind == SYMLINK:
             self._links[name] = os.path.join(os.path.dirname(name), target)
         elif entry.kind == HARD_LINK:
-            self._links[name] = "/" + target
+            self._links[name] = _rooted(target)
         elif entry.kind == REGULAR and entry.sparse is None:
             self._places[name] = os.lseek(self._file.fileno(), 0, os.SEEK_CUR), entry.stored
             reader.copy(self._file.fileno(), entry.stored)
@@ -8760,9 +8759,9 @@ class ImageArchive:
         self._file.close()
 
     def _place(self, path: str) -> Optional[tuple[int, int]]:
-        name = os.path.normpath("/" + path)
+        name = _rooted(path)
         for _ in range(8):
-            name = os.path.normpath(self._links.get(name, name))
+            name = _rooted(self._links.get(name, name))
         return self._places.get(name)
 
     def has(self, path: str) -> bool:
@@ -8864,6 +8863,11 @@ class ImageArchive:
         return list(found.values())
 
 
+def _rooted(path: str) -> str:
+    """The path from the root, without empty, '.' and '..' parts."""
+    return os.path.normpath("/" + path.lstrip("/"))
+
+
 def _tag_to_load(text: str) -> Reference:
     reference = parse_reference(text)
     if not reference.tag or reference.digest:
@@ -8932,7 +8936,8 @@ class ImageArchives:
         """Read images from stdin.  env: quiet, platform."""
         text = self.images._platform(job)
         with self.images.layers.transaction() as transaction:
-            with contextlib.closing(ImageArchive(job.stdin, self._directory)) as archive:
+            stream = decompress(job.stdin, self.images.layers.limits.ratio)
+            with contextlib.closing(ImageArchive(stream, self._directory)) as archive:
                 found = archive.images(parse_platform(text) if text else None)
                 for image in found:
                     self._unpack(job, transaction, archive, image)

@@ -13165,7 +13165,8 @@ def other_form(rig: ImageRig, form: str) -> bytes:
     items = json.loads(files["manifest.json"])
     if form == "layout":
         del files["manifest.json"], files["repositories"]
-        return tar_of({f"./{name}": data for name, data in files.items()})
+        return tar_of({f"./{name}" if name.startswith("blobs/") else f"//{name}": data
+                       for name, data in files.items()})
     if form == "nested":  # as containerd writes one of several platforms, its layers compressed
         inner, manifests = json.loads(files["index.json"]), []
         for entry in inner["manifests"]:
