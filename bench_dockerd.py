@@ -463,29 +463,48 @@ def measure_running(daemons: list[Daemon], count: int = 20) -> Rows:
     yield "memory, each further container", "MiB", figures
 
 
-def measure_stats(daemons: list[Daemon], count: int = 30, seconds: float = 6) -> Rows:
-    """CPU time of a daemon while a client follows the stats of each of `count` containers."""
-    figures = []
-    for daemon in daemons:
-        call = daemon.connection.call
-        identities = [daemon.create({"Image": "one", "Cmd": ["sleep", "100000"]}) for _ in range(count)]
-        with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
-            for identity in identities:
-                call("POST", f"/containers/{identity}/start")
-                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+def measure_hundred(daemons: list[Daemon], count: int = 100, seconds: float = 6) -> Rows:
+    """Time of a list of `count` running containers, in turns; and CPU time of a daemon while a client follows
+    the stats of each."""
+    variant: dict[str, Any] = {"Image": "one", "Cmd": ["sleep", "100000"]}
+    identities = [[daemon.create(variant) for _ in range(count)] for daemon in daemons]
+    for daemon, own in zip(daemons, identities):
+        for identity in own:
+            daemon.connection.call("POST", f"/containers/{identity}/start")
+    settle(daemons)
+    times: list[list[float]] = [[] for _ in daemons]
+    for _ in range(30):
+        for daemon, found in zip(daemons, times):
+            begin = time.perf_counter()
+            with socket.socket(socket.AF_UNIX) as sock:  # as in measure_ping
                 sock.connect(f"{daemon.directory}/sock")
-                sock.sendall(f"GET /containers/{identity}/stats HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-                selector.register(sock, selectors.EVENT_READ)
-            begin, before = time.monotonic(), 0.0
-            while time.monotonic() < begin + 3 + seconds:
-                for key, _ in selector.select(0.1):
-                    key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
-                if not before and time.monotonic() > begin + 3:
-                    before = daemon.cpu()
-            figures.append((daemon.cpu() - before) / count / seconds * 1e3)
-        for identity in identities:
-            call("DELETE", f"/containers/{identity}?force=1")
+                sock.sendall(b"GET /containers/json HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                answer = b"".join(iter(lambda: sock.recv(1 << 17), b""))  # noqa: B023
+            found.append((time.perf_counter() - begin) * 1e3)
+            if answer.count(b'"Names"') != count:
+                raise RuntimeError(f"{daemon.name} does not list its {count} containers")
+    yield f"ps with {count} containers", "ms", [statistics.median(found) for found in times]
+    figures = [_cpu_of_stats(daemon, own, seconds) for daemon, own in zip(daemons, identities)]
     yield "CPU of stats, a container and second", "ms", figures
+    for daemon, own in zip(daemons, identities):
+        for identity in own:
+            daemon.connection.call("DELETE", f"/containers/{identity}?force=1")
+
+
+def _cpu_of_stats(daemon: Daemon, identities: list[str], seconds: float) -> float:
+    with contextlib.ExitStack() as stack, selectors.DefaultSelector() as selector:
+        for identity in identities:
+            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+            sock.connect(f"{daemon.directory}/sock")
+            sock.sendall(f"GET /containers/{identity}/stats HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            selector.register(sock, selectors.EVENT_READ)
+        begin, before = time.monotonic(), 0.0
+        while time.monotonic() < begin + 3 + seconds:
+            for key, _ in selector.select(0.1):
+                key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
+            if not before and time.monotonic() > begin + 3:
+                before = daemon.cpu()
+        return (daemon.cpu() - before) / len(identities) / seconds * 1e3
 
 
 def measure_after(daemons: list[Daemon]) -> Rows:
@@ -738,7 +757,7 @@ def main() -> None:
             functools.partial(measure_exec, count=max(20, options.n // 3)),
             functools.partial(measure_cpu, count=max(5, options.n // 10)),
             measure_running,
-            measure_stats,
+            measure_hundred,
             measure_after,
             measure_logs,
             measure_copies,

@@ -2837,21 +2837,28 @@ def parse_timestamp(text: str) -> int:
 
     Unix seconds with a fraction, RFC 3339 (also shortened to minutes or the day; without a zone in the local
     one), or a Go duration, which is so long before now."""
+    try:
+        moment = _moment(text)
+        return time.time_ns() - int(parse_duration(text) * 10**9) if moment is None else moment
+    except (ValueError, OverflowError, BadParameter):
+        raise BadParameter(f"strconv.ParseInt: parsing {go_quote(text)}: invalid syntax") from None
+
+
+@functools.lru_cache(maxsize=4096)
+def _moment(text: str) -> Optional[int]:
+    """The same for what tells the time itself, which a list of containers asks for again and again."""
     match = _UNIX_TIME.fullmatch(text)
     if match:
         fraction = int((match[2] or "").ljust(9, "0"))
         return int(match[1]) * 10**9 + (-fraction if text.startswith("-") else fraction)
     match = _TIMESTAMP.fullmatch(text)
-    try:
-        if match:
-            date, minutes, seconds, digits, zone = match.groups()
-            whole = _date_seconds(f"{date}T{minutes or '00:00'}{seconds or ':00'}", zone is not None)
-            if zone and zone != "Z":
-                whole -= int(zone[0] + "1") * (int(zone[1:3]) * 3600 + int(zone[4:]) * 60)
-            return whole * 10**9 + int((digits or "").ljust(9, "0"))
-        return time.time_ns() - int(parse_duration(text) * 10**9)
-    except (ValueError, OverflowError, BadParameter):
-        raise BadParameter(f"strconv.ParseInt: parsing {go_quote(text)}: invalid syntax") from None
+    if not match:
+        return None
+    date, minutes, seconds, digits, zone = match.groups()
+    whole = _date_seconds(f"{date}T{minutes or '00:00'}{seconds or ':00'}", zone is not None)
+    if zone and zone != "Z":
+        whole -= int(zone[0] + "1") * (int(zone[1:3]) * 3600 + int(zone[4:]) * 60)
+    return whole * 10**9 + int((digits or "").ljust(9, "0"))
 
 
 def parse_atoi(text: str) -> int:
@@ -17358,11 +17365,12 @@ STATUS_TEXTS: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
 
 def status_text(state: dict[str, Any], now: int) -> str:
     """The STATUS of `docker ps` from `state` as inspect shows it; `now` in nanoseconds since 1970."""
-    begun, ended = (human_duration((now - parse_timestamp(state[key])) / 10**9)
-                    for key in ("StartedAt", "FinishedAt"))
-    health = (state.get("Health") or {}).get("Status", "none")
-    facts = {**state, "begun": begun, "ended": ended, "health": health}
-    return next(text for holds, text in STATUS_TEXTS if holds(facts)).format_map(facts)
+    facts = {**state, "health": (state.get("Health") or {}).get("Status", "none")}
+    text = next(text for holds, text in STATUS_TEXTS if holds(facts))
+    for name, key in (("begun", "StartedAt"), ("ended", "FinishedAt")):
+        if name in text:
+            facts[name] = human_duration((now - parse_timestamp(state[key])) / 10**9)
+    return text.format_map(facts)
 
 
 # Names: what one may be, and one at random for a container that is given none
@@ -22413,16 +22421,17 @@ class ContainerJobs:
                   and container.record["Created"] > bounds.get("since", "")
                   and ("before" not in bounds or container.record["Created"] < bounds["before"])
                   and container_matches(container, filters, self.images)]
-        job.reply([container.summary(env.get_bool("size"), self._image_name(container))
-                   for container in listed[:limit if limit > 0 else None]])
+        meant = functools.lru_cache(maxsize=None)(self._image_meant)  # many have one image
+        job.reply([container.summary(
+            env.get_bool("size"), name if meant(name) == container.image_id else container.image_id)
+            for container in listed[:limit if limit > 0 else None]
+            for name in [container.config.get("Image") or ""]])
 
-    def _image_name(self, container: Container) -> str:
-        """The name that the container was made with, while that still means its image; else the id."""
-        name = container.config.get("Image") or ""
-        try:
-            return name if self.images.resolve(name).id == container.image_id else container.image_id
-        except DockerError:
-            return container.image_id
+    def _image_meant(self, name: str) -> str:
+        """The id of the image that a name means by now, "" for none."""
+        with contextlib.suppress(DockerError):
+            return str(self.images.resolve(name).id)
+        return ""
 
 
 class Statistics:

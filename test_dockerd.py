@@ -292,7 +292,7 @@ class Host:
                 return self.http("GET", "/_ping").status == 200
             return False
 
-        wait_for(answered, f"the daemon to answer:\n{self.log()}", 30)
+        wait_for(answered, f"the daemon to answer:\n{self.log()}", 120)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """End the daemon by a signal, SIGTERM if none is named; returns its exit code."""
