@@ -72,8 +72,9 @@ class Connection(http.client.HTTPConnection):
         self.sock.settimeout(self.timeout)
         self.sock.connect(self.path)
 
-    def call(self, method: str, path: str, body: Any = None) -> Any:
-        """One request, JSON both ways (bytes are sent as they are); RuntimeError when the daemon refuses."""
+    def call(self, method: str, path: str, body: Any = None, raw: bool = False) -> Any:
+        """One request, JSON both ways (bytes are sent as they are, a `raw` answer too); RuntimeError when the
+        daemon refuses."""
         headers = {"Content-Type": "application/x-tar" if isinstance(body, bytes) else "application/json"}
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         self.request(method, path, data, headers if data is not None else {})
@@ -81,7 +82,7 @@ class Connection(http.client.HTTPConnection):
         answer = response.read()
         if response.status >= 300:
             raise RuntimeError(f"{method} {path}: {response.status} {answer!r}")
-        return json.loads(answer) if answer[:1] in (b"{", b"[") else answer
+        return json.loads(answer) if not raw and answer[:1] in (b"{", b"[") else answer
 
 
 class Daemon:
@@ -704,6 +705,36 @@ def measure_commit(daemons: list[Daemon], rounds: int = 30) -> Rows:
     yield "commit of one changed file", "ms", [statistics.median(found) * 1e3 for found in times]
 
 
+BUILT_STEPS = "FROM one\n" + "".join(f"RUN echo {number} >/{number}\nCOPY 0/0 /to/{number}\n"
+                                     for number in range(10))
+
+
+def context(dockerfile: str, count: int, size: int) -> bytes:
+    """A build context: the Dockerfile, and plain_files()."""
+    stream = io.BytesIO(plain_files(count, size))
+    with tarfile.open(fileobj=stream, mode="a") as tar:
+        entry = tarfile.TarInfo("Dockerfile")
+        entry.size = len(dockerfile)
+        tar.addfile(entry, io.BytesIO(dockerfile.encode()))
+    return stream.getvalue()
+
+
+def measure_builds(daemons: list[Daemon], rounds: int = 5) -> Rows:
+    """Time of builds: 20 small steps without and with the cache, and a context of 500 MB."""
+    small, large = context(BUILT_STEPS, 1, 1000), context("FROM one\nCOPY . /all\n", 100, 5 << 20)
+    for what, body, query, times in (("20 RUN and COPY steps", small, "?nocache=1", rounds),
+                                     ("  all from the cache", small, "", rounds),
+                                     ("context of 500 MB, COPY", large, "?nocache=1", 2)):
+        found: list[list[float]] = [[] for _ in daemons]
+        for _ in range(times):
+            for daemon, each in zip(daemons, found):
+                begin = time.perf_counter()
+                if b"Successfully built" not in daemon.connection.call("POST", f"/build{query}", body, True):
+                    raise RuntimeError(f"{daemon.name}: the build of {what} failed")
+                each.append((time.perf_counter() - begin) * 1e3)
+        yield f"build: {what}", "ms", [statistics.median(each) for each in found]
+
+
 def measure_start(daemons: list[Daemon], rounds: int = 5) -> Rows:
     """Time from the start of the process to the first answered ping and `info`."""
     times: list[list[float]] = [[] for _ in daemons]
@@ -762,8 +793,7 @@ def main() -> None:
             measure_logs,
             measure_copies,
             measure_registry,
-
-
+            measure_builds,
             measure_commit,
             measure_archives,
             measure_start,
