@@ -15189,6 +15189,9 @@ VOLUME_RULES = (
             "the size is that of the volume's own directory: leave out device"),
     Refusal(lambda v: v["missing"] != '""', "missing required option: {missing}"),
 )
+KEEP_LABELS = frozenset(
+    "/ /bin /boot /dev /etc /home /lib /lib64 /media /mnt /opt /proc /root /run /sbin /srv /sys /tmp /usr "
+    "/usr/bin /usr/lib /usr/lib64 /usr/local /usr/sbin /usr/share /var /var/lib /var/log /var/run".split())
 LOCAL_OPTIONS = {"device": ("type",), "type": ("device",), "o": ("device", "type"), "size": ()}
 MOUNT_ATTRIBUTES = {"ro": MOUNT_ATTR_RDONLY, "nosuid": MOUNT_ATTR_NOSUID, "nodev": MOUNT_ATTR_NODEV,
                     "noexec": MOUNT_ATTR_NOEXEC, "noatime": MOUNT_ATTR_NOATIME,
@@ -15400,6 +15403,26 @@ def open_below(directory: Union[str, int], subpath: str) -> int:
             place = openat2(top, subpath.strip("/") or ".", os.O_PATH, 0, rules)
         with closing_fd(place):
             return open_tree(place, "", AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC)
+
+
+def relabel(source: str, context: str, shared: bool) -> None:
+    """Give what is bound from `source` the SELinux context of the container's files, without its categories
+    where it is `shared` with others: the words z and Z.  DockerError for the host's own directories."""
+    path = os.path.realpath(source)
+    if path in KEEP_LABELS:
+        raise DockerError(f"SELinux relabeling of {path} is not allowed")
+    value = (":".join([*context.split(":")[:3], "s0"]) if shared else context).encode()
+    with contextlib.suppress(OSError):  # a file system without labels
+        os.setxattr(path, "security.selinux", value)
+        if os.path.isdir(path):
+            confined(path, _relabel_below, value)
+
+
+def _relabel_below(value: bytes) -> None:
+    for directory, folders, files in os.walk("."):
+        for name in folders + files:
+            with contextlib.suppress(FileNotFoundError):
+                os.setxattr(os.path.join(directory, name), "security.selinux", value, follow_symlinks=False)
 
 
 def make_parents(path: str, owner: tuple[int, int]) -> None:
@@ -18952,6 +18975,9 @@ class Container:
                 "propagation": "", "read/write": "true" if point["RW"] else "false"})
         elif not point["SkipMountpointCreation"] and not os.path.lexists(source):
             make_parents(source, self.idmap.root)
+        words = {"z", "Z"}.intersection(point.get("Relabel", "").split(","))
+        if words and self.record["MountLabel"]:
+            relabel(source, self.record["MountLabel"], "z" in words)
         return open_bind(source, point, self.idmap)
 
     def _release_mounts(self) -> None:

@@ -9213,6 +9213,69 @@ def test_a_copy_up_that_comes_to_no_end_leaves_the_volume_empty(tmp_path: Path,
     volume.fill(fail)  # it is not empty: nothing is copied
 
 
+def test_labels_of_binds(tmp_path: Path) -> None:
+    """z and Z, as far as a kernel without SELinux has it: each file's attribute, never through a link."""
+    (tmp_path / "bound/sub").mkdir(parents=True)
+    (tmp_path / "outside").write_text("")
+    (tmp_path / "bound/sub/file").write_text("")
+    os.symlink(tmp_path / "outside", tmp_path / "bound/link")
+    for shared, level in ((False, b"s0:c1,c2"), (True, b"s0")):
+        dockerd.relabel(str(tmp_path / "bound"), "system_u:object_r:container_file_t:s0:c1,c2", shared)
+        labels = {os.getxattr(tmp_path / name, "security.selinux", follow_symlinks=False)
+                  for name in ("bound", "bound/sub", "bound/sub/file", "bound/link")}
+        assert labels == {b"system_u:object_r:container_file_t:" + level}
+    assert "security.selinux" not in os.listxattr(tmp_path / "outside")
+    with pytest.raises(DockerError, match="^SELinux relabeling of /usr is not allowed$"):
+        dockerd.relabel("/usr/../usr", "a:b:c:s0", True)
+
+
+COMPOSED_DATA = """
+version: "3.7"
+services:
+  app:
+    image: busybox
+    command: sleep 1000
+    network_mode: none
+    stop_grace_period: 0s
+    environment: {STEP: "%s"}
+    volumes:
+      - data:/data
+      - ./bound:/bound
+      - /anonymous
+      - {type: tmpfs, target: /memory}
+    tmpfs: [/scratch]
+volumes:
+  data: {labels: {kept: "yes"}}
+"""
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_compose_with_data(host: Host, version: int) -> None:
+    """What is in volumes and binds survives recreation, what is in a tmpfs does not; down -v removes them."""
+    compose = Compose(version, host, COMPOSED_DATA % "one")
+    compose("up", "-d")
+    docker = Docker(docker_clis()[max(docker_clis())], host)
+    places = ("data", "bound", "anonymous", "memory", "scratch")
+    write = "; ".join(f"echo {place} >/{place}/file" for place in places)
+    first = compose("ps", "-q", "app")
+    docker("exec", first, "sh", "-c", write)
+    compose = Compose(version, host, COMPOSED_DATA % "two")
+    compose("up", "-d")
+    second = compose("ps", "-q", "app")
+    read = "; ".join(f"cat /{place}/file" for place in places)
+    shown = docker.run("exec", second, "sh", "-c", read + "; true").stdout.split()
+    assert first != second and shown == ["data", "bound", "anonymous"]
+    assert Path(host.path("bound", "file")).read_text() == "bound\n"
+    compose("down")
+    assert "project_data" in volume_names(host)
+    compose("up", "-d")
+    assert docker("exec", compose("ps", "-q", "app"), "cat", "/data/file") == "data"
+    compose("down", "-v")
+    assert docker("volume", "ls", "-q", "-f", "label=kept=yes") == ""
+    assert "project_data" not in volume_names(host)
+    shutil.rmtree(host.path("bound"))
+
+
 def test_places_of_mounts(host: Host, data_image: str) -> None:
     """As in Docker: a link that leads nowhere has its target made; what is no place for it is told of."""
     host.import_image("places", tar_of({**busybox_entries(), "dangling": link_entry("dangling", "no/where")}),
