@@ -22446,7 +22446,7 @@ class ContainerJobs:
                   if (everything or container.state.running)
                   and container.record["Created"] > bounds.get("since", "")
                   and ("before" not in bounds or container.record["Created"] < bounds["before"])
-                  and container_matches(container, filters, self.images)]
+                  and (not filters or container_matches(container, filters, self.images))]
         meant = functools.lru_cache(maxsize=None)(self._image_meant)  # many have one image
         job.reply([container.summary(
             env.get_bool("size"), name if meant(name) == container.image_id else container.image_id)
