@@ -211,6 +211,7 @@ class Host:
     """A daemon in namespaces of its own, on files of its own; `options` are further flags of the daemon."""
 
     running: list[Host] = []
+    version = API  # what stands before a path of its API
 
     def __init__(
         self,
@@ -462,11 +463,13 @@ class Host:
     def remove_all(self) -> None:
         """Remove every container."""
         for container in self.api("GET", "/containers/json?all=1"):
-            self.http("DELETE", f"{API}/containers/{container['Id']}?force=1&v=1")
+            self.http("DELETE", f"{self.version}/containers/{container['Id']}?force=1&v=1")
 
 
 class Peer(Host):
     """The real dockerd of the machine's Debian, from its packages unpacked beside the project."""
+
+    version = ""
 
     def __init__(self, *options: str) -> None:
         libraries = [
@@ -789,7 +792,7 @@ def bridgeless(busybox: bytes) -> Iterator[Host]:
 
 
 @pytest.fixture(scope="session")
-def peer(busybox: bytes) -> Iterator[Host]:
+def shared_peer(busybox: bytes) -> Iterator[Host]:
     """The real dockerd, with the image busybox."""
     host = Peer()
     try:
@@ -797,6 +800,13 @@ def peer(busybox: bytes) -> Iterator[Host]:
         yield host
     finally:
         host.close()
+
+
+@pytest.fixture
+def peer(shared_peer: Host) -> Iterator[Host]:
+    """The real dockerd; a test's containers are removed after it."""
+    yield shared_peer
+    shared_peer.remove_all()
 
 
 @pytest.fixture(params=sorted(docker_clis()))
@@ -8476,7 +8486,7 @@ def test_a_published_port_is_reached_from_everywhere(networked: Networked) -> No
         assert docker("exec", "user", "sh", "-c", f"nc -w 1 {own} 80 < /dev/null", status=None) == ""
     docker("rm", "-f", "web", "user")
     docker("network", "rm", "other")
-    wait_for(lambda: networked.state() == before, "what the containers left")
+    wait_for(lambda: set(networked.state()) <= set(before), "what the containers left")
 
 
 ECHO = ("import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('', 53)); print(flush=True)\n"
@@ -8625,7 +8635,7 @@ def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
         assert len(set(taken)) == 3, taken
         docker("rm", "-f", "web", "user", third)
         docker("network", "rm", "mine")
-        wait_for(lambda: networked.state() == before, "what the containers left")
+        wait_for(lambda: set(networked.state()) <= set(before), "what the containers left")
     finally:
         networked.close()
 
@@ -8687,7 +8697,7 @@ def test_networks_heal(busybox: bytes) -> None:
         host.start()
         docker("rm", "-f", "site", "user")
         docker("network", "rm", "mine")
-        wait_for(lambda: networked.state() == before, "what the containers left")
+        wait_for(lambda: set(networked.state()) <= set(before), "what the containers left")
     finally:
         bus.kill()
         bus.wait()
@@ -8706,7 +8716,7 @@ def published_cycle(host: Host, port: str = "") -> None:
 
 def assert_given_back(networked: Networked, before: list[str]) -> None:
     """No link, rule, socket, namespace, process or address is left of any container."""
-    wait_for(lambda: networked.state() == before, "what the containers left")
+    wait_for(lambda: set(networked.state()) <= set(before), "what the containers left")
     host = networked.host
     assert host.api("GET", "/networks/bridge")["Containers"] == {}
     wait_for(lambda: networked.docker("run", "--rm", "busybox", "hostname", "-i") == "172.17.0.2")
@@ -8792,7 +8802,7 @@ def test_without_the_proxy(busybox: bytes, backend: str) -> None:
         assert "already allocated" in docker.run("run", "-p", "8080:80", "busybox", "true", status=125).stderr
         docker("rm", "-f", "web", "near", "far")
         docker("network", "rm", "other")
-        wait_for(lambda: networked.state() == before, "what the containers left")
+        wait_for(lambda: set(networked.state()) <= set(before), "what the containers left")
     finally:
         networked.close()
 
@@ -8803,12 +8813,13 @@ def test_sctp_ports(networked: Networked) -> None:
     docker("run", "-d", "--name", "sctp", "-p", "7000:80/sctp", "busybox", "sleep", NEVER)
     assert docker("port", "sctp").splitlines()[0] == "80/sctp -> 0.0.0.0:7000"
     rules = networked.shell("iptables-save; nft list table ip dockerd 2>/dev/null", False)
-    expected = {"iptables": "-p sctp -m sctp --dport 7000 -j DNAT --to-destination 172.17.0.2:80",
-                "nftables": "sctp . 7000 : 172.17.0.2 . 80"}.get(backend_of(networked), "")
+    address = docker("inspect", "-f", "{{.NetworkSettings.Networks.bridge.IPAddress}}", "sctp").strip()
+    expected = {"iptables": f"-p sctp -m sctp --dport 7000 -j DNAT --to-destination {address}:80",
+                "nftables": f"sctp . 7000 : {address} . 80"}.get(backend_of(networked), "")
     assert expected in rules, rules
     docker.run("run", "-p", "7000:80/sctp", "busybox", "true", status=125)
     docker("rm", "-f", "sctp")
-    wait_for(lambda: networked.state() == before, "what the container left")
+    wait_for(lambda: set(networked.state()) <= set(before), "what the container left")
 
 
 def test_macvlan(networked: Networked) -> None:
@@ -8829,7 +8840,7 @@ def test_macvlan(networked: Networked) -> None:
     docker("rm", "-f", "one", "two")
     docker("network", "rm", "lan")
     assert "up0" in networked.shell("ip link show up0")
-    wait_for(lambda: networked.state() == before, "what the containers left")
+    wait_for(lambda: set(networked.state()) <= set(before), "what the containers left")
 
 
 def test_link_requests(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -8911,7 +8922,7 @@ def test_compose_with_two_networks(networked: Networked, version: int) -> None:
     compose("up", "-d", "--scale", "user=2")
     compose("down", "-t", "0")
     assert docker("network", "ls", "-q", "-f", "label=com.docker.compose.project=project") == ""
-    wait_for(lambda: networked.state() == before, "what the project left")
+    wait_for(lambda: set(networked.state()) <= set(before), "what the project left")
 
 
 def test_links_open_what_icc_closes(busybox: bytes) -> None:
@@ -15425,9 +15436,9 @@ def builder(bridgeless: Host) -> Iterator[Host]:
 
 
 @pytest.fixture(scope="session")
-def real_builder(peer: Host) -> Iterator[Host]:
+def real_builder(shared_peer: Host) -> Iterator[Host]:
     """The real dockerd that builds."""
-    with building(peer) as host:
+    with building(shared_peer) as host:
         yield host
 
 
