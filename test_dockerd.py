@@ -4239,10 +4239,12 @@ def test_links_flipped_during_copy_up(new_host: Callable[..., Host], defended: b
     inside = f"/proc/{host.inspect(name)['State']['Pid']}/root/v"
 
     def replace() -> None:
-        while True:
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(inside + "/sub", inside + "/old")
-                return os.symlink(secret, inside + "/sub")
+        while not os.path.exists(inside + "/sub"):
+            pass
+        os.symlink(secret, inside + "/link")
+        paths = [os.fsencode(f"{inside}/{each}") for each in ("link", "sub")]
+        arguments = -100, paths[0], -100, paths[1], 2  # AT_FDCWD, RENAME_EXCHANGE
+        assert ctypes.CDLL(None).renameat2(*arguments) == 0
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         replaced = pool.submit(replace)
