@@ -8431,6 +8431,15 @@ class Networked:
                  if "DNAT" in line or "/32" in line or "elements" in line]
         return links + rules + self.shell("ss -Hlntu").split("\n")
 
+    def start(self, busybox: bytes) -> None:
+        """Start the daemon, with the image busybox."""
+        self.host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        self.idle = self.state()
+
+    def await_idle(self) -> None:
+        """Wait until all is as it was before the first container, nothing more and nothing less."""
+        wait_for(lambda: self.state() == self.idle, "what containers have left")
+
     def close(self) -> None:
         """Stop everything."""
         self.host.remove_all()
@@ -8459,7 +8468,7 @@ def networked(request: pytest.FixtureRequest, busybox: bytes) -> Iterator[Networ
     """A networked host with each firewall back end."""
     made = Networked(*BACKENDS[request.param])
     try:
-        made.host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        made.start(busybox)
         yield made
     finally:
         made.close()
@@ -8468,7 +8477,7 @@ def networked(request: pytest.FixtureRequest, busybox: bytes) -> Iterator[Networ
 def test_a_published_port_is_reached_from_everywhere(networked: Networked) -> None:
     """From the host's loopback and its other address, from a neighbour, from the container itself and from
     one on another network; the neighbour reaches no other port and not the container's own address."""
-    docker, before = networked.docker, networked.state()
+    docker = networked.docker
     docker("network", "create", "other")
     docker("run", "-d", "--name", "web", "--hostname", "web", "-p", "8080:80", "-p", "127.0.0.1:8081:80",
            *SERVE)
@@ -8488,7 +8497,7 @@ def test_a_published_port_is_reached_from_everywhere(networked: Networked) -> No
         assert docker("exec", "user", "sh", "-c", f"nc -w 1 {own} 80 < /dev/null", status=None) == ""
     docker("rm", "-f", "web", "user")
     docker("network", "rm", "other")
-    wait_for(lambda: set(networked.state()) <= set(before), "what the containers left")
+    networked.await_idle()
 
 
 ECHO = ("import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('', 53)); print(flush=True)\n"
@@ -8614,8 +8623,7 @@ def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
     networked = Networked("--live-restore")
     docker, host = networked.docker, networked.host
     try:
-        host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
-        before = networked.state()
+        networked.start(busybox)
         docker("network", "create", "mine")
         docker("run", "-d", "--name", "web", "--hostname", "web", "--net", "mine", "-p", "8080:80", *SERVE)
         docker("run", "-d", "--name", "user", "--net", "mine", "busybox", "sleep", NEVER)
@@ -8637,7 +8645,7 @@ def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
         assert len(set(taken)) == 3, taken
         docker("rm", "-f", "web", "user", third)
         docker("network", "rm", "mine")
-        wait_for(lambda: set(networked.state()) <= set(before), "what the containers left")
+        networked.await_idle()
     finally:
         networked.close()
 
@@ -8666,8 +8674,7 @@ def test_networks_heal(busybox: bytes) -> None:
     bus = host.enter("dbus-daemon", "--nofork", "--config-file=" + host.path("bus"))
     try:
         wait_for(lambda: networked.shell("ls /run/dbus"), "the message bus")
-        host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
-        before = networked.state()
+        networked.start(busybox)
         docker("network", "create", "mine")
         docker("run", "-d", "--name", "web", "--hostname", "server", "--net", "mine", "-p", "8080:80", *SERVE)
         docker("run", "-d", "--name", "user", "--net", "mine", "--add-host", "gw:host-gateway", "busybox",
@@ -8699,7 +8706,7 @@ def test_networks_heal(busybox: bytes) -> None:
         host.start()
         docker("rm", "-f", "site", "user")
         docker("network", "rm", "mine")
-        wait_for(lambda: set(networked.state()) <= set(before), "what the containers left")
+        networked.await_idle()
     finally:
         bus.kill()
         bus.wait()
@@ -8716,9 +8723,9 @@ def published_cycle(host: Host, port: str = "") -> None:
     host.api("DELETE", f"/containers/{name}")
 
 
-def assert_given_back(networked: Networked, before: list[str]) -> None:
+def assert_given_back(networked: Networked) -> None:
     """No link, rule, socket, namespace, process or address is left of any container."""
-    wait_for(lambda: set(networked.state()) <= set(before), "what the containers left")
+    networked.await_idle()
     host = networked.host
     assert host.api("GET", "/networks/bridge")["Containers"] == {}
     wait_for(lambda: networked.docker("run", "--rm", "busybox", "hostname", "-i") == "172.17.0.2")
@@ -8731,20 +8738,19 @@ def assert_given_back(networked: Networked, before: list[str]) -> None:
 
 def test_cycles_leave_nothing(networked: Networked) -> None:
     """Forty containers with published ports, eight at a time."""
-    before = networked.state()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: published_cycle(networked.host), range(40)))
-    assert_given_back(networked, before)
+    assert_given_back(networked)
 
 
 @pytest.mark.torture
 @pytest.mark.timeout(1800)
 def test_a_thousand_cycles_leave_nothing(networked: Networked) -> None:
     """The same a thousand times, then with kill -9 of the daemon in the midst of it, ten times."""
-    before, host = networked.state(), networked.host
+    host = networked.host
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: published_cycle(host), range(1000)))
-    assert_given_back(networked, before)
+    assert_given_back(networked)
     killed = threading.Event()
 
     def cycles(_: int) -> None:
@@ -8763,7 +8769,7 @@ def test_a_thousand_cycles_leave_nothing(networked: Networked) -> None:
         host.remove_all()
         for each in running:
             each.result()
-        assert_given_back(networked, before)
+        assert_given_back(networked)
 
 
 @pytest.mark.parametrize("backend", ["iptables", "nftables"])
@@ -8774,8 +8780,7 @@ def test_without_the_proxy(busybox: bytes, backend: str) -> None:
     networked = Networked("--userland-proxy=false", *BACKENDS[backend])
     docker, host = networked.docker, networked.host
     try:
-        host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
-        before = networked.state()
+        networked.start(busybox)
         docker("network", "create", "other")
         docker("run", "-d", "--name", "web", "--hostname", "web", "-p", "8080:80", *SERVE)
         docker("run", "-d", "--name", "near", "busybox", "sleep", NEVER)
@@ -8804,14 +8809,14 @@ def test_without_the_proxy(busybox: bytes, backend: str) -> None:
         assert "already allocated" in docker.run("run", "-p", "8080:80", "busybox", "true", status=125).stderr
         docker("rm", "-f", "web", "near", "far")
         docker("network", "rm", "other")
-        wait_for(lambda: set(networked.state()) <= set(before), "what the containers left")
+        networked.await_idle()
     finally:
         networked.close()
 
 
 def test_sctp_ports(networked: Networked) -> None:
     """They are led by the kernel's rules; a kernel that has no sctp itself has no proxy for them."""
-    docker, before = networked.docker, networked.state()
+    docker = networked.docker
     docker("run", "-d", "--name", "sctp", "-p", "7000:80/sctp", "busybox", "sleep", NEVER)
     assert docker("port", "sctp").splitlines()[0] == "80/sctp -> 0.0.0.0:7000"
     rules = networked.shell("iptables-save; nft list table ip dockerd 2>/dev/null", False)
@@ -8821,12 +8826,12 @@ def test_sctp_ports(networked: Networked) -> None:
     assert expected in rules, rules
     docker.run("run", "-p", "7000:80/sctp", "busybox", "true", status=125)
     docker("rm", "-f", "sctp")
-    wait_for(lambda: set(networked.state()) <= set(before), "what the container left")
+    networked.await_idle()
 
 
 def test_macvlan(networked: Networked) -> None:
     """A container with a place of its own in the host's network, reached from a neighbour, with names."""
-    docker, before = networked.docker, networked.state()
+    docker = networked.docker
     docker("network", "create", "-d", "macvlan", "-o", "parent=up0", "--subnet", "10.99.0.0/24",
            "--gateway", OUTSIDE, "--ip-range", "10.99.0.64/26", "lan")
     docker("run", "-d", "--name", "one", "--net", "lan", "busybox", "sleep", NEVER)
@@ -8842,7 +8847,7 @@ def test_macvlan(networked: Networked) -> None:
     docker("rm", "-f", "one", "two")
     docker("network", "rm", "lan")
     assert "up0" in networked.shell("ip link show up0")
-    wait_for(lambda: set(networked.state()) <= set(before), "what the containers left")
+    networked.await_idle()
 
 
 def test_link_requests(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -8907,7 +8912,7 @@ networks:
 @pytest.mark.parametrize("version", [1, 2])
 def test_compose_with_two_networks(networked: Networked, version: int) -> None:
     """up, up again, restart and down: services reach each other by name and alias on their networks alone."""
-    docker, before = networked.docker, networked.state()
+    docker = networked.docker
     compose = Compose(version, networked.host, COMPOSED)
     compose("up", "-d")
     compose("up", "-d")
@@ -8924,7 +8929,7 @@ def test_compose_with_two_networks(networked: Networked, version: int) -> None:
     compose("up", "-d", "--scale", "user=2")
     compose("down", "-t", "0")
     assert docker("network", "ls", "-q", "-f", "label=com.docker.compose.project=project") == ""
-    wait_for(lambda: set(networked.state()) <= set(before), "what the project left")
+    networked.await_idle()
 
 
 def test_links_open_what_icc_closes(busybox: bytes) -> None:
