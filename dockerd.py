@@ -9,20 +9,20 @@ A section uses only what stands above it:
     Constants           kernel and protocol numbers
     Errors              one exception class per HTTP meaning
     Kernel calls        one small wrapper per system call
-    Netlink             links, addresses and routes over rtnetlink
+    Netlink             links, addresses and routes over rtnetlink, flows over nfnetlink
     Options             one table: flags, daemon.json, --help, man page
     Engine              Engine, Job, Env, streams, shutdown, signal trap
     Archives            tar streams: read, write, apply a layer, diff
     Storage drivers     overlay2, btrfs and vfs behind one small interface; the writer of all state
-    Images              content-addressed layers, image configs, tags
-    Registry            the registry's jobs
+    Images              content-addressed layers, image configs, tags, Dockerfile lines
+    Registry            pull, push, token authentication, mirrors, search; save and load behind it
     Execution driver    container spec to running process: shim, init, cgroups, seccomp, console
-    Network driver      what a container's network namespace is given
-    Volumes             what is mounted into a container beside its root
-    Logs                json-file; follow, since, until, tail
-    Containers          state machine, monitor, attach, logs
-    Builder             Dockerfiles
-    Daemon              puts the parts together: load, recover, job handlers, events, info
+    Network driver      bridges, addresses, firewall, published ports and their proxy, names
+    Volumes             named volumes, binds, tmpfs, images as mounts, copy-up
+    Logs                json-file, local and log servers; follow, since, until, tail
+    Containers          state machine, monitor, attach, restart policy, health, exec
+    Builder             Dockerfiles: stages, cache, COPY and RUN
+    Daemon              puts the parts together: load, recover, job handlers, events, info, check
     API server          listeners, HTTP, one route table, version gates, hijack
     Builtins and main   register the jobs, run
 
@@ -117,9 +117,6 @@ CLONE_NEWPID = 0x20000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWUTS = 0x04000000
 CLONE_PIDFD = 0x00001000
-
-# <linux/close_range.h>
-CLOSE_RANGE_CLOEXEC = 4
 
 # <linux/mount.h>
 FSCONFIG_CMD_CREATE = 6
@@ -251,9 +248,7 @@ NLM_F_REQUEST = 1
 RTA_DST = 1
 RTA_GATEWAY = 5
 RTA_OIF = 4
-RTM_DELADDR = 21
 RTM_DELLINK = 17
-RTM_DELROUTE = 25
 RTM_GETADDR = 22
 RTM_GETLINK = 18
 RTM_GETROUTE = 26
