@@ -2425,6 +2425,37 @@ def run_together(name: str, functions: Iterable[Callable[[], Any]], seconds: flo
 JobMethod = TypeVar("JobMethod", bound=Callable[..., Any])
 
 
+JSON_DEPTH = 64
+
+
+def check_depth(text: str) -> str:
+    """`text` unchanged; ValueError when what it has of JSON nests deeper than JSON_DEPTH.
+
+    The decoder recurses, and Python 3.12 and 3.13 let it do so beyond the end of a thread's stack."""
+    outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+    nesting = re.sub(r"[^][{}]+", "", outside)
+    for _ in range(JSON_DEPTH):
+        if not nesting:
+            break
+        nesting = nesting.replace("[]", "").replace("{}", "")
+    if "[]" in nesting or "{}" in nesting or nesting.count("[") + nesting.count("{") > JSON_DEPTH:
+        raise ValueError(f"nested deeper than {JSON_DEPTH} levels")
+    return text
+
+
+def decode_json(data: Union[str, bytes]) -> Any:
+    """The JSON document in `data`, whoever has written it; ValueError when it is none, nests too deep, or has
+    a number that JSON cannot show again."""
+    text = check_depth(data if isinstance(data, str) else data.decode())
+    return json.loads(text, parse_constant=lambda name: json.loads(name[:1]), parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return number
+
+
 class Env(dict):
     """A job's environment: keys are the API's names, values are of JSON's types.
 
@@ -2456,7 +2487,7 @@ class Env(dict):
         value = self.get(key)
         if isinstance(value, str):
             with contextlib.suppress(ValueError):
-                return json.loads(value)
+                return decode_json(value)
         return value
 
 
@@ -5255,8 +5286,8 @@ def parse_filters(value: Any, accepted: Optional[Iterable[str]] = None) -> dict[
 
     `value` is JSON text or the decoded object.  BadParameter when it is no such object, or names one that is
     not in `accepted`."""
-    with reworded(BadParameter, "invalid filter", ValueError, RecursionError):
-        filters = json.loads(value or "{}") if isinstance(value, (str, bytes)) else value or {}
+    with reworded(BadParameter, "invalid filter", ValueError):
+        filters = decode_json(value or "{}") if isinstance(value, (str, bytes)) else value or {}
     if not isinstance(filters, dict):
         raise BadParameter("invalid filter")
     for name, values in filters.items():
@@ -5644,8 +5675,8 @@ def json_words(text: str) -> Optional[list[str]]:
     if not text.startswith("["):
         return None
     try:
-        words, _ = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):
+        words, _ = json.JSONDecoder().raw_decode(check_depth(text))
+    except ValueError:
         return None
     if not all(isinstance(word, str) for word in words):
         raise DockerfileError("when using JSON array syntax, arrays must be comprised of strings only")
@@ -6702,9 +6733,8 @@ class Image:
 
     def __init__(self, path: str, raw: bytes, parent: str) -> None:
         """Check a configuration: ValueError when it is none."""
-        with reworded(ValueError, "invalid image JSON: ",
-                      AttributeError, TypeError, DockerError, RecursionError):
-            document = json.loads(raw)
+        with reworded(ValueError, "invalid image JSON: ", AttributeError, TypeError, DockerError):
+            document = decode_json(raw)
             rootfs, history = document.get("rootfs"), document.get("history") or []
             if rootfs is None:
                 raise ValueError("invalid image JSON, no RootFS key")
@@ -7765,8 +7795,8 @@ class RegistryClient:
         with response:
             body, challenge = response.read(65536), response.headers.get("WWW-Authenticate") or ""
         code, message = "", f"received unexpected HTTP status: {response.code} {response.reason}"
-        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            document = json.loads(body)
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            document = decode_json(body)
             if "errors" in document:
                 code, message = (str(document["errors"][0].get(key) or "") for key in ("code", "message"))
             elif "details" in document:
@@ -7906,8 +7936,8 @@ def _digest(data: bytes, like: str = "") -> str:
 
 
 def _json_object(data: bytes, what: str) -> dict[str, Any]:
-    with reworded(DockerError, f"the registry's {what} is no JSON: ", ValueError, RecursionError):
-        document = json.loads(data)
+    with reworded(DockerError, f"the registry's {what} is no JSON: ", ValueError):
+        document = decode_json(data)
     if not isinstance(document, dict):
         raise DockerError(f"the registry's {what} is no object")
     return document
@@ -8793,8 +8823,8 @@ class ImageArchive:
 
     def document(self, path: str) -> Any:
         """A JSON file."""
-        with reworded(BadParameter, f"{path} is no JSON: ", ValueError, RecursionError):
-            return json.loads(self.raw(path))
+        with reworded(BadParameter, f"{path} is no JSON: ", ValueError):
+            return decode_json(self.raw(path))
 
     def raw(self, path: str) -> bytes:
         """A file that is read as a whole."""
@@ -8881,7 +8911,7 @@ def legacy_document(raw: bytes, parent: Optional[bytes], diff_id: str) -> bytes:
     """The configuration of an image that Docker before 1.10 describes by `raw`: on top of the configuration
     `parent`, with the layer `diff_id` ('' for none).  Byte for byte as moby makes it, which reads what is
     older than 1.8.3 into its own structures first."""
-    old, base = json.loads(raw), json.loads(parent) if parent else {}
+    old, base = decode_json(raw), json.loads(parent) if parent else {}
     version = [int(number) for number in re.findall("[0-9]+", old.get("docker_version") or "")]
     if version < [1, 8, 3]:
         names = "architecture author comment config container created docker_version os variant".split()
@@ -9012,7 +9042,7 @@ class ImageArchives:
         if not given:
             raise BadParameter("mandatory key 'json' is not set")
         with reworded(BadParameter, "invalid image JSON: ", AttributeError, TypeError, ValueError):
-            name = json.loads(given).get("parent") or ""
+            name = decode_json(given).get("parent") or ""
         parent = self.images.resolve(name) if name else None
         with self.images.layers.transaction() as transaction:
             head, diff_id = job.stdin.read(TAR_BLOCK), ""
@@ -9819,7 +9849,7 @@ def compile_seccomp(profile: Union[str, dict[str, Any], None], capabilities: Ite
     if machine not in _MACHINES:
         return b""
     with reworded(BadParameter, "Decoding seccomp profile failed: ",
-                  AttributeError, KeyError, TypeError, ValueError, RecursionError):
+                  AttributeError, KeyError, TypeError, ValueError):
         return _compiled(text, frozenset(capabilities), machine, kernel)
 
 
@@ -17613,8 +17643,8 @@ def _parse_profile(text: str) -> Any:
     """A seccomp profile's document; "unconfined" as it is and None for "builtin"."""
     if text in ("unconfined", "builtin"):
         return None if text == "builtin" else text
-    with reworded(BadParameter, "Decoding seccomp profile failed: ", ValueError, RecursionError):
-        profile = json.loads(text)
+    with reworded(BadParameter, "Decoding seccomp profile failed: ", ValueError):
+        profile = decode_json(text)
     if not isinstance(profile, dict):
         raise BadParameter("Decoding seccomp profile failed: it must be a JSON object")
     return profile
@@ -23279,7 +23309,6 @@ HEAD_BYTES = 64 * 1024
 HEAD_FIELDS = 200
 HEAD_SECONDS = 30.0
 JSON_BYTES = 4 * 1024 * 1024
-JSON_DEPTH = 64
 JSON_SECONDS = 60.0
 STALL_SECONDS = 600.0  # of a streamed body: docker import from a slow pipe is no attack
 DRAIN_BYTES = 256 * 1024
@@ -23454,20 +23483,10 @@ class Body:
 
 
 def parse_json(data: bytes) -> Any:
-    """The JSON document in `data`; BadParameter when it is none or nests deeper than JSON_DEPTH.
-
-    The depth is checked before the decoder, which recurses, sees it.  A lone surrogate becomes U+FFFD, as
-    in Go."""
-    outside = b"".join(data.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
-    nesting = re.sub(rb"[^][{}]+", b"", outside)
-    for _ in range(JSON_DEPTH):
-        if not nesting:
-            break
-        nesting = nesting.replace(b"[]", b"").replace(b"{}", b"")
-    if b"[]" in nesting or b"{}" in nesting or nesting.count(b"[") + nesting.count(b"{") > JSON_DEPTH:
-        raise BadParameter(f"invalid JSON: nested deeper than {JSON_DEPTH} levels")
+    """The JSON document in `data`; BadParameter when decode_json takes it for none.  A lone surrogate becomes
+    U+FFFD, as in Go."""
     with reworded(BadParameter, "invalid JSON: ", ValueError):
-        value = json.loads(data, parse_constant=lambda name: json.loads(name[:1]))
+        value = decode_json(data)
         if _SURROGATE.search(data):
             text = json.dumps(value, ensure_ascii=False)
             value = json.loads(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))

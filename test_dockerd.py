@@ -1004,6 +1004,14 @@ def test_env_reads_numbers_lists_and_json() -> None:
     assert env.get_json("object") == {"k": 1}
 
 
+@pytest.mark.parametrize("text", [
+    "[" * 65, "[" * 65 + "]" * 65, '{"a":' * 99999, "1e999", "NaN", "", '"', b"\xff"])  # fmt: skip
+def test_documents_that_nobody_takes(text: Any) -> None:
+    with pytest.raises(ValueError):
+        dockerd.decode_json(text)
+    assert dockerd.decode_json(b"[" * 64 + b"1.5" + b"]" * 64)
+
+
 def test_install_registers_what_is_marked(engine: Engine) -> None:
     class Part:
         @dockerd.job("greet")
@@ -5419,6 +5427,28 @@ def test_json_that_is_accepted() -> None:
     assert dockerd.parse_json(b'"' + b"[{" * 999 + b'"') == "[{" * 999
     assert dockerd.parse_json(rb'["\"[", "\\", "]"]') == ['"[', "\\", "]"]
     assert dockerd.parse_json(rb'"a\ud800b\ud83d\ude00"') == "a\ufffdb\U0001f600"
+
+
+def test_deep_documents_end_no_daemon(host: Host) -> None:
+    """The decoder recurses, on the small stack of a thread: clients, images and Dockerfiles could kill it."""
+    deep, tar = "[" * 50000, {"Content-Type": "application/x-tar"}
+    seccomp = {"HostConfig": {"SecurityOpt": ["seccomp=" + deep]}}
+    item = b'[{"Config":"c.json","Layers":[]}]'
+    config = b'{"rootfs":{"type":"layers","diff_ids":[]},"x":' + deep.encode()
+    for path, body, headers in (
+        ("/images/load", tar_of({"manifest.json": deep.encode()}), tar),
+        ("/images/load", tar_of({"manifest.json": item, "c.json": config}), tar),
+        ("/containers/create", {"Image": "busybox", **seccomp}, {}),
+    ):  # fmt: skip
+        answer = host.http("POST", API + path, body, headers)
+        assert (answer.status, b"deeper than 64 levels" in answer.body) == (400, True), answer.body[-200:]
+    assert host.http("GET", f"{API}/containers/json?filters={deep}").status == 400
+    dockerfile = tar_of({"Dockerfile": b"FROM scratch\nCMD " + deep.encode() + b"\n"})
+    assert b"reading build args" in host.http("POST", f"{API}/build?buildargs={deep}", dockerfile, tar).body
+    built = host.http("POST", f"{API}/build", dockerfile, tar).body
+    image = re.search(rb"Successfully built (\w+)", built)
+    assert image, built[-200:]
+    host.api("DELETE", "/images/" + image[1].decode())
 
 
 def test_json_body_rules(fake_api: FakeApi, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
