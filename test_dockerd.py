@@ -8727,6 +8727,8 @@ def test_networks_heal(busybox: bytes) -> None:
         networked.shell("iptables -F; iptables -t nat -F")
         wait_for(lambda: networked.shell(f"{RELOADED}; iptables-save | grep DNAT", False), "its rules again")
         host.kill()
+        wait_for(lambda: not any("tables" in read_text(f"/proc/{pid}/cmdline")
+                                 for pid in host.own_processes()), "the daemon's iptables-restore to end")
         os.kill(proxy(), signal.SIGKILL)
         host.start()
         assert networked.shell(reach) == "server\n"
@@ -8741,6 +8743,59 @@ def test_networks_heal(busybox: bytes) -> None:
         bus.kill()
         bus.wait()
         networked.close()
+
+
+def iptables_variant(variant: str, directory: str) -> str:
+    """Fill the directory with the iptables programs of a variant, legacy or nft; a PATH that finds these."""
+    os.makedirs(directory)
+    for name in ("iptables", "iptables-save", "iptables-restore"):
+        for family in (name, name.replace("ip", "ip6")):
+            os.symlink(f"/usr/sbin/xtables-{variant}-multi", os.path.join(directory, family))
+    return f"{directory}:{PATH}"
+
+
+@pytest.mark.parametrize("variant", ["legacy", "nft"])
+def test_one_iptables_restore_is_kept(
+        variant: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It carries out change after change on what stands then, and holds no lock in between; one that is
+    killed, or finds that rules have been flushed, is followed by another that makes all right."""
+    monkeypatch.setenv("PATH", iptables_variant(variant, str(tmp_path / "programs")))
+    target, everywhere = ipaddress.ip_address("172.17.0.2"), ipaddress.ip_address("0.0.0.0")
+    ports = [dockerd.PortRule("docker0", "tcp", everywhere, port, target, 80) for port in range(8000, 8005)]
+
+    def run(*command: str) -> str:
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+    def published() -> list[str]:
+        return re.findall(r"--dport (80\d\d) -j DNAT", run("iptables", "-t", "nat", "-S", "DOCKER"))
+
+    def changes() -> None:
+        dockerd.unshare(dockerd.CLONE_NEWNET)
+        firewall = dockerd.Iptables(True, False)
+        firewall.rebuild()
+        firewall.change(ports[:1])
+        kept = firewall.kept["iptables-restore"].process
+        run("iptables", "-I", "DOCKER", "-s", "10.9.8.7", "-j", "DROP")
+        run("iptables", "-t", "nat", "-I", "DOCKER", "-s", "10.9.8.7", "-j", "RETURN")
+        firewall.change(ports[1:2], ports[:1])
+        assert published() == ["8001"] and kept.poll() is None
+        assert "10.9.8.7" in run("iptables", "-S", "DOCKER")
+        for table in ("filter", "nat"):
+            run("iptables", "-t", table, "-F")
+        firewall.change(ports[2:3], ports[1:2])
+        assert published() == ["8002"] and kept.returncode
+        firewall.kept["iptables-restore"].process.kill()
+        firewall.change(ports[3:4])
+        assert sorted(published()) == ["8002", "8003"]
+        with pytest.raises(dockerd.DockerError, match="cannot set the firewall's rules: .*nonsense"):
+            firewall.change([ports[4]._replace(bridge="-m nonsense")])
+        assert sorted(published()) == ["8002", "8003"]
+        firewall.change((), ports)
+        kept = firewall.kept["iptables-restore"].process
+        firewall.close()
+        assert not published() and kept.returncode is not None
+
+    dockerd.in_thread(changes)
 
 
 def published_cycle(host: Host, port: str = "") -> None:
@@ -8762,7 +8817,8 @@ def assert_given_back(networked: Networked) -> None:
     held = [os.readlink(f"/proc/{pid}/fd/{fd}") for pid in [*host.own_processes(), host.process.pid]  # type: ignore
             for fd in os.listdir(f"/proc/{pid}/fd") if os.path.lexists(f"/proc/{pid}/fd/{fd}")]
     assert not [name for name in held if name.startswith("net:")], held
-    assert all(re.search("shim|proxy", read_text(f"/proc/{pid}/cmdline")) for pid in host.own_processes())
+    assert all(re.search("shim|proxy|tables-restore", read_text(f"/proc/{pid}/cmdline"))
+               for pid in host.own_processes())
     published_cycle(host, "8080")
 
 
