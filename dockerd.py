@@ -18124,7 +18124,7 @@ class Parts(NamedTuple):
     log_event: Callable[..., None]              # (action, container, **attributes)
     log_network: Callable[..., None]            # (action, network, **attributes)
     background: Callable[..., None]             # run a function soon, on a worker thread
-    later: Callable[..., Callable[[], None]]    # the same in so many seconds; call the result to give that up
+    later: Callable[..., Callable[[], Any]]     # the same in so many seconds; call the result to give that up
     networks: Networks
     removed: Callable[[Container], None]      # takes a removed container out of the table
     find: Callable[[str], Container]          # of another container, by name or id
@@ -20070,10 +20070,12 @@ class Probe(ExecInstance):
     def end(self) -> None:
         """Its time is over."""
         self.late = True
-        with self._lock:
-            if self._process is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    self._process.send_signal(signal.SIGKILL)
+        with self._lock:  # one that has not come to execve by now the container has perhaps stopped
+            process = self._process or self.container.parts.driver.shim.processes.get(self.key)
+            if process is not None:
+                process.kill()
+        if self.exit_code is None and self.id in self.container.execs:
+            self.container.parts.later(1, self.end)
 
 
 class HealthMonitor:
@@ -22063,12 +22065,14 @@ MINIMUM_KERNEL = (5, 10)        # clone3 into cgroups, close_range, openat2, pid
 EVENTS_KEPT = 256               # how many past events a new listener can ask for
 EVENT_BACKLOG = 4096            # events that may wait for one listener before it is cut off
 WORKERS = 4
+RELIEF = 2.0                    # seconds after which a worker's task holds up no other
 END_NOT_SEEN = "the exit code is not known: neither daemon nor shim saw the end"
 
 
 class Workers:
     """A few threads that do what no client waits for: ends of containers, clearing up; and one that hands
-    them what is to be done later: restarts, probes."""
+    them what is to be done later: restarts, probes.  A container or a disk may make a task last for ever:
+    whoever has it is relieved, and ends with it."""
 
     def __init__(self, count: int) -> None:
         import queue
@@ -22079,27 +22083,40 @@ class Workers:
         self._timers = sched.scheduler(time.monotonic)
         self._numbers = itertools.count()  # no two timers are equal
         self._earlier = threading.Event()
-        for number in range(count):
-            threading.Thread(target=self._run, name=f"worker-{number}", daemon=True).start()
+        for _ in range(count):
+            self._hire()
         threading.Thread(target=self._run_timers, name="timers", daemon=True).start()
 
-    def later(self, seconds: float, function: Callable[..., None], *arguments: Any) -> Callable[[], None]:
+    def later(self, seconds: float, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
         """Submit `function(*arguments)` in so many seconds; a call of the result gives that up."""
-        timer = self._timers.enter(seconds, next(self._numbers), self.submit, (function, *arguments))
+        return functools.partial(self._give_up, self._at(seconds, self.submit, function, *arguments))
+
+    def _at(self, seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
+        seconds = min(seconds, threading.TIMEOUT_MAX)
+        timer = self._timers.enter(seconds, next(self._numbers), function, arguments)
         self._earlier.set()
+        return timer
 
-        def cancel() -> None:
-            with contextlib.suppress(ValueError):  # its time has come
-                self._timers.cancel(timer)
+    def _give_up(self, timer: Any) -> bool:
+        """Whether its time had not come."""
+        with contextlib.suppress(ValueError):
+            self._timers.cancel(timer)
+            return True
+        return False
 
-        return cancel
+    def _hire(self) -> None:
+        try:
+            threading.Thread(target=self._run, name="worker", daemon=True).start()
+        except RuntimeError as error:  # no thread to be had
+            log.error("%s", error)
+            self._at(RELIEF, self._hire)
 
     def _run_timers(self) -> None:
         while True:
             self._earlier.clear()
             self._earlier.wait(self._timers.run(blocking=False))
 
-    def submit(self, function: Callable[..., None], *arguments: Any) -> None:
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Run `function(*arguments)` soon."""
         with self._idle:
             self._unfinished += 1
@@ -22111,8 +22128,10 @@ class Workers:
             return self._idle.wait_for(lambda: not self._unfinished, timeout)
 
     def _run(self) -> None:
-        while True:
+        relieved = False
+        while not relieved:
             function, arguments = self._tasks.get()
+            relief = self._at(RELIEF, self._hire)
             try:
                 function(*arguments)
             except Exception:
@@ -22120,6 +22139,7 @@ class Workers:
             with self._idle:
                 self._unfinished -= 1
                 self._idle.notify_all()
+            relieved = not self._give_up(relief)
 
 
 class Events:

@@ -3280,6 +3280,22 @@ def test_a_slow_listener_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not listening.is_alive()
 
 
+def test_a_task_that_hangs_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count() -> int:
+        return sum(thread.name == "worker" for thread in threading.enumerate())
+
+    monkeypatch.setattr(dockerd, "RELIEF", 0.05)
+    before = count()
+    workers, go, done = dockerd.Workers(2), threading.Event(), threading.Event()
+    for _ in range(5):
+        workers.submit(go.wait)
+    workers.submit(done.set)
+    assert done.wait(20) and not workers.drain(0)
+    go.set()
+    assert workers.drain(20)
+    wait_for(lambda: count() == before + 2, "those who were relieved to end")
+
+
 def test_timers_run_in_order_and_can_be_given_up() -> None:
     ran: list[str] = []
     workers, done = dockerd.Workers(1), threading.Event()
@@ -3522,6 +3538,15 @@ def test_results_of_probes(host: Host, check: dict[str, Any], code: int, output:
     shown = wait_for(lambda: health(host)["Log"] and health(host))
     assert (shown["Log"][0]["ExitCode"], shown["Log"][0]["Output"]) == (code, output)
     assert shown["Status"] == "healthy" if code == 0 else shown["FailingStreak"] >= 1
+
+
+def test_a_container_that_stops_its_probes(host: Host) -> None:
+    """Its root may stop a probe on its way to execve, where it would have waited for ever."""
+    stop = "for p in /proc/[0-9]*; do p=${p#/proc/}; [ $p = 1 ] || kill -STOP $p 2>/dev/null; done"
+    check = health_check("CMD", "true", Timeout=200)
+    host.create("sh", "-c", f"while :; do {stop}; done", name="one", Healthcheck=check)
+    host.api("POST", "/containers/one/start")
+    wait_for(lambda: any("exceeded timeout" in entry["Output"] for entry in health(host)["Log"]))
 
 
 @pytest.mark.parametrize("test", [["NONE"], [], ["CMD"], ["BOGUS", "x"]])
