@@ -9156,6 +9156,7 @@ def capability_sets(add: Iterable[str], drop: Iterable[str], privileged: bool,
 # Users and groups, by the image's own files: the C library's name service would load the host's plugins
 
 MAXIMUM_ID = (1 << 31) - 1
+ACCOUNT_LINES = 50000  # that are looked at: a container has as many as it likes, and each exec reads them
 
 
 class _Account(NamedTuple):
@@ -9173,10 +9174,11 @@ def _go_integer(text: str) -> Optional[int]:
 
 
 def _accounts(content: Optional[bytes], last: int) -> list[_Account]:
-    """The lines of a passwd (`last` 5) or group file (`last` 3); what is no number counts as 0, as runc has
-    it."""
+    """The first lines of a passwd (`last` 5) or group file (`last` 3); what is no number counts as 0, as runc
+    has it."""
     accounts = []
-    for line in (content or b"").decode("utf-8", "surrogateescape").split("\n"):
+    text = (content or b"").decode("utf-8", "surrogateescape")
+    for line in text.split("\n", ACCOUNT_LINES)[:ACCOUNT_LINES]:
         if line.strip():
             fields = line.strip().split(":") + [""] * 6
             uid, gid = (_go_integer(field) or 0 for field in fields[2:4])
@@ -15894,8 +15896,8 @@ class Volumes:
                 os.rename(volume.path, path)
                 self._volumes[name] = self._volumes.pop(volume.name)
                 old, volume.name, volume.path = volume.name, name, path
-            _sync_file(self.root)
-            self.renamed(volume, old)
+        _sync_file(self.root)
+        self.renamed(volume, old)  # takes the locks of containers, whose starts take the volume's
         self.event("rename", name, {"driver": "local", "oldName": old})
 
     @job("volume_prune")
@@ -18464,11 +18466,11 @@ class Container:
             self._open_log()
             if self.streams.driver is not None:
                 undo.callback(self.streams.driver.close)
-            notes = os.memfd_create("notes", os.MFD_CLOEXEC)
             with contextlib.ExitStack() as held:
                 undo.callback(self._release_mounts)
                 spec = self._spec(user, self._joined(held), self._open_mounts(held))
-                process, ours = launch(parts.driver, spec, self.config["OpenStdin"], notes=notes)
+                process, ours = launch(parts.driver, spec, self.config["OpenStdin"],
+                                       notes=os.memfd_create("notes", os.MFD_CLOEXEC))
             undo.pop_all()
         self._keep_resolver(process)
         self._record_ports()
@@ -18854,9 +18856,12 @@ class Container:
         place = "apparmor/exec" if os.path.exists("/proc/self/attr/apparmor/exec") else "exec"
         return [[place, f"exec {profile}"]] if default and profile != "unconfined" else []
 
-    def _sysctls(self, namespaces: int) -> list[tuple[str, str]]:
-        """Those asked for, and Docker's for a network namespace of the container's own."""
-        check_sysctls(self.host_config)
+    def _sysctls(self, namespaces: int, join: dict[str, int]) -> list[tuple[str, str]]:
+        """Those asked for, and Docker's for a network namespace of the container's own.  What it joins of
+        another container may be the host's."""
+        hosts = {mode: "host" for mode, (name, *_), _ in SHARED_NAMESPACES if name in join
+                 and os.path.samestat(os.fstat(join[name]), os.stat(f"/proc/self/ns/{name}"))}
+        check_sysctls({**self.host_config, **hosts})
         sysctls = dict(self.host_config.get("Sysctls") or {})
         if namespaces & CLONE_NEWNET:
             sysctls.setdefault("net.ipv4.ip_unprivileged_port_start", "0")
@@ -19108,7 +19113,7 @@ class Container:
             mounts=self._mounts() + volumes, devices=container_devices(self._with_devices()),
             privileged=privileged, readonly_root=host["ReadonlyRootfs"],
             masked_paths=tuple(host.get("MaskedPaths") or ()),
-            readonly_paths=tuple(host.get("ReadonlyPaths") or ()), sysctls=self._sysctls(namespaces),
+            readonly_paths=tuple(host.get("ReadonlyPaths") or ()), sysctls=self._sysctls(namespaces, join),
             shm_size=host["ShmSize"] if host["IpcMode"] in ("private", "shareable") else 0)
 
     def _close_root(self) -> None:
@@ -19458,7 +19463,7 @@ class Container:
                 "removed": lambda: self.state.removed or bool(self.state.removal_error)}
             if condition not in conditions:
                 raise BadParameter(f"invalid condition: \"{condition}\"")
-            job.on_cancel(self._notify)
+            job.on_cancel(lambda: self.parts.background(self._notify))  # who calls must not wait for a start
             job.ready()
             self.changed.wait_for(lambda: conditions[condition]() or job.cancelled.is_set())
             error = {"Message": self.state.removal_error} if self.state.removal_error else None
@@ -20213,13 +20218,14 @@ def _shell_word(word: str) -> str:
     return "'" + word.replace("'", "\\'") + "'" if " " in word or "'" in word else word
 
 
-def _read_in_root(root: int, path: str, limit: int = 16 << 20) -> bytes:
+def _read_in_root(root: int, path: str, limit: int = 4 << 20) -> bytes:
     """The content of a regular file inside a container's root, never of one outside; b"" where there is
     none."""
-    flags, rules = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
-    with contextlib.suppress(OSError), closing_fd(openat2(root, path.lstrip("/"), flags, 0, rules)) as fd:
-        facts = os.fstat(fd)
-        return os.read(fd, min(facts.st_size, limit)) if stat.S_ISREG(facts.st_mode) else b""
+    with contextlib.suppress(OSError), closing_fd(_open_in_root(root, path)) as place:
+        facts = os.fstat(place)
+        if stat.S_ISREG(facts.st_mode):  # to open a device may be enough to set something off
+            with opened(f"/proc/self/fd/{place}", os.O_RDONLY) as fd:
+                return os.read(fd, min(facts.st_size, limit))
     return b""
 
 

@@ -1753,6 +1753,32 @@ def test_namespaces_of_another_container(host: Host) -> None:
         assert (answer.status, answer.json["message"]) == (status, text)
 
 
+def test_sysctls_of_the_host_by_way_of_a_container(host: Host) -> None:
+    """What a container joins of another one may be the host's own."""
+    started(host, "donor", "sleep", NEVER, HostConfig={"NetworkMode": "host", "IpcMode": "host"})
+    for mode, name, text in (
+        ("NetworkMode", "net.ipv4.ip_default_ttl", "not allowed in host network namespace"),
+        ("IpcMode", "kernel.shmmni", "is not allowed in the hosts ipc namespace"),
+    ):  # fmt: skip
+        value = read_text("/proc/sys/" + name.replace(".", "/")).strip()
+        host.create("true", name=mode, HostConfig={mode: "container:donor", "Sysctls": {name: value}})
+        answer = host.api("POST", f"/containers/{mode}/start", status=400)
+        assert answer["message"] == f'sysctl "{name}" {text}'
+
+
+def test_a_start_that_fails_keeps_no_descriptor(host: Host) -> None:
+    def notes() -> int:
+        assert host.process
+        folder = f"/proc/{host.process.pid}/fd/"
+        return sum(os.path.realpath(folder + fd).startswith("/memfd:notes") for fd in os.listdir(folder))
+
+    host.create("true", name="donor")
+    host.create("true", name="one", HostConfig={"NetworkMode": "container:donor"})
+    before = notes()
+    assert "non running" in host.api("POST", "/containers/one/start", status=500)["message"]
+    assert notes() == before
+
+
 def test_an_init_of_the_host_or_our_own(new_host: Callable[..., Host], busybox: bytes) -> None:
     ours = new_host("--init", "--init-path", "/nonexistent")
     host = new_host(environment={"PATH": f"{PEER}/usr/bin:{PATH}"})
@@ -2171,6 +2197,27 @@ def test_raw_wait_answers_its_headers_at_once(host: Host) -> None:
     host.api("POST", f"/containers/{identity}/kill")
     assert b'"StatusCode":137' in waiting.read_until(b"}").replace(b" ", b"")
     waiting.close()
+
+
+def test_who_gives_up_waiting_waits_for_no_lock() -> None:
+    """One thread watches all clients: it must not wait until a container has been started."""
+    engine, container = Engine(), dockerd.Container.__new__(dockerd.Container)
+    container.changed = threading.Condition()
+    container.lock = container.changed  # type: ignore[assignment]
+    container.state = dockerd.State(container.changed)
+    container.state.running = True
+    container.parts = types.SimpleNamespace(background=dockerd.Workers(1).submit)  # type: ignore[assignment]
+    job, ready = engine.job("wait"), threading.Event()
+    job.on_ready = lambda facts: ready.set()
+    waiting = threading.Thread(target=container.wait, args=(job, ""))
+    waiting.start()
+    assert ready.wait(20)
+    with container.lock:
+        cancel = threading.Thread(target=job.cancel, daemon=True)
+        cancel.start()
+        cancel.join(20)
+        assert not cancel.is_alive()
+    waiting.join()
 
 
 def test_raw_wait_for_removal(host: Host) -> None:
@@ -9316,6 +9363,18 @@ def test_binds_with_mapped_owners(host: Host) -> None:
     assert (code, output) == (0, b"1000:100\n")
 
 
+def test_a_rename_holds_no_lock_while_containers_take_theirs(tmp_path: Path) -> None:
+    """A start takes its container's lock, then the volume's."""
+    volumes = dockerd.Volumes(str(tmp_path), lambda *event: None)
+    volumes.create("one")
+    free: list[bool] = []
+    volumes.renamed = lambda volume, old: free.append(volume.lock.acquire(blocking=False))
+    engine = Engine()
+    engine.install(volumes)
+    engine.job("volume_rename", "one", name="two").run()
+    assert free == [True] and volumes.get("two")
+
+
 def test_a_copy_up_that_comes_to_no_end_leaves_the_volume_empty(tmp_path: Path,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the next container fills it; what a container that uses it has written stays."""
@@ -14560,6 +14619,41 @@ def test_users_whose_number_is_none(number: str) -> None:
     for account, text in ((f"x:x:{number}:0::/:", "x"), (f"x:x:0:{number}::/:", "x")):
         with pytest.raises(dockerd.BadParameter, match="uids and gids must be in range 0-2147483647"):
             dockerd.lookup_user(text, account.encode(), None)
+
+
+def test_the_lines_of_accounts_have_an_end() -> None:
+    """A container that makes them endless made the daemon read them for minutes, at each exec."""
+    lines = b":\n" * (2 << 20)
+    start = time.monotonic()
+    with pytest.raises(dockerd.BadParameter):
+        dockerd.lookup_user("web:mail", lines + PASSWD, lines + GROUP)
+    assert time.monotonic() - start < 5
+    assert dockerd.lookup_user("web", b"x:\n" * 40000 + PASSWD, None)[0] == 33
+
+
+def test_accounts_are_read_from_files_alone(tmp_path: Path) -> None:
+    """A container may have a device there, and the daemon is bound by no device rules."""
+    os.mkfifo(tmp_path / "passwd")
+    threads: list[int] = []
+
+    def write() -> None:
+        threads.append(threading.get_native_id())
+        os.close(os.open(tmp_path / "passwd", os.O_WRONLY))
+
+    def waits() -> bool:  # in open(2) for somebody who reads
+        number = read_text(f"/proc/self/task/{threads[0]}/syscall").split(" ")[0] if threads else ""
+        return number == str(dockerd.syscall_numbers(dockerd._MACHINES[os.uname().machine][1][0])["openat"])
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    wait_for(waits)
+    with dockerd.opened(str(tmp_path)) as root:
+        assert dockerd._read_in_root(root, "/passwd") == b"" and waits()
+        os.close(os.open(tmp_path / "passwd", os.O_RDONLY))
+        writer.join()
+        (tmp_path / "link").symlink_to("/file")
+        (tmp_path / "file").write_bytes(b"content")
+        assert dockerd._read_in_root(root, "/link") == b"content"
 
 
 # ------------------------------------------------------------------------------------------------------------
