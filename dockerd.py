@@ -3814,11 +3814,16 @@ def remove_entry(name: bytes) -> None:
 
 # Removing trees
 
-def remove_tree(path: Union[str, bytes]) -> None:
+class Unhurried(Exception):
+    """The time is over, and something of a tree is still there."""
+
+
+def remove_tree(path: Union[str, bytes], until: float = math.inf) -> None:
     """Remove a directory with all below it, or a file; nothing when there is none.
 
     Goes by descriptors and never through a link, holds few of them however deep the tree is, and takes
-    immutable and append-only flags away.  OSError for what stays, after everything else has gone."""
+    immutable and append-only flags away.  OSError for what stays, after everything else has gone; Unhurried
+    when it takes longer than `until` (of time.monotonic())."""
     parent, base = os.path.split(os.path.abspath(path))
     try:
         directory = opened(parent)
@@ -3827,22 +3832,27 @@ def remove_tree(path: Union[str, bytes]) -> None:
     names: list[Any] = [base]
     with directory as fd:
         while names:
-            _remove_below(fd, names.pop(), 0, fd, names)
+            _remove_below(fd, names.pop(), 0, fd, names, until)
 
 
-def _remove_below(directory: int, name: Any, depth: int, top: int, moved: list[Any]) -> None:
+def _remove_below(directory: int, name: Any, depth: int, top: int, moved: list[Any],
+                  until: float = math.inf) -> None:
     """Remove `name` in the open `directory`; what lies deep is moved into the directory `top` and added to
     `moved`."""
+    if time.monotonic() > until:
+        raise Unhurried
     with contextlib.suppress(IsADirectoryError):
         return _forcing(directory, name, lambda: os.unlink(name, dir_fd=directory))
     if depth > 40:
+        if until < math.inf:  # who ends it later looks for all of it in its place
+            raise Unhurried
         moved.append(f".{secrets.token_hex(16)}-removing")
         return os.rename(name, moved[-1], src_dir_fd=directory, dst_dir_fd=top)
     failure: Optional[OSError] = None
     with contextlib.suppress(FileNotFoundError), opened(name, SUBDIRECTORY, dir_fd=directory) as fd:
         for child in os.listdir(fd):
             try:
-                _remove_below(fd, child, depth + 1, top, moved)
+                _remove_below(fd, child, depth + 1, top, moved, until)
             except OSError as error:
                 failure = error
     if failure:
@@ -3857,21 +3867,20 @@ def _forcing(directory: int, name: Any, remove: Callable[[], None]) -> None:
         try:
             return remove()
         except PermissionError:
-            _clear_flags(directory)
+            set_inode_flags(directory, off=FS_IMMUTABLE_FL | FS_APPEND_FL)
             with contextlib.suppress(OSError), opened(name, UNFOLLOWED, dir_fd=directory) as fd:
-                _clear_flags(fd)
+                set_inode_flags(fd, off=FS_IMMUTABLE_FL | FS_APPEND_FL)
         remove()
 
 
-def _clear_flags(fd: int) -> None:
-    """Take the immutable and append-only flags of a file away, where its file system has them;
-    ioctl_iflags(2)."""
+def set_inode_flags(fd: int, on: int = 0, off: int = 0) -> None:
+    """Give a file these flags and take those away, where its file system has them; ioctl_iflags(2)."""
     with contextlib.suppress(OSError):
         value = bytearray(8)
         fcntl.ioctl(fd, FS_IOC_GETFLAGS, value)
         flags, = struct.unpack_from("=I", value)
-        if flags & (FS_IMMUTABLE_FL | FS_APPEND_FL):
-            struct.pack_into("=I", value, 0, flags & ~(FS_IMMUTABLE_FL | FS_APPEND_FL))
+        if flags != (wanted := flags & ~off | on):
+            struct.pack_into("=I", value, 0, wanted)
             fcntl.ioctl(fd, FS_IOC_SETFLAGS, value)
 
 
@@ -4557,6 +4566,37 @@ def unlimit_directory(path: str) -> None:
             _limit_project(fd, projects[0], 0)
 
 
+class Removals(threading.Thread):
+    """Ends the removals of large layers, one after another, behind those who asked for them.
+
+    What the daemon's end interrupts stays under a name that the next start knows."""
+
+    PATIENCE = 0.05  # s that whoever removes a layer waits
+
+    def __init__(self) -> None:
+        super().__init__(name="removals", daemon=True)
+        self.waiting: queue.Queue[Callable[[], Any]] = queue.Queue()
+        self._starting = threading.Lock()
+
+    def add(self, remove: Callable[[], Any]) -> None:
+        """Call `remove` when those before it are done."""
+        self.waiting.put(remove)
+        with self._starting:
+            if not self.is_alive():
+                self.start()
+
+    def run(self) -> None:
+        """The thread."""
+        while True:
+            remove = self.waiting.get()
+            with noted(log.error, "cannot remove a layer", OSError):
+                remove()
+            self.waiting.task_done()
+
+
+REMOVALS = Removals()
+
+
 # The drivers
 
 FILE_SYSTEMS = {  # f_type of statfs(2): the name that Docker shows
@@ -4678,7 +4718,7 @@ class StorageDriver:
 
     def remove(self, cache_id: str) -> None:
         """Remove a layer, whole or half-made; nothing when there is none.  It is renamed first, so that a
-        crash leaves no half layer under its name."""
+        crash leaves no half layer under its name; what takes long goes on behind the caller."""
         path = self._path(cache_id)
         doomed = os.path.join(self.layers(), f"{cache_id}-{secrets.token_hex(4)}-removing")
         try:
@@ -4688,18 +4728,26 @@ class StorageDriver:
         except OSError as error:  # a mount that another daemon left in it; a limited directory in another
             if error.errno not in (errno.EBUSY, errno.EXDEV):
                 raise
-            doomed = path
-        self.destroy(doomed)
+            return self.destroy(path)
+        self.dispose(doomed)
 
-    def destroy(self, path: str) -> None:
-        """Remove a layer's directory."""
+    def dispose(self, path: str) -> None:
+        """destroy() a renamed layer, in a moment or else behind the caller: to free a large one's blocks
+        can take minutes, where the file system discards them one by one."""
+        try:
+            self.destroy(path, time.monotonic() + Removals.PATIENCE)
+        except Unhurried:
+            REMOVALS.add(functools.partial(self.destroy, path))
+
+    def destroy(self, path: str, until: float = math.inf) -> None:
+        """Remove a layer's directory; Unhurried as remove_tree() says."""
         unlimit_directory(path)
-        remove_tree(path)
+        remove_tree(path, until)
 
     def leftovers(self) -> list[Damage]:
         """What remove() was about to remove when the daemon ended."""
         paths = [os.path.join(self.layers(), name) for name in os.listdir(self.layers())]
-        return [Damage(f"the removal of {path} was interrupted", functools.partial(self.destroy, path), True)
+        return [Damage(f"the removal of {path} was interrupted", functools.partial(self.dispose, path), True)
                 for path in paths if path.endswith("-removing")]
 
     def mount(self, cache_id: str, readonly: bool = False, label: str = "") -> int:
@@ -4845,13 +4893,14 @@ class Overlay(StorageDriver):
             Damage(f"{path} leads to no layer", functools.partial(os.unlink, path), True)
             for path in paths if not os.path.exists(path)]
 
-    def destroy(self, path: str) -> None:
+    def destroy(self, path: str, until: float = math.inf) -> None:
         """The short name goes last: without its layer it leads nowhere, and the next start sees that."""
         short = ""
         with contextlib.suppress(OSError):
             short = read_state(os.path.join(path, "link")).decode()
         with contextlib.suppress(OSError):
             umount(os.path.join(path, "merged"), MNT_DETACH)
+        remove_tree(os.path.join(path, "diff"), until)
         super().destroy(path)
         if re.fullmatch("[A-Z0-9]+", short):
             with contextlib.suppress(FileNotFoundError):
@@ -4973,12 +5022,12 @@ class Btrfs(StorageDriver):
         with opened(os.path.join(self.layers(), below)) as fd:
             fcntl.ioctl(fd, number, bytearray(argument))
 
-    def destroy(self, path: str) -> None:
+    def destroy(self, path: str, until: float = math.inf) -> None:
         """In one step where no other subvolume is in it, else file by file."""
         with contextlib.suppress(OSError):
             name = os.fsencode(os.path.basename(path))
             self._ioctl(BTRFS_IOC_SNAP_DESTROY, struct.pack("=q4088s", 0, name))
-        remove_tree(path)
+        remove_tree(path, until)
 
 
 class Vfs(StorageDriver):
@@ -23059,6 +23108,7 @@ def _mend_all(damages: Iterable[Damage]) -> None:
                 print(f"mended: {damage.text}")
             except (OSError, DockerError) as error:
                 print(f"cannot mend: {damage.text}: {error}")
+    REMOVALS.waiting.join()
 
 
 def remapped_root(root: str, idmap: IdMap) -> str:

@@ -14897,12 +14897,36 @@ def test_what_a_failed_or_killed_creation_and_removal_leave(driver: dockerd.Stor
         driver.create(new_id(), base)
     monkeypatch.undo()
     assert driver.ids() == [base]
-    monkeypatch.setattr(driver, "destroy", lambda path: None)
+    monkeypatch.setattr(driver, "destroy", lambda path, until: None)
     driver.remove(base)
     assert driver.ids() == [] and any(name.endswith("-removing") for name in os.listdir(driver.layers()))
     monkeypatch.undo()
     again = select_driver(os.path.dirname(driver.home), driver.name, [], IdMap())
     assert not any(name.endswith("-removing") for name in os.listdir(again.layers()))
+
+
+@pytest.mark.parametrize("patience", [0, 1000])
+def test_a_large_or_deep_layer_goes_behind_the_answer(driver: dockerd.StorageDriver, patience: int,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the daemon's end interrupts goes at the next start, behind it too."""
+    def left() -> list[str]:
+        return [name for directory in (driver.layers(), os.path.join(driver.home, "l"))
+                if os.path.isdir(directory) for name in os.listdir(directory) if name != "l"]
+
+    held = threading.Event()
+    dockerd.REMOVALS.add(held.wait)
+    monkeypatch.setattr(dockerd.Removals, "PATIENCE", patience)
+    layer = make_layer(driver, f="1")
+    deep = driver.diff_dir(layer)
+    for _ in range(60):
+        os.mkdir(deep := deep + "/d")
+    driver.remove(layer)
+    assert driver.ids() == []
+    assert bool(left()) == (driver.name != "btrfs")  # which removes in one step
+    select_driver(os.path.dirname(driver.home), driver.name, [], IdMap())
+    assert bool(left()) == (driver.name != "btrfs")
+    held.set()
+    wait_for(lambda: not left(), "the removals to end")
 
 
 def test_remapped_roots_own_their_directories(tmp_path: Path) -> None:
