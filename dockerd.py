@@ -160,6 +160,7 @@ FS_IOC_FSGETXATTR = 0x801C581F
 FS_IOC_FSSETXATTR = 0x401C5820
 FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
+FS_TOPDIR_FL = 0x20000
 FS_XFLAG_PROJINHERIT = 0x200
 
 # <linux/ioctl.h> families: <asm-generic/ioctls.h>, <linux/sockios.h>
@@ -4653,6 +4654,8 @@ class StorageDriver:
             raise BadParameter(f"the storage option size is not supported: {NO_QUOTA}")
         make_directory(self.home, 0o710, 0, idmap.root[1])
         make_directory(self.layers(), 0o710, 0, idmap.root[1])
+        with opened(self.layers()) as fd:  # ext4 then spreads the layers over the disk: one that is written
+            set_inode_flags(fd, on=FS_TOPDIR_FL)  # does not pass over the inodes that another has just freed
 
     def _existing(self) -> str:
         """The driver's directory, or the root while there is none: what holds the layers."""

@@ -14843,6 +14843,9 @@ def test_a_limited_layer_takes_no_more(tmp_path: Path, kind: str, name: str) -> 
     with loop_file_system(kind, tmp_path) as root:
         driver, layer, limit = select_driver(str(root), name, [], IdMap()), new_id(), 8 << 20
         base = make_layer(driver, lower="1")
+        if kind == "ext4":
+            flags = subprocess.check_output(["lsattr", "-d", driver.layers()], text=True)
+            assert "T" in flags.split()[0]  # layers are spread over the disk
         if kind != "btrfs" and not has_project_quota(root):
             with pytest.raises(DockerError, match="Filesystem does not support, or has not enabled quotas|"
                                                   "over xfs with 'pquota' mount option, or over ext4 with"):
