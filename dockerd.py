@@ -10109,6 +10109,13 @@ def _read_numbers(path: str) -> dict[str, int]:
 
 
 @functools.cache
+def default_oom_score() -> Optional[int]:
+    """The oom_score_adj of a container that asks for 0: that where the daemon is spared, as its service unit
+    has it; else None, the daemon's own, below which it may not be allowed to go."""
+    return 0 if _read_file("/proc/self/oom_score_adj")[:1] == "-" else None
+
+
+@functools.cache
 def machine_memory() -> int:
     """Bytes of memory in this machine."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -12643,6 +12650,7 @@ class ExecutionDriver:
         self.shim = ShimClient(self.bytecode[:-3] + "sock", self._lost)
         self._older: list[ShimClient] = []
         self._opening = threading.Lock()
+        self._handing_over = threading.Lock()
         self.root_place = os.path.join(exec_root, "rootfs")
         os.makedirs(self.root_place, 0o700, exist_ok=True)
 
@@ -12695,19 +12703,23 @@ class ExecutionDriver:
         """A shim is gone, its processes run on: another one watches them and keeps their streams."""
         orphans = [process for process in list(client.processes.values())
                    if process.end is None and process.pidfd >= 0]
-        if orphans:
+        if not orphans:
+            return
+        with self._handing_over:
             log.error("the shim is gone: %d containers run on without it", len(orphans))
-        pause = 0.1
-        while orphans:
-            try:
-                self._hand_over(orphans[-1])
-                orphans.pop()
-            except (DockerError, OSError) as error:
-                log.error("cannot watch the process of %s: %s", orphans[-1].key[:12], error)
-                time.sleep(pause)
-                pause = min(2 * pause, 60)
+            pause = 0.1
+            while orphans:
+                try:
+                    self._hand_over(orphans[-1])
+                    orphans.pop()
+                except (DockerError, OSError) as error:
+                    log.error("cannot watch the process of %s: %s", orphans[-1].key[:12], error)
+                    time.sleep(pause)
+                    pause = min(2 * pause, 60)
 
     def _hand_over(self, process: Process) -> None:
+        if process.pidfd < 0:  # it was given up meanwhile
+            return
         streams = process.streams()
         try:
             self.open().take(process, streams)
@@ -12715,7 +12727,10 @@ class ExecutionDriver:
             close_fds(streams.values())
 
     def close(self) -> None:
-        """Let all shims go; those without a process end."""
+        """Let all shims go; those without a process end.  What a lost one had is handed over first: nobody
+        else holds the streams when the daemon has ended."""
+        if self._handing_over.acquire(timeout=SHIM_TIMEOUT):
+            self._handing_over.release()
         for shim in (self.shim, *self._older):
             shim.close()
 
@@ -18955,7 +18970,7 @@ class Container:
                 "seccomp_flags": seccomp_mode,
                 "no_new_privileges": options.no_new_privileges or self.parts.config.no_new_privileges,
                 "rlimits": container_limits(host, self.parts.config),
-                "oom_score_adj": host["OomScoreAdj"] or None}
+                "oom_score_adj": host["OomScoreAdj"] or default_oom_score()}
 
     def _oci_resources(self) -> dict[str, Any]:
         """Cgroup, limits and filter as an OCI runtime is told of them."""
@@ -19211,7 +19226,6 @@ class Container:
             self._close_sandbox()
             self._log_networks("disconnect")
             cgroup, self.cgroup = self.cgroup, None
-            self._close_root()
             self.execs.clear()
             self._end_waiters()
             self.streams.end_subscribers()
@@ -19219,6 +19233,7 @@ class Container:
             self._clearing = True
         try:
             process.forget()
+            self._close_root()
             self.parts.driver.discard(self.id)
             self.parts.networks.firewall.settle()
             self._release_mounts()
@@ -19387,7 +19402,7 @@ class Container:
             own = self.config.get("StopSignal")
             self._signal(number, number == signal.SIGKILL or not own or number == parse_signal(own))
             if number == signal.SIGKILL:
-                self._wait_end(10)
+                self._await_death()
 
     @job("stop", "signal:signal? t:int?")
     def stop(self, number: Optional[int] = None, timeout: Optional[int] = None, manually: bool = True) \
@@ -19406,7 +19421,7 @@ class Container:
                          self.id, timeout, number)
                 if self.process is process:
                     self._signal(signal.SIGKILL, True, manually)
-                if not self._wait_end(10):
+                if not self._await_death():
                     raise DockerError(
                         f"cannot stop container {self.name}: it did not die of SIGKILL within 10 s")
             self.event("stop")
@@ -19424,6 +19439,12 @@ class Container:
         """Wait, with the lock given up, for the end of this run; False when the time is over."""
         runs = self.state.runs
         return self.changed.wait_for(lambda: self.state.runs > runs or not self.state.running, timeout)
+
+    def _await_death(self) -> bool:
+        """Wait for the end of this run, which was sent SIGKILL; False when its process lives on after 10 s.
+        Where it does not, a busy disk may keep its end from being recorded for longer."""
+        process = self.process
+        return self._wait_end(10) or process is not None and process.ended.is_set() and self._wait_end(50)
 
     @job("restart", "signal:signal? t:int?")
     def restart(self, number: Optional[int] = None, timeout: Optional[int] = None) -> None:
