@@ -4714,6 +4714,13 @@ class StorageDriver:
             self.remove(cache_id)
             raise
 
+    def create_filled(self, cache_id: str, parent: Optional[str], fill: Callable[[str], None]) -> None:
+        """Make a layer on top of `parent` with what `fill(directory)` makes in it, which is the same for all
+        that are made so."""
+        self.create(cache_id, parent, writable=True)
+        with closing_fd(self.mount(cache_id)) as fd:
+            fill(f"/proc/self/fd/{fd}")
+
     def make(self, cache_id: str, parent: Optional[str], size: int) -> None:
         """Make the layer's directories, limited to `size` bytes if any; create() undoes what a failure
         leaves."""
@@ -4811,9 +4818,11 @@ class Overlay(StorageDriver):
     no_size = ("--storage-opt is supported only for overlay over xfs with 'pquota' mount option, "
                "or over ext4 with 'prjquota'")
     OFF = ("index", "metacopy", "redirect_dir")  # features that tie a layer to its neighbours
+    FILLED = "-filled"  # behind a layer's cache id: what all that is filled on top of it has in common
 
     def __init__(self, root: str, options: Optional[list[str]], idmap: IdMap) -> None:
         super().__init__(root, options, idmap)
+        self._filling, self._filled = threading.Lock(), set[str]()  # those that are there
         if options is not None:
             make_directory(os.path.join(self.home, "l"), 0o700)
 
@@ -4879,7 +4888,43 @@ class Overlay(StorageDriver):
         if len(lowers) > OVERLAY_DEPTH:
             raise BadParameter("max depth exceeded")
         write_state(os.path.join(path, "lower"), ":".join(lowers).encode(), 0o644, durable=False)
-        committed = os.path.join(self._path(parent), "committed")
+        self._commit(parent)
+
+    def create_filled(self, cache_id: str, parent: Optional[str], fill: Callable[[str], None]) -> None:
+        """All on one parent share what the first has been filled with, as a further layer below them; nobody
+        waits for who makes that."""
+        shared = f"{parent}{self.FILLED}"
+        able = parent is not None and len(self._lowers(parent)) <= OVERLAY_DEPTH - 3
+        if able and shared not in self._filled and self._filling.acquire(blocking=False):
+            try:
+                self._share(shared, parent, fill)
+            finally:
+                self._filling.release()
+        if shared in self._filled:
+            self.create(cache_id, shared)
+        else:
+            super().create_filled(cache_id, parent, fill)
+
+    def _share(self, shared: str, parent: Optional[str], fill: Callable[[str], None]) -> None:
+        """Make the shared layer where it is not there: on the disk, before others name it."""
+        if not self._is_committed(shared):
+            self.remove(shared)  # its maker was killed
+            super().create_filled(shared, parent, fill)
+            self._commit(shared)
+            with opened(self.home) as fd:
+                syncfs(fd)
+        self._filled.add(shared)
+
+    def remove(self, cache_id: str) -> None:
+        for name in (cache_id + self.FILLED, cache_id):
+            self._filled.discard(name)
+            super().remove(name)
+
+    def _is_committed(self, cache_id: str) -> bool:
+        return os.path.exists(os.path.join(self._path(cache_id), "committed"))
+
+    def _commit(self, cache_id: str) -> None:
+        committed = os.path.join(self._path(cache_id), "committed")
         os.close(os.open(committed, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
     def _lowers(self, cache_id: str) -> list[str]:
@@ -4890,11 +4935,14 @@ class Overlay(StorageDriver):
             return []
 
     def leftovers(self) -> list[Damage]:
-        """A crash may also leave short names that lead nowhere."""
+        """A crash may also leave short names that lead nowhere; moby knows nothing of what is shared."""
         paths = [os.path.join(self.home, "l", name) for name in os.listdir(os.path.join(self.home, "l"))]
+        shared = [name for name in os.listdir(self.home) if name.endswith(self.FILLED)]
         return super().leftovers() + [
             Damage(f"{path} leads to no layer", functools.partial(os.unlink, path), True)
-            for path in paths if not os.path.exists(path)]
+            for path in paths if not os.path.exists(path)] + [
+            Damage(f"the layer of {name} is gone", functools.partial(self.remove, name), True)
+            for name in shared if not self.exists(name[:-len(self.FILLED)])]
 
     def destroy(self, path: str, until: float = math.inf) -> None:
         """The short name goes last: without its layer it leads nowhere, and the next start sees that."""
@@ -4911,7 +4959,7 @@ class Overlay(StorageDriver):
 
     def mount(self, cache_id: str, readonly: bool = False, label: str = "") -> int:
         path, lowers = self._path(cache_id), self._lowers(cache_id)
-        readonly = readonly or os.path.exists(os.path.join(path, "committed"))
+        readonly = readonly or self._is_committed(cache_id)
         if not lowers:
             return super().mount(cache_id, readonly)
         upper = [] if readonly else [("upperdir", f"{path}/diff"), ("workdir", f"{path}/work")]
@@ -6553,9 +6601,7 @@ class LayerStore:
             os.mkdir(directory, 0o700)
             write_facts(directory, parent=chain, init_id=mount.init_id, mount_id=mount_id)
             if setup:
-                self.driver.create(mount.init_id, below, writable=True)
-                with closing_fd(self.driver.mount(mount.init_id)) as fd:
-                    setup(f"/proc/self/fd/{fd}")
+                self.driver.create_filled(mount.init_id, below, setup)
                 below = mount.init_id
             self.driver.create(mount_id, below, writable=True, size=size)
         except BaseException:

@@ -11039,7 +11039,8 @@ class ImageRig:
         known |= {layer for mount in mounts for layer in layers.lineage(mount.parent)}
         names = {layer.cache_id for layer in known} | {mount.mount_id for mount in mounts}
         names |= {mount.init_id for mount in mounts if mount.init_id}
-        assert set(os.listdir(layers.driver.layers())) - {"l"} == names
+        there = {name.removesuffix("-filled") for name in os.listdir(layers.driver.layers())}
+        assert there - {"l"} == names
         assert self.image_files("layerdb", "sha256") == sorted(layer.chain_id[7:] for layer in known)
         assert self.image_files("layerdb", "tmp") == []
         assert self.image_files("layerdb", "mounts") == sorted(layers.rw_ids())
@@ -14787,6 +14788,53 @@ def test_a_stack_of_layers_and_a_container_on_it(driver: dockerd.StorageDriver) 
     assert not driver.exists(base) and driver.ids() == []
     left = {name for name in os.listdir(driver.layers()) if name != "l"}
     assert not left and not (driver.name == "overlay2" and os.listdir(os.path.join(driver.home, "l")))
+
+
+def test_what_many_layers_are_filled_with(driver: dockerd.StorageDriver) -> None:
+    """overlay2 keeps it once: made again where its maker failed or was killed, gone with the layer below,
+    even if moby removed that."""
+    base, filled = make_layer(driver, file="1"), []
+
+    def fill(directory: str) -> None:
+        filled.append(Path(directory, "place").write_text(""))
+
+    def fail(directory: str) -> None:
+        fill(directory)
+        raise OSError(errno.ENOSPC, "no space")
+
+    def container() -> str:
+        made = new_id()
+        driver.create_filled(made + "-init", base, fill)
+        driver.create(made, made + "-init", writable=True)
+        return made
+
+    shared = os.path.join(driver.layers(), base + "-filled")
+    with pytest.raises(OSError, match="no space"):
+        driver.create_filled(new_id(), base, fail)
+    if driver.name == "overlay2":
+        driver.create_filled(new_id(), base, fill)
+        os.unlink(os.path.join(shared, "committed"))
+        driver = select_driver(os.path.dirname(driver.home), "overlay2", [], IdMap())
+    containers = [container() for _ in range(3)]
+    assert driver.name != "overlay2" or len(filled) == 3
+    for each in containers:
+        with mounted(driver, each) as root:
+            assert sorted(os.listdir(root)) == ["file", "place"], each
+        assert driver.changes(each, each + "-init") == []
+        driver.remove(each)
+        driver.remove(each + "-init")
+    assert os.path.exists(shared) == (driver.name == "overlay2")
+    for each in driver.ids():
+        driver.remove(each)
+    assert not os.path.exists(shared)
+    if driver.name == "overlay2":
+        base = make_layer(driver)
+        driver.remove(container())
+        shutil.rmtree(os.path.join(driver.home, base))
+        for damage in driver.leftovers():
+            assert damage.safe and damage.mend
+            damage.mend()
+        assert len(os.listdir(driver.home)) == 2 and len(os.listdir(driver.home + "/l")) == 1  # its init
 
 
 def test_what_moby_finds_on_disk(tmp_path: Path) -> None:
