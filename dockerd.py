@@ -358,6 +358,8 @@ class Unavailable(DockerError):
     """The daemon cannot serve this now: 503."""
 
 
+NO_MANAGER = ('This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to connect '
+              "this node to swarm and try again.")
 HTTP_STATUS: dict[type, int] = {
     BadParameter: 400, Unauthorized: 401, Forbidden: 403, NotFound: 404, Conflict: 409, NotModified: 304,
     NotSupported: 501, Unavailable: 503, DockerError: 500,
@@ -3714,11 +3716,18 @@ class Unpacker:
             os.setxattr(name, OVERLAY_OPAQUE, b"y")
 
     def _hard_link(self, name: bytes, entry: TarEntry) -> None:
-        """A second name of a file in this archive, which has its attributes already."""
+        """A second name of a file in this archive, which gets this entry's owner, mode and time, as in
+        Docker."""
         target = self._clean(entry.link, "hardlink target")
         if target in (b".", name):
             raise BadParameter(f"invalid hardlink target {quoted(entry.link)}")
         self._place(name, os.link, target, name, follow_symlinks=False)
+        known, owner = os.lstat(name), self.idmap.to_host(entry.uid, entry.gid)
+        if not stat.S_ISLNK(known.st_mode):
+            if (known.st_uid, known.st_gid) != owner:  # which takes capabilities away
+                self._attributes(name, entry)
+            os.chmod(name, entry.mode)
+            os.utime(name, ns=self._times(entry))
 
     def _symlink(self, name: bytes, entry: TarEntry) -> None:
         self._place(name, os.symlink, entry.link, name)
@@ -3796,7 +3805,9 @@ class Extractor(Unpacker):
                 known = stat.S_ISDIR(os.lstat(self._clean(entry.name, "entry name")).st_mode)
                 kinds = ("directory", "non-directory") if known else ("non-directory", "directory")
                 if known != (entry.kind == DIRECTORY):
-                    raise BadParameter(f"cannot overwrite {kinds[0]} {quoted(entry.name)} with {kinds[1]}")
+                    place = os.path.join(self.path, os.fsdecode(entry.name)).rstrip("/")
+                    raise BadParameter(f"cannot overwrite {kinds[0]} {go_quote(place)} with {kinds[1]} "
+                                       f"{go_quote(self.path)}")
         super()._unpack(entry)
 
 
@@ -11393,11 +11404,20 @@ class Init:
                 raise InitError('"/proc" cannot be mounted because it is not of type proc')
             with reworded(InitError, f'"{entry["to"]}" cannot be mounted because it is inside /proc',
                           FileNotFoundError):  # where no other file system refuses a new name so
+                if entry.get("inherits_mode"):
+                    self._inherit_mode(made, entry["to"])
                 return _attach(made, self.root, entry["to"], allowed=self._spare_proc)
         if entry.get("attributes") or entry.get("propagation"):
             mount_setattr(made, "", AT_EMPTY_PATH | (AT_RECURSIVE if entry.get("recursive") else 0),
                           set=entry.get("attributes", 0), propagation=entry.get("propagation", 0))
         _attach(made, self.root, entry["to"])
+
+    def _inherit_mode(self, mount_fd: int, to: str) -> None:
+        """Give a tmpfs the mode of the directory that it covers, as Docker does."""
+        with contextlib.suppress(FileNotFoundError):
+            place = _open_in_root(self.root, to)
+            os.chmod(f"self/fd/{mount_fd}", stat.S_IMODE(os.fstat(place).st_mode), dir_fd=self.proc)
+            os.close(place)
 
     def _spare_proc(self, mount_fd: int, target: int) -> None:
         """Let no volume stand for a part of /proc, to which the place itself may be a link: what a container
@@ -12263,6 +12283,7 @@ def build_plan(spec: Spec, root_place: str, joins: bool = False) -> dict[str, An
     masks = {"bounding": mask, "permitted": mask, "effective": mask, "last": last_capability()}
     mounts = [] if joins else default_mounts(spec) + spec.devices + device_mounts() + spec.mounts
     taken = {entry["to"] for entry in mounts if "volume" in entry}  # and nothing of ours is mounted there
+    covered = tuple(place + "/" for place in taken & {"/dev", "/sys", "/sys/fs/cgroup"})
     return {
         **{name: getattr(spec, name) for name in _PLAN_FIELDS},
         "cwd": spec.cwd or "/", "capabilities": masks, "seccomp": spec.seccomp.hex(),
@@ -12271,7 +12292,7 @@ def build_plan(spec: Spec, root_place: str, joins: bool = False) -> dict[str, An
         "wait": spec.cgroup_enter is not None, "await_network": spec.network_enter is not None,
         "remapped": bool(spec.idmap), "root_place": root_place,
         "mounts": [entry for entry in mounts if "volume" in entry or not (
-            spec.bare or entry["to"] in taken or "/dev" in taken and entry["to"].startswith("/dev/"))],
+            spec.bare or entry["to"] in taken or entry["to"].startswith(covered))],
         "masked_paths": () if spec.privileged else spec.masked_paths,
         "readonly_paths": () if spec.privileged else spec.readonly_paths}
 
@@ -15405,7 +15426,8 @@ MOUNT_ATTRIBUTES = {"ro": MOUNT_ATTR_RDONLY, "nosuid": MOUNT_ATTR_NOSUID, "nodev
                     "noexec": MOUNT_ATTR_NOEXEC, "noatime": MOUNT_ATTR_NOATIME,
                     "nodiratime": MOUNT_ATTR_NODIRATIME, "strictatime": MOUNT_ATTR_STRICTATIME}
 MOUNT_OPPOSITES = {"rw": "ro", "suid": "nosuid", "dev": "nodev", "exec": "noexec", "atime": "noatime",
-                   "diratime": "nodiratime", "relatime": "strictatime", "defaults": "", "async": ""}
+                   "diratime": "nodiratime", "relatime": "strictatime", "noatime": "strictatime",
+                   "strictatime": "noatime", "defaults": "", "async": ""}
 # MS_* of <linux/mount.h>
 MOUNT_FLAGS = {"bind": 4096, "rbind": 4096 | MS_REC, "ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8,
                "sync": 16, "noatime": 1024, "nodiratime": 2048, "rw": 0, "defaults": 0}
@@ -15431,7 +15453,16 @@ MOUNT_RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
      "invalid mount path: '{Source}' mount path must be absolute"),
     (lambda m: m["Type"] == "volume" and not m["Source"] and m["ReadOnly"],
      "must not set ReadOnly mode when using anonymous volumes"),
+    (lambda m: m["Type"] == "volume" and not m["Source"] and _subpath(m),
+     "must not set Subpath when using anonymous volumes"),
+    (lambda m: re.match(r"/|\.\.(/|\Z)", _subpath(m) and os.path.normpath(_subpath(m))),
+     "subpath must be a relative path within the volume"),
 )
+
+
+def _subpath(mount: dict[str, Any]) -> str:
+    """What of a volume or of an image is mounted; "" for all of it."""
+    return (mount.get("VolumeOptions") or mount.get("ImageOptions") or {}).get("Subpath") or ""
 
 
 def check_mount(mount: dict[str, Any]) -> dict[str, Any]:
@@ -15486,7 +15517,7 @@ def mount_point(mount: dict[str, Any], mode: str = "") -> dict[str, Any]:
              "Destination": "/" + os.path.normpath(mount["Target"]).lstrip("/"),
              "RW": not mount.get("ReadOnly") and kind != "image",
              "Name": mount.get("Source", "") if kind == "volume" else "", "Driver": "", "Type": kind}
-    if mode or point["Name"]:
+    if mode or kind == "volume":
         point["Relabel"] = mode or "z"
     if kind == "bind":
         point["Propagation"] = options.get("Propagation") or "rprivate"
@@ -15519,14 +15550,18 @@ def tmpfs_options(mount: dict[str, Any]) -> list[str]:
     return words + parse_tmpfs(",".join("=".join(option) for option in asked.get("Options") or []))
 
 
-def new_tmpfs(words: list[str]) -> int:
-    """A descriptor of a detached tmpfs; what nobody has said is nosuid, nodev and noexec, as in Docker."""
+def new_tmpfs(words: list[str], idmap: IdMap) -> int:
+    """A descriptor of a detached tmpfs, with owners as the container has them; what nobody has said is
+    nosuid, nodev and noexec, as in Docker."""
     attributes = _QUIET
     for word in words:
         attributes |= MOUNT_ATTRIBUTES.get(word, 0)
         attributes &= ~MOUNT_ATTRIBUTES.get(MOUNT_OPPOSITES.get(word, ""), 0)
-    values = [word.partition("=") for word in words if "=" in word]
-    return new_mount("tmpfs", attributes, "tmpfs", [(key, value) for key, _, value in values])
+    values = {key: value for key, equals, value in (word.partition("=") for word in words) if equals}
+    if idmap:
+        owner = idmap.to_host(int(values.get("uid") or 0), int(values.get("gid") or 0))
+        values.update(uid=str(owner[0]), gid=str(owner[1]))
+    return new_mount("tmpfs", attributes, "tmpfs", values.items())
 
 
 def require_shared(source: str, propagation: str) -> None:
@@ -15583,7 +15618,7 @@ def open_bind(source: str, point: dict[str, Any], idmap: IdMap) -> int:
     propagation = point.get("Propagation") or "rprivate"
     if not propagation.endswith("private"):
         require_shared(os.path.realpath(source), propagation)
-    subpath = (mount.get("VolumeOptions") or mount.get("ImageOptions") or {}).get("Subpath")
+    subpath = _subpath(mount)
     fd = open_below(source, subpath) if subpath else open_tree(
         AT_FDCWD, source, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | recursive)
     try:
@@ -15606,7 +15641,11 @@ def open_below(directory: Union[str, int], subpath: str) -> int:
     """A detached mount of what is below a volume or an image, without a link that leads out of it."""
     with contextlib.ExitStack() as held:
         top = held.enter_context(opened(directory)) if isinstance(directory, str) else directory
-        with reworded(BadParameter, f"invalid subpath {go_quote(subpath)}: "):
+        base = directory if isinstance(directory, str) else ""
+        with reworded(BadParameter, f"path concatenation escapes the base directory, base: {base}, subpath: "
+                      f"{subpath}"), \
+                reworded(BadParameter, f"cannot access path {base}/{subpath}: lstat {base}/{subpath}: ",
+                         FileNotFoundError, NotADirectoryError):
             rules = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS
             place = openat2(top, subpath.strip("/") or ".", os.O_PATH, 0, rules)
         with closing_fd(place):
@@ -15636,7 +15675,9 @@ def _relabel_below(value: bytes) -> None:
 def make_parents(path: str, owner: tuple[int, int]) -> None:
     """Make the directory `path`, and those above it, as far as they are missing, as `owner`'s."""
     missing = []
-    while not os.path.lexists(path):
+    while not os.path.exists(path):
+        if os.path.islink(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         missing.append(path)
         path = os.path.dirname(path)
     if not os.path.isdir(path):
@@ -15645,19 +15686,21 @@ def make_parents(path: str, owner: tuple[int, int]) -> None:
         make_directory(path, 0o755, *owner)
 
 
-def copy_up(root: int, path: str, target: str) -> None:
-    """Put what is at `path` in the root into the directory `target`: owners, modes, links, xattrs.
+def image_directory(root: int, path: str) -> int:
+    """A descriptor of the directory at `path` in an image's root, for copy_up(); FileNotFoundError,
+    DockerError where something else is there."""
+    with reworded(DockerError, f"cannot mount volume over existing file, file exists {path}",
+                  NotADirectoryError):
+        return _open_in_root(root, path, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def copy_up(source: int, target: str) -> None:
+    """Put what is in the open directory `source` into the directory `target`: owners, modes, links, xattrs.
 
     Reading and writing are each confined to their directory, so that neither a hostile image nor a container
     that already uses the volume leads the copy elsewhere."""
-    try:
-        source = _open_in_root(root, path, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return
-    except NotADirectoryError:
-        raise DockerError(f"cannot mount volume over existing file, file exists {path}") from None
     packer = TreePacker(Feed(), IdMap(), "", attributes=True)
-    with closing_fd(source), opened(target, SUBDIRECTORY) as made, packed(source, packer) as feed:
+    with opened(target, SUBDIRECTORY) as made, packed(source, packer) as feed:
         confined(made, Unpacker(TarReader(feed), "", IdMap(), UnpackLimits(0)).run)
         facts = os.fstat(source)
         os.fchown(made, facts.st_uid, facts.st_gid)
@@ -15750,12 +15793,16 @@ class Volume:
 
     def _mount(self) -> None:
         options = self.facts["Options"] or {}
-        if options.get("device") and not os.path.ismount(self.data):
+        if "type" in options and not options["device"]:
+            raise DockerError(f"error while mounting volume '{self.data}': missing device in volume options")
+        if "device" in options and not os.path.ismount(self.data):
             words = options.get("o", "").split(",")
             flags = functools.reduce(int.__or__, [MOUNT_FLAGS.get(word, 0) for word in words])
             data = ",".join(word for word in words if word not in MOUNT_FLAGS)
             with reworded(DockerError, f"error while mounting volume '{self.data}': failed to mount "
-                          f"local volume: mount {options['device']}:{self.data}: "):
+                          f"local volume: mount {options['device']}:{self.data}" + (
+                              f", flags: {flags:#x}" if flags else "") + (
+                              f", data: {data}" if data else "") + ": "):
                 mount(options["device"], self.data, options["type"], flags, self._resolved(data))
 
     def fill(self, copy: Callable[[str], None]) -> None:
@@ -15862,8 +15909,8 @@ class Volumes:
                 return known
         path = os.path.join(self.root, f".{secrets.token_hex(16)}")
         created = rfc3339nano(int(time.time()) * 10**9)
-        options = dict(sorted((options or {}).items()))
-        facts = {"CreatedAt": created, "Labels": labels, "Options": options or None}
+        options = None if options is None else dict(sorted(options.items()))
+        facts = {"CreatedAt": created, "Labels": labels, "Options": options}
         volume = Volume(os.path.join(self.root, name), name, facts)
         try:
             make_directory(path, 0o701)
@@ -15979,6 +16026,8 @@ class Volumes:
     def create_job(self, job: Job) -> None:
         """Make one of env `body`: Name, Driver, DriverOpts, Labels."""
         body = decode_struct(job.env.get("body") or {}, "VolumeCreateOptions")
+        if (job.env.get("body") or {}).get("ClusterVolumeSpec"):
+            raise Unavailable(NO_MANAGER)
         job.reply(self.create(body["Name"], body["Driver"], body["DriverOpts"], body["Labels"]).shape())
 
     @job("volume_delete")
@@ -16018,7 +16067,8 @@ class Volumes:
         """Remove what no container refers to: anonymous ones, with the filter `all` all, but none that has
         options, whose files may be another host's, as in Docker; by label, label!."""
         filters = self._filters(job, "invalid", ("label", "label!", "all"))
-        everything = any(word.lower() in ("1", "true") for word in filters.get("all", ()))
+        with reworded(BadParameter, "invalid filter 'all': ", BadParameter):
+            everything = any(parse_bool(word) for word in filters.get("all", ()))
         deleted, reclaimed = [], 0
         with pruning(self._pruning):
             for volume in self.all():
@@ -18480,7 +18530,9 @@ class Container:
                     continue
                 if root < 0:
                     root = held.enter_context(closing_fd(self.parts.layers.mount_rw(self.id)))
-                volume.fill(functools.partial(copy_up, root, point["Destination"]))
+                with contextlib.suppress(FileNotFoundError), closing_fd(
+                        image_directory(root, point["Destination"])) as source:
+                    volume.fill(functools.partial(copy_up, source))
 
     def volume_renamed(self, volume: Volume, old: str) -> None:
         """Take a volume's new name over."""
@@ -19054,19 +19106,27 @@ class Container:
                 held.enter_context(self.undisturbed())
                 if self.process is not None:
                     places = {point["Destination"] for point in self.points}
-                    places.update(self.host_config.get("Tmpfs") or ())
+                    places.update(self.host_config.get("Tmpfs") or (), map("/etc/{}".format,
+                                                                           NETWORK_FILES.values()))
                     root, namespace = os.dup(self._root_fd), self.namespaces(["mnt"], held)["mnt"]
                     mounts = [(-1, to) for to in sorted(places) if volumes]
                     seen = View(place, root, mounts, namespace, self.host_config["ReadonlyRootfs"])
                 else:
                     held.callback(self._release_mounts)
-                    opened = self._open_mounts(held, False) if volumes else []
-                    mounts = [(entry["fd"], entry["to"]) for entry in opened]
+                    mounts = [*self._open_network_files(held),
+                              *((entry["fd"], entry["to"]) for entry in self._open_mounts(held, False))
+                              ] if volumes else []
                     root = self.parts.layers.mount_rw(self.id)
                     seen = View(place, root, mounts, readonly=self.host_config["ReadonlyRootfs"])
                 held.callback(os.close, root)
                 held.callback(seen.close)
             yield seen
+
+    def _open_network_files(self, held: contextlib.ExitStack) -> Iterator[tuple[int, str]]:
+        """Those that a first start has written, as (descriptor, place)."""
+        for key, name in NETWORK_FILES.items():
+            with contextlib.suppress(FileNotFoundError):
+                yield held.enter_context(closing_fd(open_tree(AT_FDCWD, self.record[key]))), "/etc/" + name
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -19102,39 +19162,40 @@ class Container:
             self.unpause()
 
     @contextlib.contextmanager
-    def _finding(self, path: str) -> Iterator[None]:
-        """Docker's words for a path of cp that is not there."""
+    def _finding(self, path: str, args: list[str]) -> Iterator[None]:
+        """Docker's words for a path of cp that is not there, in the container as a job's `args` call it."""
         if not path:
             raise BadParameter("bad parameter: path cannot be empty")
         if "\0" in path:
             raise BadParameter(f"lstat {go_quote(path)}: invalid argument")
-        with reworded(NotFound, f"Could not find the file {path} in container {self.name}",
+        with reworded(NotFound, f"Could not find the file {path} in container {args[0]}",
                       FileNotFoundError), \
                 reworded(DockerError, f"lstat {path}: ", NotADirectoryError, PermissionError):
             yield
 
-    @job("archive_stat", "path")
-    def path_stat(self, path: str) -> dict[str, Any]:
+    @job("archive_stat", "path .args")
+    def path_stat(self, path: str, args: list[str]) -> dict[str, Any]:
         """What is at a path in it."""
-        with self._finding(path), self.view() as view:
+        with self._finding(path, args), self.view() as view:
             return confined(view, path_facts, path)
 
-    @job("archive_get", "path .ready .stdout.write")
-    def copy_out(self, path: str, ready: Callable[..., None], write: Callable[[bytes], Any]) -> None:
+    @job("archive_get", "path .args .ready .stdout.write")
+    def copy_out(self, path: str, args: list[str], ready: Callable[..., None],
+                 write: Callable[[bytes], Any]) -> None:
         """Write what is at `path` as a tar stream, after ready(stat=...)."""
         packer = CopyPacker(Feed(), self.idmap, path)
-        with self._finding(path), self.view() as view, packed(view, packer) as feed:
+        with self._finding(path, args), self.view() as view, packed(view, packer) as feed:
             ready(stat=json.loads(feed.read()))
             while data := feed.read():
                 write(data)
         self.event("archive-path")
 
-    @job("archive_put", "path .stdin noOverwriteDirNonDir:bool copyUIDGID:bool")
-    def copy_in(self, path: str, stream: Any, keep_kind: bool, own: bool) -> None:
+    @job("archive_put", "path .args .stdin noOverwriteDirNonDir:bool copyUIDGID:bool")
+    def copy_in(self, path: str, args: list[str], stream: Any, keep_kind: bool, own: bool) -> None:
         """Unpack a tar stream, perhaps compressed, into the directory `path`; with `own` all becomes the
         container's user's."""
         feed = Feed()
-        with self._finding(path), self.view() as view:
+        with self._finding(path, args), self.view() as view:
             owner = self._user(root=view.root)[:2] if own and self.config.get("User") else None
             extractor = Extractor(TarReader(feed), self.idmap, copy_path(path), owner, keep_kind)
             unpack_confined(decompress(stream), view, extractor, feed)
@@ -19160,22 +19221,24 @@ class Container:
         places = {**{point["Destination"]: point for point in self.points
                      if volatile or point["Type"] != "tmpfs"}, **tmpfs}
         for place in sorted(places, key=lambda place: (os.path.normpath(place).count("/"), place)):
-            asked = places[place]
-            with reworded(lambda text: StartError(START_FAILED.format(text)), f'error mounting "{place}": '):
-                fd = new_tmpfs(parse_tmpfs(asked)) if place in tmpfs else self._open_mount(asked)
+            asked, words = places[place], None
+            if place in tmpfs or asked["Type"] == "tmpfs":
+                words = parse_tmpfs(asked) if place in tmpfs else tmpfs_options(asked["Spec"])
+            source = asked["Source"] if words is None else "tmpfs"
+            with reworded(lambda text: StartError(START_FAILED.format(text)),
+                          f'error mounting "{source}" to rootfs at "{place}": '):
+                fd = self._open_mount(asked) if words is None else new_tmpfs(words, self.idmap)
             held.callback(os.close, fd)
-            source = "tmpfs" if place in tmpfs or asked["Type"] == "tmpfs" else asked["Source"]
             opened.append({"from": f"volume:{len(opened)}", "to": place, "volume": True, "fd": fd,
-                           "shown": source})
+                           "shown": source, "inherits_mode": bool(words is not None and not any(
+                               word.startswith("mode=") for word in words))})
         return opened
 
     def _open_mount(self, point: dict[str, Any]) -> int:
         kind, source, mount = point["Type"], point["Source"], point["Spec"]
-        if kind == "tmpfs":
-            return new_tmpfs(tmpfs_options(mount))
         if kind == "image":
             fd = self.parts.layers.driver.mount(self.parts.layers.get(point["ID"]).cache_id, readonly=True)
-            subpath = (mount.get("ImageOptions") or {}).get("Subpath")
+            subpath = _subpath(mount)
             if not subpath:
                 return fd
             with closing_fd(fd):
@@ -19185,8 +19248,10 @@ class Container:
             self.parts.volumes.event("mount", point["Name"], {
                 "container": self.id, "destination": point["Destination"], "driver": "local",
                 "propagation": "", "read/write": "true" if point["RW"] else "false"})
-        elif not point["SkipMountpointCreation"] and not os.path.lexists(source):
-            make_parents(source, self.idmap.root)
+        elif not point["SkipMountpointCreation"] and not os.path.exists(source):
+            with reworded(DockerError, f"error while creating mount source path '{source}': mkdir {source}: ",
+                          FileExistsError, PermissionError):
+                make_parents(source, self.idmap.root)
         words = {"z", "Z"}.intersection(point.get("Relabel", "").split(","))
         if words and self.record["MountLabel"]:
             relabel(source, self.record["MountLabel"], "z" in words)
@@ -22552,7 +22617,8 @@ class ContainerJobs:
             if point["Destination"] == "/":
                 raise BadParameter("invalid specification: destination can't be '/'")
             if point["Destination"] not in taken:
-                points.setdefault(point["Destination"], {**point, "Driver": host["VolumeDriver"], "Spec": {}})
+                point.update(Relabel="", Driver=host["VolumeDriver"], Spec={})
+                points.setdefault(point["Destination"], point)
         return list(points.values())
 
     def _mount_point(self, mount: dict[str, Any], mode: str, lenient: bool, shallow: bool) -> dict[str, Any]:
@@ -22581,7 +22647,9 @@ class ContainerJobs:
             other = self.table.find(name)
         for point in other.points:
             if point["Type"] in ("bind", "volume"):
-                yield {**point, "RW": point["RW"] and "ro" not in words, "ID": "shared"}
+                kept = [word for word in point.get("Relabel", "").split(",") if word.startswith("idmap")]
+                yield {**point, "RW": point["RW"] and "ro" not in words, "ID": "shared",
+                       "Relabel": "".join(kept)}
 
     def _reserve_name(self, name: str, container_id: str) -> str:
         """The name asked for, or a random one that is free."""
@@ -22642,7 +22710,7 @@ class ContainerJobs:
         resource = str((job.env.get("body") or {}).get("Resource") or "")
         if not resource:
             raise BadParameter("Path cannot be empty")
-        self.table.find(job.args[0]).copy_out(resource, lambda **facts: None, job.stdout.write)
+        self.table.find(job.args[0]).copy_out(resource, job.args, lambda **facts: None, job.stdout.write)
 
     @job("commit")
     def commit(self, job: Job) -> None:
@@ -22856,10 +22924,6 @@ NETWORK_FILTERS = {
     "dangling": lambda network, value: (value in ("1", "true")) == (
         network.is_user_defined and not network.endpoints),
 }
-
-
-NO_MANAGER = ('This node is not a swarm manager. Use "docker swarm init" or "docker swarm join" to connect '
-              "this node to swarm and try again.")
 
 
 class NetworkJobs:

@@ -8064,6 +8064,8 @@ def test_remapped_containers(new_host: Callable[..., Host], busybox: bytes, tmp_
     assert host.run("sh", "-c", "id -u; stat -c %u /bin/sh; tty", Tty=True, User="bob") == (
         0, b"1000\r\n0\r\n/dev/pts/0\r\n")
     assert host.run("sh", "-c", "stat -c %u /bin/sh", HostConfig={"UsernsMode": "host"}) == (0, b"100000\n")
+    assert host.run("stat", "-c", "%a:%u:%g", "/root", "/new", "/own", HostConfig={
+        "Tmpfs": {"/root": "", "/new": "", "/own": "uid=5,mode=700"}}) == (0, b"755:0:0\n1777:0:0\n700:5:0\n")
     for refused, text in (
             ({"Privileged": True}, "privileged mode is incompatible with user namespaces.  You must run the "
              "container in the host namespace when running privileged mode"),
@@ -9226,14 +9228,20 @@ def owned_entry(name: str, uid: int, gid: int, mode: int) -> tarfile.TarInfo:
     return entry
 
 
+def data_entries() -> dict[str, Any]:
+    """A busybox with files at /data, and links."""
+    hard = link_entry("data/hard", "data/sub/file", tarfile.LNKTYPE)
+    hard.mode = 0o604  # which the file gets, as in Docker
+    return {**busybox_entries(), "data": owned_entry("data", 7, 8, 0o2750), "data/sub": None,
+            "data/sub/file": (b"hello\n", 0o640), "data/link": link_entry("data/link", "sub/file"),
+            "data/out": link_entry("data/out", "/etc/passwd"), "dlink": link_entry("dlink", "/data/sub"),
+            "data/hard": hard}
+
+
 @pytest.fixture(scope="module")
 def data_image(shared_host: Host) -> str:
-    """An image of busybox with files at /data, and links, on the shared host."""
-    entries = {**busybox_entries(), "data": owned_entry("data", 7, 8, 0o2750), "data/sub": None,
-               "data/sub/file": (b"hello\n", 0o640), "data/link": link_entry("data/link", "sub/file"),
-               "data/out": link_entry("data/out", "/etc/passwd"), "dlink": link_entry("dlink", "/data/sub"),
-               "data/hard": link_entry("data/hard", "data/sub/file", tarfile.LNKTYPE)}
-    shared_host.import_image("data", tar_of(entries), *BUSYBOX_CHANGES)
+    """An image with data_entries(), on the shared host."""
+    shared_host.import_image("data", tar_of(data_entries()), *BUSYBOX_CHANGES)
     return "data"
 
 
@@ -9256,28 +9264,408 @@ def put(host: Host, name: str, path: str, entries: dict[str, Any], options: str 
     return host.http("PUT", f"{API}/containers/{name}/archive?path={path}{options}", tar_of(entries))
 
 
-@pytest.mark.parametrize("words,source,text", [
-    (["/a:/b:zz"], "", "invalid mode: zz"), (["/a:/b:ro,rw"], "", "invalid mode: ro,rw"),
-    (["/a:/"], "", "invalid volume specification: '/a:/': invalid mount config for type \"bind\": invalid "
-                   "specification: destination can't be '/'"),
-    ([":/b"], "", "invalid volume specification: ':/b'"),
-    (["/b:ro"], "", "invalid volume specification: '/b:ro'"),
-    (["/a:/b", "/c:/b/"], "", "Duplicate mount point: /b"),
-    (["/a:/b:nocopy"], "", "invalid volume specification: '/a:/b:nocopy': invalid mount config for type "
-                           '"bind": field VolumeOptions must not be specified'),
-    (["../x:/b"], "", 'create ../x: "../x" includes invalid characters for a local volume name, only '
-                      '"[a-zA-Z0-9][a-zA-Z0-9_.-]" are allowed. If you intended to pass a host directory, '
-                      "use absolute path"),
-    ([], "/nope", 'invalid mount config for type "bind": bind source path does not exist: /nope'),
-    ([], "tmp", "invalid mount config for type \"bind\": invalid mount path: 'tmp' mount path must be "
-                "absolute"),
-])
-def test_mounts_that_cannot_be(host: Host, words: list[str], source: str, text: str) -> None:
-    mounts = [{"Type": "bind", "Source": source, "Target": "/x"}] if source else []
-    body = {"Image": "busybox", "Cmd": ["true"],
-            "HostConfig": {"NetworkMode": "none", "Binds": words, "Mounts": mounts}}
-    answer = host.http("POST", f"{API}/containers/create", body)
-    assert (answer.status, answer.json["message"]) == (400, text)
+# Lines of a shell, `docker` left out, that both daemons answer alike: what is printed, and the exit code.
+# {dir} is the host's directory, {mounts} DATA_MOUNTS, "$ " a command of the shell's own, and what begins with
+# "<NAME " has one of data_tars() as its input.
+DATA_MOUNTS = ("'{{range .Mounts}}{{println .Type .Name .Source .Destination .Driver .Mode .RW .Propagation}}"
+               "{{end}}'")
+DATA_LINES = """
+volume create one
+volume create one
+volume create --name two --label a=b --label c
+volume create x
+volume create 'a b'
+volume create ../up
+volume create -o bad=1 four
+volume create -o type=tmpfs five
+volume create -o device=tmpfs five
+volume create -o o=size=1m five
+volume create -o size=10m five
+volume create -o type=tmpfs -o device=tmpfs -o o=size=1m,uid=1000 mem
+volume create -o type=none -o device={dir}/nowhere -o o=bind nowhere
+volume ls -q -f name=o -f dangling=true
+volume ls -q -f driver=local -f name=two
+volume ls -q -f label=a
+volume ls -q -f label=a=c
+volume ls -q -f label!=a -f name=one
+volume ls -q -f dangling=maybe
+volume ls -q -f nope=1
+volume ls -f name=one --format '{{json .}}'
+volume inspect one two
+volume inspect mem nope
+volume rm one nope
+volume rm -f nope
+volume prune -f --filter nope=1
+volume prune -f --filter label=zzz
+create --name anon -v /anon -v two:/two -v {dir}/src:/m:ro,z --tmpfs /t data
+inspect -f {mounts} anon | sort
+inspect -f '{{json .Config.Volumes}} {{json .HostConfig.Binds}} {{json .HostConfig.Tmpfs}}' anon
+create --name from --volumes-from anon:ro data
+inspect -f {mounts} from | sort
+ps -a -f volume=two --format '{{.Names}}'
+ps -aq -f volume=/nope
+rm -v from
+volume rm two
+rm -v anon
+volume ls -q -f dangling=true
+create -v {dir}/src:/m:zz busybox
+create -v {dir}/src:/m:ro,rw busybox
+create -v {dir}/src:/m:z,Z busybox
+create -v {dir}/src:/m:nocopy busybox
+create -v {dir}/src:m busybox
+create -v {dir}/src:/ busybox
+create -v {dir}/src: busybox
+create -v :/m busybox
+create -v ::: busybox
+create -v m busybox
+create -v a:b busybox
+create -v {dir}/src:/m:ro:x busybox
+create -v {dir}/src:/m -v {dir}/src:/m/ busybox
+create -v {dir}/src:/m --tmpfs /m busybox
+create -v {dir}/src:/m:shared,slave busybox
+create -v v1:/m:shared busybox
+create -v ../x:/m busybox
+create --volumes-from nope busybox
+create --volumes-from '' busybox
+create --volumes-from nope:zz busybox
+create --mount type=bind,src={dir}/src,dst=/m,readonly=maybe busybox
+create --mount type=bind,src={dir}/nope,dst=/m busybox
+create --mount type=bind,src=rel,dst=/m busybox
+create --mount type=bind,dst=/m busybox
+create --mount type=bind,src={dir}/src busybox
+create --mount type=bind,src={dir}/src,dst=m busybox
+create --mount type=bind,src={dir}/src,dst=/ busybox
+create --mount type=bind,src={dir}/src,dst=/m,bind-propagation=what busybox
+create --mount type=bind,src={dir}/src,dst=/m,volume-nocopy busybox
+create --mount type=volume,dst=/m,ro busybox
+create --mount type=volume,src=/abs,dst=/m busybox
+create --mount type=tmpfs,src=x,dst=/m busybox
+create --mount type=tmpfs,dst=/m,tmpfs-size=x busybox
+create --mount type=tmpfs,dst=/m,tmpfs-mode=9 busybox
+create --mount type=what,dst=/m busybox
+create --mount type=bind,nope=1,dst=/m busybox
+create --mount type=npipe,src=a,dst=/m busybox
+create --mount dst=/m,type=bind,src={dir}/src --mount dst=/m,type=tmpfs busybox
+create --name mounts --mount type=bind,src={dir}/src,dst=/m,ro --mount src=v1,dst=/v busybox
+inspect -f {mounts} mounts | sort
+inspect -f '{{json .HostConfig.Mounts}}' mounts
+create --name tmpfs --mount type=tmpfs,dst=/t,tmpfs-size=1m,tmpfs-mode=0700 busybox
+inspect -f '{{json .HostConfig.Mounts}}{{json .Mounts}}' tmpfs
+create --mount type=bind,src={dir}/src,dst=/m,bind-propagation=rshared --name bound busybox
+inspect -f '{{json .HostConfig.Mounts}}{{json .Mounts}}' bound
+create -v /b:ro busybox
+create --tmpfs m busybox
+create --tmpfs / busybox
+rm mounts bound tmpfs
+"""
+# The same, which the real daemon takes half a second or more for.
+DATA_RUNS = """
+run --rm -v mem:/m busybox sh -c "grep ' /m ' /proc/mounts; df -k /m | tail -1; stat -c %u:%g:%a /m"
+run --rm -v nowhere:/m busybox true
+run --rm -v {dir}/src:/m:ro busybox touch /m/x
+run --rm -v {dir}/src:/m:Z,ro busybox cat /m/file
+run --rm -v {dir}/src:/m:delegated busybox cat /m/file
+run --rm -v {dir}/src/file:/etc/passwd:ro busybox cat /etc/passwd
+run --rm -v {dir}/src/file:/new/deep/file busybox cat /new/deep/file
+run --rm -v {dir}/src/file:/etc busybox true
+run --rm -v {dir}/src:/etc/passwd busybox true
+run --rm -v {dir}/made/deep:/m busybox stat -c %u:%g:%a:%F /m
+$ stat -c %u:%g:%a:%F made made/deep; rm -r made
+run --rm -v {dir}/sock:/s.sock busybox stat -c %F /s.sock
+run --rm -v {dir}/dangling:/m busybox true
+run --rm -v {dir}/link:/m busybox cat /m/file
+run --rm -v {dir}/src:/m:rshared busybox true
+run --rm -v {dir}/src:/m:rslave busybox true
+run --rm -v v1:/data data sh -c 'stat -c "%n %a %u:%g %h" /data /data/*'
+run --rm -v v2:/data:nocopy data ls -A /data
+run --rm -v v3:/data/sub data cat /data/sub/file
+run --rm -v v4:/data -v v4:/other data ls /other
+create --name vfrom -v v1:/v1 -v {dir}/src:/m:ro -v /anon --tmpfs /t busybox
+run --rm --volumes-from vfrom busybox sh -c "grep -c ' /v1 ' /proc/mounts; grep ' /t ' /proc/mounts"
+run --rm --volumes-from vfrom busybox touch /m/x
+run --rm --volumes-from vfrom:ro busybox touch /v1/x
+run --rm --volumes-from vfrom -v v2:/v1 busybox grep -c " /v1 " /proc/mounts
+rm -v vfrom
+run --rm --mount type=bind,src={dir}/src,dst=/m,bind-propagation=rslave busybox true
+run --rm --mount type=volume,dst=/m busybox grep -c ' /m ' /proc/mounts
+run --rm --mount type=volume,src=v5,dst=/data,volume-nocopy data ls /data
+run --rm --mount type=volume,src=v5,dst=/data data ls /data
+create --mount src=v6,dst=/m,volume-label=a=b,volume-opt=type=tmpfs,volume-opt=device=x data
+run --rm -v v6:/m busybox sh -c "grep ' /m ' /proc/mounts | cut -d' ' -f3"
+volume inspect v6
+run --rm --mount type=tmpfs,dst=/m,tmpfs-size=1m,tmpfs-mode=0700 busybox grep ' /m ' /proc/mounts
+run --rm --mount type=tmpfs,dst=/data data stat -c %a:%u:%g /data
+run --rm --mount type=tmpfs,dst=/m,ro busybox touch /m/x
+run --rm --tmpfs /m busybox grep ' /m ' /proc/mounts
+run --rm --tmpfs /m:size=64k,mode=1700,uid=1000,gid=100 busybox grep ' /m ' /proc/mounts
+run --rm --tmpfs /m:exec,suid,dev busybox grep ' /m ' /proc/mounts
+run --rm --tmpfs /m:ro busybox touch /m/x
+run --rm --tmpfs /m:nope busybox true
+run --rm --tmpfs /m:size=1x busybox true
+run --rm --tmpfs /m:nr_inodes=10 busybox grep ' /m ' /proc/mounts
+run --rm --tmpfs /m:noatime,strictatime busybox grep ' /m ' /proc/mounts
+run --rm --tmpfs /data data stat -c %a:%u:%g /data
+run --rm --tmpfs /data:uid=5 data stat -c %a:%u:%g /data
+run --rm --read-only --tmpfs /m busybox sh -c "touch /m/x && touch /x"
+run --rm --read-only -v v1:/m busybox sh -c "touch /m/x && echo yes"
+run --rm -v {dir}/src:/dev/shm busybox ls /dev/shm
+run --rm -v {dir}/src:/sys busybox ls /sys
+run --rm -v v5:/sys/fs/cgroup busybox ls /sys/fs/cgroup
+run --rm -v {dir}/src:/dev/pts busybox ls /dev/pts
+run --rm -v {dir}/src/file:/etc/hosts busybox cat /etc/hosts
+"""
+DATA_COPIES = """
+create --name cc -v vol:/v -v vol:/vr:ro -v {dir}/src:/b:ro -v {dir}/src/file:/etc/single data sleep 1000
+START cc
+cp cc:/data/sub out/
+$ mkdir out
+cp cc:/data/sub out
+cp cc:/data/sub/. out
+cp cc:/data/sub/file out/renamed
+cp cc:/data/link out
+cp -L cc:/data/link out/followed
+cp cc:/dlink out
+cp -L cc:/dlink out/followed-too
+cp cc:/dlink/. out/dot
+cp -L cc:/data/out out/passwd
+cp -a cc:/data out/archived
+cp cc:/data out/plain
+cp cc:/v out/volume
+cp cc:/b out/bound
+cp cc:/etc/single out
+cp cc:etc/passwd out/relative
+cp cc:/../../etc/passwd out/climbed
+cp cc:/dev/null out/null
+cp cc:/etc/hostname out
+cp cc:/nope out
+cp cc:/etc/passwd/x out
+cp cc:/etc/passwd out/nodir/deep
+cp nope:/etc/passwd out
+cp cc:/etc/passwd cc:/x
+cp cc: out
+cp cc:/data src/file
+$ cd out; find . -printf '%p %y %m %U:%G %l\\n' | sort; wc -c <hostname; cd ..; rm -r out
+cp src/file cc:/in1
+cp src/file cc:/data/
+cp src/file cc:/nope/deep
+cp src/file cc:/etc/passwd/x
+cp src cc:/in2
+cp src cc:/in2
+cp src/. cc:/in3
+cp src cc:/etc/passwd
+cp src/file cc:/dlink
+cp src cc:/dlink
+cp link cc:/in4
+cp -L link cc:/in5
+cp link/. cc:/in6
+cp dangling cc:/in7
+cp -L dangling cc:/in8
+cp sock cc:/in9
+cp fifo cc:/in10
+cp src/file cc:/data/link
+cp src/file cc:/data/out
+cp -a owned cc:/in11
+cp owned cc:/in12
+cp src/file cc:/v
+cp src/file cc:/v/deep/x
+cp src/file cc:/vr
+cp src/file cc:/b/x
+cp src/file cc:/dev/x
+cp src/file cc:/proc/x
+cp src/file cc:/etc/hosts
+cp src/file cc:relative
+cp nofile cc:/x
+cp src/file nope:/x
+cp - cc:/x
+<tar cp - cc:/tmp
+<tar cp - cc:/etc/passwd
+<gzip cp -a - cc:/tmp
+<junk cp - cc:/tmp
+<directory cp - cc:/data
+<file cp - cc:/data
+cp cc:/data/sub - | tar -t
+cp cc:/data/link - | tar -t
+cp -L cc:/data/link - | tar -t
+cp cc:/nope -
+diff cc | sort
+diff nope
+commit -m message -a author -c 'CMD ["a"]' -c 'ENV X=y' cc committed
+commit -c 'FROM x' cc committed
+commit nope committed
+commit cc BAD
+inspect -f '{{json .Config.Cmd}}{{json .Config.Env}}{{.Comment}}{{.Author}}' committed
+export cc | tar -t | sort
+export nope
+rm -f cc
+create --name ro --read-only -v vol:/v -v rov:/r:ro data sleep 1000
+START ro
+cp src/file ro:/x
+cp src/file ro:/v/x
+cp src/file ro:/r/x
+cp ro:/v/x - | tar -xO
+rm -f ro
+rmi committed
+"""
+# The real daemon's wording, and ours for the same.
+DATA_WORDING = (
+    ("time=.*(context canceled|closed pipe).*\n", ""), (r"\b[0-9a-f]{64}\b", "ID"),
+    (r"\b[0-9a-f]{12}\b", "id"), (r"\d{4}-\d\d-\d\dT[0-9:.]+(Z|[+-]\d\d:\d\d)", "TIME"),
+    ("DIR/data/overlay2/ID/merged", ""), ("Invalid filter", "invalid filter"),
+    ("failed to create (task for container: failed to create )?shim task: OCI runtime create failed: (runc "
+     "create failed: )?unable to start container process: (error during container init: )?", ""),
+    (r": mount \S+ \(via [^)]*\), flags: 0x[0-9a-f]+(, data: [^:]+)?", ""), (": unknown", ""),
+    (r"Error processing tar file\(exit status 1\): ", ""), ("pathcannot", "path cannot"),
+    (r"unlinkat \S+: device|failed to unpack \S+: device", "device"))
+
+
+def data_tars() -> dict[str, bytes]:
+    """What the lines of DATA_COPIES have as their input."""
+    tree = tar_of({"one": b"1", "two": (b"2", 0o600)})
+    return {"tar": tree, "gzip": gzip.compress(tree), "junk": b"junk" * 300, "file": tar_of({"sub": b""}),
+            "directory": tar_of({"link": None})}
+
+
+def data_files(host: Host) -> None:
+    """The files that the lines name, and the image data."""
+    host.import_image("data", tar_of(data_entries()), *BUSYBOX_CHANGES)
+    for name in ("src/deep", "owned"):
+        os.makedirs(host.path(name), exist_ok=True)
+    for name, text in (("src/file", "content\n"), ("src/deep/x", ""), ("owned/file", "")):
+        Path(host.path(name)).write_text(text)
+    os.chown(host.path("owned/file"), 1234, 4321)
+    os.chmod(host.path("owned/file"), 0o4751)
+    for name, target in (("link", "src"), ("dangling", "nowhere/at/all")):
+        os.symlink(target, host.path(name))
+    os.mkfifo(host.path("fifo"))
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(host.path("sock"))
+
+
+def data_answer(host: Host, program: str, line: str, running: bool) -> str:
+    """What one of the lines comes to: the exit code, stdout and stderr, in one wording."""
+    line = line.replace("{dir}", host.directory).replace("{mounts}", DATA_MOUNTS)
+    content = b""
+    if line.startswith("START "):
+        line = line.replace("START", "start") if running else "$ true"
+    if line.startswith("<"):
+        name, _, line = line[1:].partition(" ")
+        content = data_tars()[name]
+    line = line[2:] if line.startswith("$ ") else f"{program} {line}"
+    line = re.sub(r"^(\S+ (run|create)) ", r"\1 --net none ", line)
+    done = subprocess.run(["sh", "-c", line], cwd=host.directory, input=content, capture_output=True,
+                          env={"PATH": PATH, "HOME": host.directory, "DOCKER_HOST": host.url}, timeout=60)
+    return worded(f"{done.returncode}\n{done.stdout.decode()}\n{done.stderr.decode()}", host)
+
+
+def worded(text: str, host: Host) -> str:
+    """What a host says, in the wording that both have."""
+    text = text.replace(host.directory, "DIR")
+    for pattern, word in DATA_WORDING:
+        text = re.sub(pattern, word, text)
+    return text
+
+
+@contextlib.contextmanager
+def data_hosts(*hosts: Host) -> Iterator[None]:
+    """A block in which the hosts have what the lines need, and nothing of it after."""
+    try:
+        for host in hosts:
+            data_files(host)
+        yield
+    finally:
+        for host in hosts:
+            host.remove_all()
+            for volume in host.api("GET", "/volumes")["Volumes"] or ():
+                host.api("DELETE", f"/volumes/{volume['Name']}")
+            host.api("DELETE", "/images/data")
+            for name in ("src", "owned", "out", "made"):
+                shutil.rmtree(host.path(name), ignore_errors=True)
+            for name in ("link", "dangling", "fifo", "sock"):
+                os.unlink(host.path(name))
+
+
+def compare_data(ours: Host, peer: Host, program: str, lines: str, running: bool) -> None:
+    """AssertionError with all lines that the two answer differently."""
+    asked = lines.strip().split("\n")
+    with data_hosts(ours, peer), concurrent.futures.ThreadPoolExecutor() as pool:
+        answers = pool.map(lambda host: [data_answer(host, program, line, running) for line in asked],
+                           (ours, peer))
+        assert [found for found in zip(asked, *answers) if found[1] != found[2]] == []
+
+
+def test_data_as_the_real_daemon_has_it(bridgeless: Host, peer: Host) -> None:
+    compare_data(bridgeless, peer, docker_clis()[max(docker_clis())], DATA_LINES, False)
+
+
+def data_calls(client: Any, directory: str) -> Iterator[Callable[[], Any]]:
+    """Calls of docker-py, whose results both daemons give alike."""
+    made: list[Any] = []
+    mount = docker_py.types.Mount
+
+    def create(**options: Any) -> Any:
+        made.append(client.containers.create("data", "sleep 100", network_mode="none", **options))
+        made[-1].reload()
+        facts = made[-1].attrs
+        asked = {key: facts["HostConfig"].get(key) for key in ("Binds", "Mounts", "Tmpfs", "VolumesFrom")}
+        shown = sorted(facts["Mounts"], key=lambda point: str(point["Destination"]))
+        return [sorted(point.items()) for point in shown], asked, facts["Config"]["Volumes"]
+
+    def get(path: str) -> Any:
+        stream, facts = made[0].get_archive(path)
+        with tarfile.open(fileobj=io.BytesIO(b"".join(stream))) as tar:
+            return facts["name"], facts["size"], facts["mode"], facts["linkTarget"], [
+                (item.name, item.type, item.mode & 0o7777, item.uid, item.gid, item.size, item.linkname)
+                for item in tar.getmembers()]
+
+    options = {"type": "tmpfs", "device": "tmpfs", "o": "size=1m"}
+    yield lambda: sorted(client.volumes.create("one", driver_opts=options,
+                                               labels={"a": "b"}).attrs.items(), key=str)
+    yield lambda: sorted(client.volumes.create("two").attrs.items(), key=str)
+    yield lambda: client.volumes.create("x")
+    yield lambda: client.volumes.create("bad", driver_opts={"bad": "1"})
+    yield lambda: sorted(volume.name for volume in client.volumes.list(filters={"dangling": True}))
+    yield lambda: client.volumes.list(filters={"bad": "1"})
+    yield lambda: client.volumes.get("nope")
+    yield lambda: create(volumes={directory + "/src": {"bind": "/m", "mode": "ro"},
+                                  "two": {"bind": "/w", "mode": "rw"}}, tmpfs={"/t": "size=1m"})
+    yield lambda: create(volumes=["/anonymous", directory + "/src:/m:z", "two:/w:nocopy"])
+    yield lambda: create(volumes_from=[made[0].id + ":ro"])
+    yield lambda: create(mounts=[mount("/m", directory + "/src", type="bind", read_only=True),
+                                 mount("/w", "two", no_copy=True, labels={"x": "y"}),
+                                 mount("/t", None, type="tmpfs", tmpfs_size="1m", tmpfs_mode=0o700)])
+    yield lambda: create(mounts=[mount("/m", "relative", type="bind")])
+    yield lambda: create(mounts=[mount("relative", "two")])
+    yield from (functools.partial(get, path)
+                for path in ("/data", "/data/link", "/nope", "/m/.", "etc/plain"))
+    yield from (lambda path=path: made[0].put_archive(path, tar_of({"new": b"1"}))
+                for path in ("/w", "/m", "/nope", "/data", ""))
+    yield lambda: sorted(made[0].diff(), key=str)
+    yield lambda: made[0].commit("data", "again", changes="FROM x")
+    yield lambda: len(client.volumes.prune()["VolumesDeleted"] or ())
+    yield lambda: [each.remove(v=True) for each in made]
+    yield lambda: sorted(volume.name for volume in client.volumes.list())
+
+
+def test_data_by_docker_py_as_the_real_daemon_has_it(bridgeless: Host, peer: Host) -> None:
+    def outcome(call: Callable[[], Any]) -> Any:
+        try:
+            return call()
+        except docker_py.errors.APIError as error:
+            return error.status_code, error.explanation
+
+    with data_hosts(bridgeless, peer):
+        answers = [[worded(repr(outcome(call)), host) for call in data_calls(
+            docker_py.DockerClient(base_url=host.url, version="1.41"), host.directory)]
+            for host in (bridgeless, peer)]
+    assert [pair for pair in zip(*answers) if pair[0] != pair[1]] == []
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("lines", [DATA_LINES.rstrip() + DATA_RUNS, DATA_COPIES], ids=["volumes", "cp"])
+@pytest.mark.parametrize("version", sorted(docker_clis()))
+def test_all_data_as_the_real_daemon_has_it(bridgeless: Host, peer: Host, version: str, lines: str) -> None:
+    for running in (False, True)[lines != DATA_COPIES:]:
+        compare_data(bridgeless, peer, docker_clis()[version], lines, running)
 
 
 def test_binds_volumes_and_tmpfs_inside(host: Host, data_image: str) -> None:
@@ -9306,7 +9694,7 @@ def test_binds_volumes_and_tmpfs_inside(host: Host, data_image: str) -> None:
     facts = kept.stat()
     assert (facts.st_uid, facts.st_gid, facts.st_mode & 0o7777) == (7, 8, 0o2750)
     assert (kept / "sub").stat().st_mode & 0o7777 == 0o755  # below a setgid directory
-    assert os.readlink(kept / "out") == "/etc/passwd" and (kept / "sub/file").stat().st_mode & 0o777 == 0o640
+    assert os.readlink(kept / "out") == "/etc/passwd" and (kept / "sub/file").stat().st_mode & 0o777 == 0o604
     assert (kept / "hard").stat().st_ino == (kept / "sub/file").stat().st_ino
     refused = host.http("DELETE", f"{API}/volumes/named").json["message"]
     assert refused == f"remove named: volume is in use - [{name}]"
@@ -9543,13 +9931,13 @@ def test_cp_diff_and_export(host: Host, data_image: str, running: bool) -> None:
     assert (kept.parent / "own").stat().st_uid == 1000
     for path, status, text in (("/etc/passwd/x", 500, "lstat /etc/passwd/x: not a directory"),
                                ("/a%00b", 400, 'lstat "/a\\u0000b": invalid argument'),
-                               ("/a%0ab", 404, "Could not find the file /a\nb in container copied"),
+                               ("/a%0ab", 404, f"Could not find the file /a\nb in container {name}"),
                                ("", 400, "bad parameter: path cannot be empty")):
         answer = host.http("GET", f"{API}/containers/{name}/archive?path={path}")
         assert (answer.status, answer.json["message"]) == (status, text)
     for path, status, text in (("/vr", 500, "mounted volume is marked read-only"),
                                ("/etc/passwd", 400, "extraction point is not a directory"),
-                               ("/nope", 404, "Could not find the file /nope in container copied")):
+                               ("/nope", 404, f"Could not find the file /nope in container {name}")):
         answer = put(host, name, path, {"file": b""})
         assert (answer.status, answer.json["message"]) == (status, text)
     assert put(host, name, "/data", {"sub": b""}, "&noOverwriteDirNonDir=1").status == 400
