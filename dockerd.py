@@ -9964,7 +9964,7 @@ def compile_seccomp(profile: Union[str, dict[str, Any], None], capabilities: Ite
     if machine not in _MACHINES:
         return b""
     with reworded(BadParameter, "Decoding seccomp profile failed: ",
-                  AttributeError, KeyError, TypeError, ValueError):
+                  AttributeError, KeyError, TypeError, ValueError, struct.error):
         return _compiled(text, frozenset(capabilities), machine, kernel)
 
 
@@ -9987,7 +9987,8 @@ def seccomp_flags(profile: Union[str, dict[str, Any], None] = None) -> int:
     names = ((json.loads(profile) if isinstance(profile, str) else profile) or {}).get("flags")
     if names is None:
         return _SECCOMP_FLAGS["SECCOMP_FILTER_FLAG_SPEC_ALLOW"]
-    unknown = [name for name in names if name not in _SECCOMP_FLAGS]
+    with reworded(BadParameter, "Decoding seccomp profile failed: ", TypeError):
+        unknown = [name for name in names if name not in _SECCOMP_FLAGS]
     if unknown:
         raise BadParameter(f"seccomp flag {unknown[0]} is not a valid flag for seccomp")
     return functools.reduce(int.__or__, (_SECCOMP_FLAGS[name] for name in names), 0)
@@ -10430,7 +10431,7 @@ class Cgroup:
         directory = self.of.get("", self.of.get("pids")) or next(iter(self.directories.values()), "")
         pids: list[int] = []
         for place, _, _ in os.walk(directory):
-            pids += map(int, _read_file(place + "/cgroup.procs").split())
+            pids += filter(None, map(int, _read_file(place + "/cgroup.procs").split()))  # 0: of no one here
         return pids
 
     def kill(self) -> None:
@@ -11468,7 +11469,7 @@ class Init:
             self.slave = fcntl.ioctl(master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
             height, width = self.plan.get("console_size") or (0, 0)
             if height or width:
-                fcntl.ioctl(master, TIOCSWINSZ, struct.pack("4H", height, width, 0, 0))
+                fcntl.ioctl(master, TIOCSWINSZ, struct.pack("4H", height & 0xFFFF, width & 0xFFFF, 0, 0))
             os.fchown(self.slave, self.plan["uid"], -1)
             sync = socket.socket(fileno=os.dup(self.fds["sync"]))
             socket.send_fds(sync, [b'{"console": true}'], [master])
@@ -11704,7 +11705,7 @@ def _tell_failure(sync: int, error: BaseException) -> None:
     code = error.code if isinstance(error, InitError) else 128
     text = str(error) if isinstance(error, InitError) else f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError):
-        os.write(sync, json.dumps({"error": text, "code": code}).encode()[:SHIM_PACKET])
+        os.write(sync, json.dumps({"error": text[:SHIM_PACKET // 12], "code": code}).encode())
 
 
 def _read_plan(fds: dict[str, int]) -> dict[str, Any]:
@@ -11886,7 +11887,7 @@ class HelperProcess:
         sent: list[int] = []
         try:
             sent = getattr(self, "op_" + request["op"])(request, named, answer) or []
-        except (OSError, KeyError, ValueError, AttributeError) as error:
+        except Exception as error:  # also where there is no thread to be had: the containers depend on it
             answer["error"] = f"{type(error).__name__}: {error}"
         close_fds(named.values())
         self._send(connection, json.dumps(answer).encode(), sent)
@@ -17593,7 +17594,8 @@ class Streams:
         """Give the terminal that they are another size in characters."""
         with self.lock, contextlib.suppress(OSError):
             if self.stdin >= 0:
-                fcntl.ioctl(self.stdin, TIOCSWINSZ, struct.pack("4H", height, width, 0, 0))
+                size = struct.pack("4H", height & 0xFFFF, width & 0xFFFF, 0, 0)
+                fcntl.ioctl(self.stdin, TIOCSWINSZ, size)
 
     def close_stdin(self) -> None:
         """End the container's standard input."""
@@ -17707,7 +17709,7 @@ _STRUCTS = {
     "HostConfig": """
         Binds []string  ContainerIDFile string  LogConfig LogConfig  NetworkMode string
         PortBindings map[string][]PortBinding  RestartPolicy RestartPolicy  AutoRemove bool
-        VolumeDriver string  VolumesFrom []string  ConsoleSize []uint  Annotations map[string]string?
+        VolumeDriver string  VolumesFrom []string  ConsoleSize [2]uint  Annotations map[string]string?
         CapAdd strslice  CapDrop strslice  CgroupnsMode string  Dns []string  DnsOptions []string
         DnsSearch []string  ExtraHosts []string  GroupAdd []string  IpcMode string  Cgroup string
         Links []string  OomScoreAdj int  PidMode string  Privileged bool  PublishAllPorts bool
@@ -17764,9 +17766,9 @@ _STRUCTS = {
     "NetworkConnect": "Container string  EndpointConfig EndpointSettings",
     "NetworkDisconnect": "Container string  Force bool",
     "ExecConfig": """
-        User string  Privileged bool  Tty bool  ConsoleSize *[]uint  AttachStdin bool  AttachStderr bool
+        User string  Privileged bool  Tty bool  ConsoleSize *[2]uint  AttachStdin bool  AttachStderr bool
         AttachStdout bool  Detach bool  DetachKeys string  Env []string  WorkingDir string  Cmd []string""",
-    "ExecStartCheck": "Detach bool  Tty bool  ConsoleSize *[]uint",
+    "ExecStartCheck": "Detach bool  Tty bool  ConsoleSize *[2]uint",
 }
 STRUCTS = {name: dict(zip(text.split()[::2], text.split()[1::2])) for name, text in _STRUCTS.items()}
 _INTEGERS: dict[str, tuple[int, int]] = {
@@ -17807,12 +17809,15 @@ def _decode(value: Any, kind: str, path: str) -> Any:
         return _decode(value, kind[1:], path)
     if kind == "strslice":
         value, kind = [value] if isinstance(value, str) else value, "[]string"
+    if kind == "[2]uint" and isinstance(value, list):
+        return [_decode(item, "uint", path) for item in [*value, 0, 0][:2]]
     if kind.startswith("[]") and isinstance(value, list):
         return [_decode(item, kind[2:], path) for item in value]
     if kind.startswith("map[string]") and isinstance(value, dict):
-        return {key: _decode(item, kind[11:], path) for key, item in value.items()}
+        return {_decode_scalar(key, "string", path): _decode(item, kind[11:], path)
+                for key, item in value.items()}
     if kind == "object" and isinstance(value, dict):
-        return value
+        return {}
     raise _wrong_type(value, kind, path)
 
 
@@ -17959,8 +17964,7 @@ RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
     (lambda c: c["ShmSize"] < 0, "SHM size can not be less than 0"),
     (lambda c: not -1000 <= c["OomScoreAdj"] <= 1000,
      "Invalid value {OomScoreAdj}, range for oom score adj is [-1000, 1000]"),
-    (lambda c: len(c["ConsoleSize"]) != 2 or max(c["ConsoleSize"]) > 65535,
-     "invalid console size {ConsoleSize}"),
+    (lambda c: max(c["ConsoleSize"]) > 65535, "invalid console size {ConsoleSize}"),
     (lambda c: any(request["Count"] and request["DeviceIDs"] for request in c["DeviceRequests"] or ()),
      "cannot set both Count and DeviceIDs on device request"),
     (lambda c: not c["Entrypoint"] and not c["Cmd"], "No command specified"),
@@ -19549,7 +19553,8 @@ class Container:
     def _wait_end(self, timeout: Optional[float]) -> bool:
         """Wait, with the lock given up, for the end of this run; False when the time is over."""
         runs = self.state.runs
-        return self.changed.wait_for(lambda: self.state.runs > runs or not self.state.running, timeout)
+        return self.changed.wait_for(lambda: self.state.runs > runs or not self.state.running,
+                                     timeout if timeout is None else min(timeout, threading.TIMEOUT_MAX / 2))
 
     def _await_death(self) -> bool:
         """Wait for the end of this run, which was sent SIGKILL; False when its process lives on after 10 s.
@@ -19753,7 +19758,7 @@ class Container:
         job.on_cancel(file.wake)
         job.ready(tty=self.config["Tty"])
         tail = env.get("tail", "all")
-        count = int(tail) if str(tail).isdigit() else -1
+        count = int(tail) if re.fullmatch(r"\d{1,18}", str(tail), re.ASCII) else -1
         from urllib.parse import urlencode
         follow, stamps, details = env.get_bool("follow"), env.get_bool("timestamps"), env.get_bool("details")
         for stream, when, text, attributes in file.read(count, since, until, follow, job.cancelled):
@@ -22408,9 +22413,9 @@ class Events:
         """Events as they come, in batches that are taken under the lock and sent without it."""
         while True:
             with self._lock:
-                remaining = max(0.0, (until - time.time_ns()) / 1e9) if until else None
+                left = min(threading.TIMEOUT_MAX / 2, max(0.0, (until - time.time_ns()) / 1e9))
                 self._lock.wait_for(lambda: listener or cancelled.is_set() or not self._listens(listener),
-                                    remaining)
+                                    left if until else None)
                 batch = list(listener)
                 listener.clear()
                 over = cancelled.is_set() or not self._listens(listener)
@@ -22859,7 +22864,7 @@ class Statistics:
 
 def system_cpu() -> dict[str, int]:
     """Nanoseconds that all processors have worked and waited, and how many there are; proc_stat(5)."""
-    total, *rest = read_text("/proc/stat").splitlines()
+    total, *rest = read_text("/proc/stat").splitlines() or [""]  # when descriptors have run out
     return {"system_cpu_usage": sum(map(int, total.split()[1:8])) * 10**7,
             "online_cpus": sum(line.startswith("cpu") for line in rest)}
 
@@ -24271,9 +24276,10 @@ class Request:
         """A header whose value is JSON in URL-safe base64; {} where it is absent or cannot be read, as in
         Docker."""
         try:
-            return parse_json(base64.urlsafe_b64decode(self.headers.get(name, "") + "==")) or {}
+            value = parse_json(base64.urlsafe_b64decode(self.headers.get(name, "") + "=="))
         except (ValueError, BadParameter):
             return {}
+        return value if isinstance(value, dict) else {}
 
     def job(self, name: str, /, *arguments: str, **env: Any) -> Job:
         """A job of the engine; NotSupported while no part of the daemon has registered its handler."""
@@ -24535,7 +24541,7 @@ def resizes(job: str) -> Callable[..., Any]:
         size = {}
         for key, side in (("h", "height"), ("w", "width")):
             text = request.query.get(key, [""])[0]
-            if not (text.isascii() and text.isdigit() and int(text) < 1 << 32):
+            if not (text.isascii() and text.isdigit() and len(text) < 12 and int(text) < 1 << 32):
                 raise BadParameter(f'invalid resize {side} "{text[:40]}": invalid syntax')
             size[key] = int(text)
         request.job(job, name, **size).run()
@@ -24783,10 +24789,15 @@ def pause_is_off(request: Request) -> None:
 
 
 def asked_host_config(request: Request) -> dict[str, Any]:
-    """The HostConfig in the body of a create request, an empty one put there where it is missing."""
+    """The HostConfig in the body of a create request, by that name whatever its case, as in Go; an empty one
+    is put there where it is missing."""
     body = request.object
-    if not isinstance(body.get("HostConfig"), dict):
+    for name in [name for name in body if name.lower() == "hostconfig"]:
+        body["HostConfig"] = body.pop(name)
+    if body.get("HostConfig") is None:
         body["HostConfig"] = {}
+    if not isinstance(body["HostConfig"], dict):
+        raise BadParameter("json: cannot unmarshal the HostConfig: it must be an object")
     return body["HostConfig"]
 
 
@@ -25199,7 +25210,7 @@ def grpc(request: Request) -> None:
 def exec_start(request: Request, name: str) -> Optional[Response]:
     """Start an exec instance, detached or with the connection as its streams."""
     job = request.job("exec_start", name, body=request.object)
-    if request.object.get("Detach"):
+    if decode_struct(request.object, "ExecStartCheck")["Detach"]:
         job.run()
         return Response(200)
     request.hijack(job)

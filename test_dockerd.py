@@ -1595,6 +1595,12 @@ def test_stats_have_the_real_daemons_shape(host: Host, peer: Host, version: str)
     assert stats_of_one(host, version) == stats_of_one(peer, version)
 
 
+def test_the_processors_time_when_descriptors_have_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one thread that samples must go on."""
+    monkeypatch.setattr(dockerd, "read_text", lambda path: "")
+    assert dockerd.system_cpu() == {"system_cpu_usage": 0, "online_cpus": 0}
+
+
 def test_stats_follow_a_container_until_it_is_removed(host: Host) -> None:
     identity = host.create("sleep", NEVER, name="measured")
     stream = host.hijack(f"{API}/containers/measured/stats", "GET", upgrade=False)
@@ -2399,15 +2405,17 @@ def test_exec_streams(host: Host) -> None:
     with contextlib.closing(box.start(terminal, Tty=True)) as stream:
         stream.send(b"stty size\n")
         stream.read_until(b"33 44\r\n")
-        assert host.http("POST", f"{API}/exec/{terminal}/resize?h=55&w=66").status == 200
+        assert host.http("POST", f"{API}/exec/{terminal}/resize?h={'5' * 5000}&w=6").status == 400
+        assert host.http("POST", f"{API}/exec/{terminal}/resize?h=65591&w=66").status == 200
         stream.send(b"stty size; echo >&2 err\n")
         stream.read_until(b"55 66\r\nerr\r\n")
         stream.send(b"\x10\x11")
         assert b"\x11" not in stream.read_all()
     assert box.inspect(terminal)["Running"]
-    sized = box.create("stty", "size", Tty=True, **stdin)
-    with contextlib.closing(box.start(sized, Tty=True, ConsoleSize=[7, 8])) as stream:
-        assert stream.read_all() == b"7 8\r\n"
+    for size, shown in (([7, 8], b"7 8"), ([7], b"7 80"), ([7, 8, 9], b"7 8"), ([65543, 8], b"7 8")):
+        sized = box.create("stty", "size", Tty=True, **stdin)
+        with contextlib.closing(box.start(sized, Tty=True, ConsoleSize=size)) as stream:
+            assert stream.read_all() == shown + b"\r\n"
     assert host.http("POST", f"{API}/exec/{sized}/resize?h=1&w=1").status == 404
     events = host.http("GET", f"{API}/events?since=1&until={time.time()}").lines
     assert [line["Actor"]["Attributes"]["execID"] for line in events if line["Action"] == "exec_detach"] == [
@@ -2616,6 +2624,22 @@ def test_many_at_once(host: Host) -> None:
 
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
         assert list(pool.map(life, range(20))) == [(number, b"%d\n" % number) for number in range(20)]
+
+
+def test_no_request_ends_the_shim(tmp_path: Path) -> None:
+    """All containers depend on it: also where no thread is to be had it answers."""
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        helper = dockerd.HelperProcess(listener)
+        helper.connections[theirs.fileno()], helper.unsent[theirs.fileno()] = theirs, []
+        helper.op_fail = fail  # type: ignore[attr-defined]
+        ours.send(b'{"op": "fail", "seq": 7}')
+        helper._serve(theirs)
+        assert json.loads(ours.recv(4096)) == {"seq": 7, "error": "RuntimeError: can't start new thread"}
+        helper.poll.close()
 
 
 def test_many_requests_at_once_do_not_block_the_shim(tmp_path: Path) -> None:
@@ -5530,6 +5554,36 @@ def test_json_that_is_accepted() -> None:
     assert dockerd.parse_json(rb'"a\ud800b\ud83d\ude00"') == "a\ufffdb\U0001f600"
 
 
+def test_odd_requests_are_answered(host: Host) -> None:
+    """What Go's decoder takes, and numbers that are too large for a clock or a packet."""
+    body = {"Image": "busybox", "hostConfig": {"NetworkMode": "none", "ReadonlyRootfs": True}}
+    assert host.inspect(host.api("POST", "/containers/create", body)["Id"])["HostConfig"]["ReadonlyRootfs"]
+    for odd in (["x"], "x", 5, True):
+        host.api("POST", "/containers/create", {"Image": "busybox", "HostConfig": odd}, 400)
+    allow = 'seccomp={"defaultAction":"SCMP_ACT_ALLOW",'
+    call = '"syscalls":[{"name":"read","action":"SCMP_ACT_LOG","args":[{"index":0.5,"op":"SCMP_CMP_EQ"}]}]}'
+    for host_config, status in (
+        ({"Tmpfs": {"/a\0b": ""}}, 400),
+        ({"SecurityOpt": [allow + '"flags":5}']}, 201), ({"SecurityOpt": [allow + call]}, 201),
+    ):
+        made = host.http("POST", f"{API}/containers/create", {"Image": "busybox", "HostConfig": host_config})
+        assert made.status == status
+        if made.status == 201:
+            host.api("POST", f"/containers/{made.json['Id']}/start", status=400)
+    name = host.create("x" * 100000)
+    assert "exec: \"xxx" in host.api("POST", f"/containers/{name}/start", status=400)["message"]
+    box = Execs(host, "sh", "-c", "echo up; trap 'exit 3' TERM; while :; do sleep .05; done")
+    assert host.api("POST", f"/exec/{box.create('true')}/start", {"detach": True}, 200) == b""
+    wait_for(lambda: log_text(host, box.id))
+    for tail in ("%C2%B2", "9" * 5000):
+        assert host.http("GET", f"{API}/containers/{box.id}/logs?stdout=1&tail={tail}").body.endswith(b"up\n")
+    events = host.hijack(f"{API}/events?until=999999999999999", "GET", upgrade=False)
+    with contextlib.closing(events) as stream:
+        host.api("POST", f"/containers/{box.id}/stop?t={(1 << 63) - 1}")
+        stream.read_until(b'"Action":"stop"')
+    assert host.inspect(box.id)["State"]["ExitCode"] == 3
+
+
 def test_deep_documents_end_no_daemon(host: Host) -> None:
     """The decoder recurses, on the small stack of a thread: clients, images and Dockerfiles could kill it."""
     deep, tar = "[" * 50000, {"Content-Type": "application/x-tar"}
@@ -5550,6 +5604,15 @@ def test_deep_documents_end_no_daemon(host: Host) -> None:
     image = re.search(rb"Successfully built (\w+)", built)
     assert image, built[-200:]
     host.api("DELETE", "/images/" + image[1].decode())
+
+
+def test_credentials_that_are_no_object(fake_api: FakeApi, raw: Raw) -> None:
+    fake_api.job("push")
+    for text in (b"5", b"[1]", b'"x"', b"null", b"{}", b'{"a":'):
+        header = "X-Registry-Auth: " + base64.urlsafe_b64encode(text).decode()
+        raw.send(f"POST /images/x/push HTTP/1.1\nHost: x\n{header}\nContent-Length: 0\n\n")
+        assert raw.response()[0] == 200
+    assert [job.env["authConfig"] for job in fake_api.seen] == [{}] * 6
 
 
 def test_json_body_rules(fake_api: FakeApi, raw: Raw, monkeypatch: pytest.MonkeyPatch) -> None:
