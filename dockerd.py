@@ -12107,6 +12107,7 @@ MASKED_PATHS = (
     "/proc/scsi",
     "/sys/firmware",
     "/sys/devices/virtual/powercap",
+    *sorted(glob.glob("/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle")),
 )
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 DEVICE_NODES = (
@@ -17335,9 +17336,10 @@ class Subscriber:
     them.  For one that reads slowly they wait in an unlinked file beside the log: the log itself would not
     do, for it rotates, and json-file keeps no bytes that are not UTF-8."""
 
-    def __init__(self, streams: Streams, wanted: set[int]) -> None:
+    def __init__(self, streams: Streams, wanted: set[int], past: bool = False) -> None:
+        """`past` is for what past() tells: the log's files stay open for it."""
         self.streams, self.wanted = streams, wanted
-        file = streams.driver.file if streams.driver is not None else None
+        file = streams.driver.file if past and streams.driver is not None else None
         self._past = file.read() if file is not None else iter(())
         self._partial = [(stream, cutter.rest) for stream, cutter in streams.cutters.items() if file]
         self.chunks: collections.deque[tuple[int, bytes]] = collections.deque()
@@ -17536,10 +17538,11 @@ class Streams:
                 cutter.rest, cutter.when = rest.encode("latin-1"), when
                 cutter.partial = Partial(*partial) if partial else None
 
-    def subscribe(self, wanted: set[int]) -> Subscriber:
-        """A new client that gets what the streams `wanted` print from now on."""
+    def subscribe(self, wanted: set[int], past: bool = False) -> Subscriber:
+        """A new client that gets what the streams `wanted` print from now on, and before it what past()
+        tells."""
         with self.lock:  # nothing is written between what past() tells and what take() gives
-            subscriber = Subscriber(self, wanted)
+            subscriber = Subscriber(self, wanted, past)
             self.subscribers.add(subscriber)
         return subscriber
 
@@ -17596,6 +17599,12 @@ class Streams:
             if self.stdin >= 0:
                 size = struct.pack("4H", height & 0xFFFF, width & 0xFFFF, 0, 0)
                 fcntl.ioctl(self.stdin, TIOCSWINSZ, size)
+
+    def write(self, data: bytearray) -> int:
+        """Pass a first part of `data` on to the standard input; its size.  Under the lock, for what is closed
+        meanwhile may be another file's number already."""
+        with self.lock:
+            return os.write(self.stdin, data) if self.stdin >= 0 else 0
 
     def close_stdin(self) -> None:
         """End the container's standard input."""
@@ -19777,19 +19786,16 @@ class Container:
         if self.state.paused:
             raise Conflict(f"Container {self.name} is paused, unpause the container before attach")
         self._refuse_restarting(self.name)
-        subscriber = self.streams.subscribe(wanted if env.get_bool("stream") else set())
+        subscriber = self.streams.subscribe(wanted if env.get_bool("stream") else set(), env.get_bool("logs"))
         try:
             job.ready(tty=self.config["Tty"])
             self.event("attach")
             tty = self.config["Tty"]
             attachment = Attachment(self.streams, job, subscriber, tty or env.get_bool("raw"),
                                     keys if tty else b"")
-            if env.get_bool("logs"):
-                for stream, text in subscriber.past():
-                    if stream in wanted:
-                        attachment.queue(stream, text)
             stdin = env.get_bool("stream") and env.get_bool("stdin") and self.config["OpenStdin"]
-            attachment.run(stdin, self.close_stdin if self.config["StdinOnce"] and not tty else None)
+            attachment.run(stdin, self.close_stdin if self.config["StdinOnce"] and not tty else None,
+                           (chunk for chunk in subscriber.past() if chunk[0] in wanted))
             if attachment.detached:
                 self.event("detach")
         finally:
@@ -20538,12 +20544,20 @@ class Attachment:
             self.output += struct.pack(">BxxxI", stream, len(data))
         self.output += data
 
-    def run(self, stdin: bool, close_stdin: Optional[Callable[[], None]]) -> None:
-        """Copy until the run is over, the client is gone or detaches, or the job is cancelled.
+    def run(self, stdin: bool, close_stdin: Optional[Callable[[], None]],
+            past: Iterable[tuple[int, bytes]] = ()) -> None:
+        """Copy, first the chunks of the `past`, until the run is over, the client is gone or detaches, or the
+        job is cancelled.
 
         With `stdin` the client's input goes to the process; its end calls `close_stdin`, and without one it
         ends the attachment."""
         try:
+            for stream, data in past:
+                self.queue(stream, data)
+                while len(self.output) >= 1 << 18:  # no more of a log than this waits in memory
+                    if self.detached or self.job.cancelled.is_set():
+                        return
+                    self._step(stdin)
             while not self.detached and not self.job.cancelled.is_set():
                 ended = stdin and not self.input_open and not self.input
                 if ended and close_stdin:
@@ -20613,9 +20627,9 @@ class Attachment:
 
     def _write_stdin(self) -> None:
         """Pass the client's input on."""
-        if self.input and self.streams.stdin >= 0:
+        if self.input:
             try:
-                del self.input[:os.write(self.streams.stdin, self.input)]
+                del self.input[:self.streams.write(self.input)]
             except BlockingIOError:
                 pass
             except OSError:  # the container has closed its end

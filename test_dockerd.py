@@ -1762,6 +1762,14 @@ def test_namespaces_of_another_container(host: Host) -> None:
         assert (answer.status, answer.json["message"]) == (status, text)
 
 
+def test_thermal_interrupts_are_masked() -> None:
+    """They tell a container of its neighbours' work, as /proc/interrupts does (GHSA-6fw5-f8r9-fgfm)."""
+    program = "import glob; glob.glob = lambda text: [text]; import dockerd; print(dockerd.MASKED_PATHS[-1])"
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True,
+                          cwd=os.path.dirname(PROGRAM))
+    assert done.stdout == "/sys/devices/system/cpu/cpu[0-9]*/thermal_throttle\n"
+
+
 def test_sysctls_of_the_host_by_way_of_a_container(host: Host) -> None:
     """What a container joins of another one may be the host's own."""
     started(host, "donor", "sleep", NEVER, HostConfig={"NetworkMode": "host", "IpcMode": "host"})
@@ -2449,6 +2457,57 @@ def test_execs_and_a_death_at_once(host: Host) -> None:
         assert answer.status == 404 or not answer.json["Running"]
     assert host.inspect(box.id)["State"]["Status"] == "exited"
     wait_for(lambda: not [pid for pid in processes() if box.id in read_text(f"/proc/{pid}/cgroup")])
+
+
+def attachment_of_two() -> Iterator[tuple[dockerd.Attachment, dockerd.Subscriber, socket.socket]]:
+    """An attachment with its subscriber, and the client's end of its connection."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.settimeout(20)
+        streams, job = dockerd.Streams(None, None), Engine().job("attach")  # type: ignore[arg-type]
+        job.hijacked = dockerd.HijackedStream(
+            types.SimpleNamespace(buffer=bytearray(), sock=ours))  # type: ignore[arg-type]
+        with contextlib.closing(streams.subscribe({1})) as subscriber:
+            yield dockerd.Attachment(streams, job, subscriber, True, b""), subscriber, theirs
+
+
+def test_no_log_waits_in_memory_for_a_slow_client() -> None:
+    for attachment, subscriber, client in attachment_of_two():
+        waiting: list[int] = []
+
+        def past() -> Iterator[tuple[int, bytes]]:
+            for _ in range(200):
+                waiting.append(len(attachment.output))  # noqa: B023
+                yield 1, b"x" * 100000
+            subscriber.ended = True  # noqa: B023
+
+        running = threading.Thread(target=attachment.run, args=(False, None, past()))
+        running.start()
+        received = 0
+        while received < 200 * 100000:
+            received += len(client.recv(1 << 16))
+        running.join()
+        assert max(waiting) < 1 << 19
+
+
+def test_input_goes_to_no_other_file(tmp_path: Path) -> None:
+    """What a client sends while the container ends, and its input's number is given to the next file."""
+    for attachment, _, _ in attachment_of_two():
+        reader, writer = os.pipe()
+        attachment.input += b"for the container"
+        attachment.streams.stdin = writer
+        with open(tmp_path / "state", "wb") as state:
+            with attachment.streams.lock:
+                writing = threading.Thread(target=attachment._write_stdin)
+                writing.start()
+                writing.join(0.2)
+                os.dup2(state.fileno(), writer)
+                attachment.streams.stdin = -1
+            writing.join()
+            os.close(writer)
+        assert os.read(reader, 100) == b"" and not (tmp_path / "state").read_bytes()
+        os.close(reader)
 
 
 def test_attach_ends_as_docker_ends_it(host: Host) -> None:
