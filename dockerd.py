@@ -7636,12 +7636,13 @@ LOOPBACK = ("127.0.0.0/8", "::1/128")
 
 
 def in_networks(host: str, networks: Iterable[str], resolve: bool = False) -> bool:
-    """Whether HOST[:PORT] is, or with `resolve` has, an address in one of `networks`, those with a slash."""
+    """Whether HOST[:PORT] is an address in one of `networks`, those with a slash, or with `resolve` has none
+    but such."""
     name = (host.rpartition(":")[0] if re.search(r":\d+\Z", host) else host).strip("[]")
     with contextlib.suppress(OSError, ValueError):
         found = [str(info[4][0]) for info in socket.getaddrinfo(name, None)] if resolve else [name]
-        return any(ipaddress.ip_address(address) in ipaddress.ip_network(text.strip(), strict=False)
-                   for address in found for text in networks if "/" in text)
+        ranges = [ipaddress.ip_network(text.strip(), strict=False) for text in networks if "/" in text]
+        return all(any(ipaddress.ip_address(address) in each for each in ranges) for address in found)
     return False
 
 
@@ -7714,6 +7715,7 @@ def open_url(address: str) -> Iterator[Any]:
 
 CERTIFICATES = "/etc/docker/certs.d"
 HUB = "docker.io"
+HUB_HOSTS = ("registry-1.docker.io", "index.docker.io")
 MANIFEST_LIMIT, CONFIG_LIMIT = 4 << 20, 16 << 20  # bytes; the first is moby's
 TAG_LIMIT = 1 << 18  # in a repository
 IMAGE_MANIFESTS = ("application/vnd.docker.distribution.manifest.v2+json",
@@ -7825,14 +7827,15 @@ def _hosts_endpoints(directory: str, writing: bool) -> Iterator[RegistryHost]:
 
 
 def is_insecure(host: str, config: Any) -> bool:
-    """Whether HOST[:PORT] is a registry that --insecure-registry names, or on the loopback."""
+    """Whether HOST[:PORT] is a registry that --insecure-registry names, or on the loopback.  What the Hub's
+    names resolve to makes no difference."""
     named = config.insecure_registries
-    return host in named or in_networks(host, [*LOOPBACK, *named], resolve=True)
+    return host in named or host not in HUB_HOSTS and in_networks(host, [*LOOPBACK, *named], resolve=True)
 
 
 def endpoints(domain: str, config: Any, writing: bool = False) -> list[RegistryHost]:
     """Where to ask for the repositories of `domain`, in order: mirrors (not for `writing`), then itself."""
-    host, mirrors = ("registry-1.docker.io", config.registry_mirrors) if domain == HUB else (domain, ())
+    host, mirrors = (HUB_HOSTS[0], config.registry_mirrors) if domain == HUB else (domain, ())
     found: list[RegistryHost] = []
     for mirror in () if writing else mirrors:
         name = mirror.partition("://")[2].partition("/")[0]
@@ -8379,7 +8382,7 @@ class Registry:
         known = job.env.get_json("body") or {}
         server = str(known.get("serveraddress") or "")
         host = re.sub("^https?://", "", server).partition("/")[0]
-        domain = HUB if host in ("", HUB, "index.docker.io", "registry-1.docker.io") else host
+        domain = HUB if host in ("", HUB, *HUB_HOSTS) else host
 
         def log_in(client: RegistryClient) -> None:
             address = client.endpoint.base + "/"

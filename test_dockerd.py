@@ -12894,6 +12894,21 @@ def test_endpoints_of_mirrors_and_hosts_files(tmp_path: Path, monkeypatch: pytes
         dockerd.endpoints("r.example", config)
 
 
+def test_a_name_server_makes_no_registry_insecure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub never, and no other by an address of the loopback beside others."""
+    answers = {"lo.test": ["127.0.0.1", "::1"], "both.test": ["127.0.0.1", "192.0.2.1"],
+               "registry-1.docker.io": ["127.0.0.1"], "index.docker.io": ["127.0.0.1"]}
+    monkeypatch.setattr(socket, "getaddrinfo", lambda name, port: [
+        (0, 0, 0, "", (address, 0)) for address in answers[name]])
+    config = dockerd.Config()
+    assert {name for name in answers if dockerd.is_insecure(name, config)} == {"lo.test"}
+    for domain in ("docker.io", "both.test", "index.docker.io"):
+        assert [(place.base[:6], place.verify) for place in dockerd.endpoints(domain, config)] == [
+            ("https:", True)]
+    assert dockerd.is_insecure(
+        "registry-1.docker.io", dockerd.Config(insecure_registries=["registry-1.docker.io"]))
+
+
 def test_a_mirror_that_fails_is_passed_over(pull_rig: PullRig, registry: FakeRegistry, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dockerd, "CERTIFICATES", str(tmp_path / "certs"))
