@@ -261,6 +261,7 @@ RTPROT_BOOT = 3
 RT_SCOPE_LINK = 253
 RT_TABLE_MAIN = 254
 SOL_NETLINK = 270
+SO_SNDBUFFORCE = 32  # asm-generic/socket.h
 VETH_INFO_PEER = 1
 
 # <linux/netfilter.h>, <linux/netfilter/nfnetlink.h>, nf_tables.h, nfnetlink_conntrack.h
@@ -981,10 +982,14 @@ def netlink_batch(messages: list[bytes], link: Optional[socket.socket] = None) -
     with link or netlink_socket() as link:
         if not messages:
             return
+        data = b"".join(messages)
+        with contextlib.suppress(OSError):  # the kernel takes no more at once than its buffer would hold
+            if len(data) > 1 << 16:
+                link.setsockopt(socket.SOL_SOCKET, SO_SNDBUFFORCE, 2 * len(data))
         if native is not None:
-            _netlink_batch_native(link, b"".join(messages), len(messages))
+            _netlink_batch_native(link, data, len(messages))
             return
-        link.send(b"".join(messages))
+        link.send(data)
         waiting = len(messages)
         while waiting:
             for kind, _, body in _netlink_answers(link.recv(65536)):
@@ -13303,7 +13308,8 @@ def _bind_all(protocol: str, hosts: list[IPAddress], port: int) -> list[socket.s
             if host.version == 6:
                 listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             if protocol != "udp":
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                for option in (socket.SO_REUSEADDR, socket.SO_KEEPALIVE):  # the latter for what is accepted
+                    listener.setsockopt(socket.SOL_SOCKET, option, 1)
             listener.bind((str(host), port))
             if protocol != "udp":
                 listener.listen(1024)
@@ -13646,8 +13652,7 @@ class Nftables(Firewall):
     def _change(self, version: int, fresh: list[Any], stale: list[Any]) -> None:
         messages = []
         for kind, flags, rules in ((NFT_MSG_DELSETELEM, 0, stale), (NFT_MSG_NEWSETELEM, NLM_F_CREATE, fresh)):
-            for name, elements in self._elements(rules, gone=rules is stale).items():
-                messages.append((kind, flags, nft_elements(self.TABLE, name, elements)))
+            messages += self._set_messages(kind, flags, self._elements(rules, gone=rules is stale))
         if any(isinstance(rule, BridgeRule) for rule in fresh + stale):
             messages += [(NFT_MSG_DELRULE, 0, nft_rule(self.TABLE, chain)) for chain in self._chains()]
             messages += self._all_rules(version)
@@ -13672,9 +13677,15 @@ class Nftables(Firewall):
                          for number, values in enumerate(sets, 1)]
             messages += [(NFT_MSG_NEWCHAIN, NLM_F_CREATE, chain) for chain in self._chains().values()]
             messages += self._all_rules(version)
-            messages += [(NFT_MSG_NEWSETELEM, NLM_F_CREATE, nft_elements(self.TABLE, name, elements))
-                         for name, elements in self._elements(rules).items()]
+            messages += self._set_messages(NFT_MSG_NEWSETELEM, NLM_F_CREATE, self._elements(rules))
             nft_batch(ip_family(version), messages)
+
+    def _set_messages(self, kind: int, flags: int, found: dict[str, list[tuple[bytes, bytes]]]) \
+            -> list[tuple[int, int, bytes]]:
+        """The messages that add or take away elements: a thousand at a time, as an attribute has less than
+        64 KiB."""
+        return [(kind, flags, nft_elements(self.TABLE, name, elements[at:at + 1000]))
+                for name, elements in found.items() for at in range(0, len(elements), 1000)]
 
     def _chains(self) -> dict[str, bytes]:
         """The base chains by name."""
@@ -13901,8 +13912,10 @@ def parse_query(message: bytes) -> Query:
 
 
 def dns_answer(query: Query, records: Iterable[bytes] = (), code: int = 0) -> bytes:
-    """The answer with the data of the records asked for, or a failure."""
-    listed = [struct.pack(">HHHIH", 0xC00C, query.kind, 1, DNS_TTL, len(data)) + data for data in records]
+    """The answer with the data of the records asked for (200 of them at most, which TCP takes), or a
+    failure."""
+    listed = [struct.pack(">HHHIH", 0xC00C, query.kind, 1, DNS_TTL, len(data)) + data
+              for data in itertools.islice(records, 200)]
     flags = 0x8080 | (struct.unpack_from(">H", query.message, 2)[0] & 0x0100) | code
     head = query.message[:2] + struct.pack(">HHHHH", flags, 1, len(listed), 0, 0)
     return head + query.message[12:query.end] + b"".join(listed)
@@ -14026,8 +14039,12 @@ class Resolver:
                 with self.lock:
                     seat, serve = self.seats.get(fd, (None, None))
                     if seat is not None and serve is not None:
-                        with contextlib.suppress(OSError, ValueError):
+                        try:
                             serve(seat)
+                        except (OSError, ValueError):  # no question, or nobody to answer
+                            continue
+                        except Exception:  # one question of one container is lost, not all of all
+                            log.exception("the resolver cannot answer")
             self._retry(time.monotonic())
 
     def _serve_udp(self, seat: ResolverSeat) -> None:
@@ -14043,7 +14060,9 @@ class Resolver:
         """Ask the next upstream, under a number of our own; without one, say that it failed."""
         servers = list(forward.servers)
         while servers and len(seat.pending) < DNS_PENDING:
-            server, number = servers.pop(0), secrets.token_bytes(2)
+            server = servers.pop(0)
+            number = next(number for number in iter(lambda: secrets.token_bytes(2), None)
+                          if number not in seat.pending)
             with contextlib.suppress(OSError):
                 mapped = "." in server and seat.upstream.family == socket.AF_INET6
                 place = (f"::ffff:{server}" if mapped else server, 53)
@@ -14428,12 +14447,18 @@ class Sandbox:
         return endpoint
 
     def leave(self, name: str) -> None:
-        """Give the place on the network back, with its link."""
+        """Give the place on the network back, with its link, also where the container has taken links away
+        itself."""
         endpoint = self.endpoints.pop(name)
         if self.namespace >= 0:
             in_network(self.namespace, self._remove_link, endpoint.link)
-            in_network(self.namespace, lambda: netlink_batch(self._routes()))
-            self.republish()
+            with noted(log.warning, f"the routes of {self.name} are not as they should be", OSError):
+                in_network(self.namespace, lambda: netlink_batch(self._routes()))
+            try:
+                self.republish()
+            except BaseException:
+                self.endpoints[name] = endpoint  # rules lead to its address still: nobody else may have that
+                raise
         endpoint.network.leave(endpoint)
         endpoint.network.give_back(endpoint)
         endpoint.settings.update(ENDPOINT_STATUS)
@@ -14445,7 +14470,7 @@ class Sandbox:
 
     def gateway(self, version: int) -> Optional[Endpoint]:
         """The endpoint through which it reaches the world."""
-        able = [endpoint for endpoint in self.endpoints.values()
+        able = [endpoint for endpoint in list(self.endpoints.values())
                 if any(gateway.version == version for gateway in endpoint.gateways)]
         return min(able, key=lambda endpoint: endpoint.preference, default=None)
 
@@ -14646,7 +14671,7 @@ class Sandbox:
     def lookup(self, name: str, kind: int) -> Optional[list[bytes]]:
         """What the resolver answers for a name (or, for PTR, an address) of the container's user networks, in
         changing order; None when it is none of theirs."""
-        networks = [endpoint.network for endpoint in self.endpoints.values()
+        networks = [endpoint.network for endpoint in list(self.endpoints.values())  # it may join another
                     if endpoint.network.is_user_defined]
         if kind == DNS_PTR:
             return [dns_name(f"{endpoint.names[0]}.{network.name}") for network in networks
@@ -15230,11 +15255,16 @@ class ProxyConnection:
                                     port.listener.proto)
         port.connections.add(self)
         self.halves: list[ProxyHalf] = []
-        for end in (client, self.server):
-            end.setblocking(False)
-        self.connecting = self.server.connect_ex(target) == errno.EINPROGRESS
-        self.halves = [ProxyHalf(client, self.server), ProxyHalf(self.server, client)]
         self.interests: dict[int, int] = {}
+        try:
+            for end in (client, self.server):
+                end.setblocking(False)
+            self.connecting = self.server.connect_ex(target) == errno.EINPROGRESS
+            for ends in ((client, self.server), (self.server, client)):
+                self.halves.append(ProxyHalf(*ends))
+        except OSError:
+            self.close()
+            raise
         self.serve()
 
     def serve(self, events: int = 0) -> None:
@@ -15268,9 +15298,12 @@ class ProxyConnection:
         for end, reads, writes in ((self.client, forth, back), (self.server, back, forth)):
             wanted = select.EPOLLIN * (not reads.ended and not reads.held and not self.connecting)
             wanted |= select.EPOLLOUT * bool(writes.held or (self.connecting and end is self.server))
-            if self.interests.get(end.fileno()) != wanted:
-                self.proxy.watch(end.fileno(), wanted, self.serve)
+            if self.interests.get(end.fileno(), 0) != wanted:
                 self.interests[end.fileno()] = wanted
+                if wanted:
+                    self.proxy.watch(end.fileno(), wanted, self.serve)
+                else:  # epoll would tell again and again that it was reset
+                    self.proxy.unwatch(end.fileno())
 
     def close(self) -> None:
         """Both sides and the pipes between them."""

@@ -8793,7 +8793,7 @@ def test_user_networks_resolve_and_are_apart(networked: Networked) -> None:
         docker("network", "create", name)
     docker("run", "-d", "--name", "one", "--net", "left", "--net-alias", "uno", "busybox", "sleep", NEVER)
     docker("run", "-d", "--name", "two", "--net", "left", "busybox", "sleep", NEVER)
-    docker("run", "-d", "--name", "three", "--net", "right", "busybox", "sleep", NEVER)
+    docker("run", "-d", "--name", "three", "--net", "right", "--cap-add=NET_ADMIN", "busybox", "sleep", NEVER)
     address = docker("inspect", "-f", "{{.NetworkSettings.Networks.left.IPAddress}}", "one")
     for name in ("one", "uno", "one.left", "ONE"):
         assert address in docker("exec", "two", "nslookup", "-type=a", name)
@@ -8808,6 +8808,10 @@ def test_user_networks_resolve_and_are_apart(networked: Networked) -> None:
     assert address not in docker("exec", "three", "nslookup", "-type=a", "one", status=None)
     docker("exec", "-d", "two", "nc", "-l", "-p", "53")
     wait_for(lambda: ":53 " in docker("exec", "two", "netstat", "-lnt"), "the container's own port 53")
+    docker("network", "connect", "left", "three")
+    docker("exec", "three", "ip", "link", "del", "eth1")  # by which its way to the world would lead
+    docker("network", "disconnect", "right", "three")
+    assert networked.host.api("GET", "/networks/right")["Containers"] == {}
     docker("rm", "-f", "one", "two", "three")
     docker("network", "rm", "left", "right")
 
@@ -8877,6 +8881,81 @@ def test_dns_messages() -> None:
     assert dns_facts(dockerd._cut(query, many)) == (0, True, 0)
     assert dns_facts(dockerd._cut(query, many[:512])) == (0, False, 40)
     assert dockerd.dns_name("a" * 300 + "..b") == b"\x3f" + b"a" * 63 + b"\1b\0"
+
+
+def test_the_resolver_outlives_what_one_question_meets() -> None:
+    """An error that nobody has thought of costs that answer alone."""
+    answers: list[Any] = [[bytes(4)], RuntimeError("changed size"), [bytes(4)] * 9000]
+
+    def lookup(name: str, kind: int) -> list[bytes]:
+        if isinstance(answers[-1], Exception):
+            raise answers.pop()
+        return answers.pop()
+
+    sockets = [socket.socket(type=socket.SOCK_DGRAM), socket.socket(), socket.socket(type=socket.SOCK_DGRAM)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    sockets[1].listen()
+    seat, resolver = dockerd.ResolverSeat(lookup, list, sockets), dockerd.Resolver()
+    resolver.add(seat)
+    resolver.begin()
+    question = dns_question("a")
+    with socket.create_connection(sockets[1].getsockname()) as client, client.makefile("rb") as file:
+        client.sendall(struct.pack(">H", len(question)) + question)
+        assert dns_facts(dockerd._read_framed(file)) == (0, False, 200)
+    with socket.socket(type=socket.SOCK_DGRAM) as client:
+        client.settimeout(10)
+        client.connect(sockets[0].getsockname())
+        client.send(question)
+        client.send(question)
+        assert dns_facts(client.recv(512)) == (0, False, 1)
+    resolver.remove(seat)
+
+
+def test_the_proxy_neither_spins_nor_leaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that has ended its stream and is reset is not waited for; without descriptors for its pipes a
+    connection leaves nothing."""
+    places = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    with socket.socket(socket.AF_UNIX) as control, places[0] as server, places[1] as listener:
+        control.bind("")
+        control.listen()
+        proxy = dockerd.Proxy(control)
+        port = dockerd.ProxyPort(proxy, listener, {"target": "127.0.0.1",
+                                                   "target_port": server.getsockname()[1]})
+
+        def turn() -> int:
+            events = [event for event in proxy.poll.poll(0.02) if event[0] in proxy.handlers]
+            for fd, mask in events:
+                proxy.handlers[fd](mask)
+            return len(events)
+
+        client = socket.create_connection(listener.getsockname())
+        client.sendall(b"x")
+        client.shutdown(socket.SHUT_WR)
+        while turn():
+            pass
+        ours, _ = server.accept()
+        assert ours.recv(2) == b"x" and ours.recv(2) == b""
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        wait_for(lambda: not turn(), "the proxy to be at rest")
+        assert len(port.connections) == 1
+        ours.close()
+        wait_for(lambda: turn() == 0 and not port.connections, "the end of the connection")
+        held, pipe, calls = len(os.listdir("/proc/self/fd")), os.pipe2, itertools.count()
+
+        def scarce(flags: int) -> tuple[int, int]:
+            if next(calls):
+                raise OSError(errno.EMFILE, "Too many open files")
+            return pipe(flags)
+
+        monkeypatch.setattr(os, "pipe2", scarce)
+        with socket.create_connection(listener.getsockname()) as client:
+            turn()
+            assert client.recv(1) == b"" and not port.connections
+        server.accept()[0].close()
+        assert next(calls) == 2 and len(os.listdir("/proc/self/fd")) == held
+        port.close()
 
 
 def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
@@ -9051,6 +9130,30 @@ def assert_given_back(networked: Networked) -> None:
     assert all(re.search("shim|proxy|tables-restore", read_text(f"/proc/{pid}/cmdline"))
                for pid in host.own_processes())
     published_cycle(host, "8080")
+
+
+def test_nftables_takes_as_many_ports_as_there_are() -> None:
+    """In one change, however many of netlink's messages and bytes that is."""
+    bridge = dockerd.BridgeRule("br0", ipaddress.ip_network("172.17.0.0/16"), True, True, False)
+    host, target = map(ipaddress.ip_address, ("192.0.2.1", "172.17.0.2"))
+    ports: list[Any] = [dockerd.PortRule("br0", "tcp", host, number, target, number)
+                        for number in range(1, 6000)]
+
+    def elements() -> int:
+        listed = subprocess.check_output(["nft", "list", "map", "ip", "dockerd", "ports_at"])
+        return listed.count(b" . tcp . ")
+
+    def change() -> None:
+        dockerd.unshare(dockerd.CLONE_NEWNET)
+        firewall = dockerd.Nftables()
+        firewall.rebuild()
+        firewall.change([bridge, *ports])
+        assert elements() == len(ports)
+        firewall.rebuild()
+        firewall.change((), ports[1:])
+        assert elements() == 1
+
+    dockerd.in_thread(change)
 
 
 def test_cycles_leave_nothing(networked: Networked) -> None:
