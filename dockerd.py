@@ -4532,6 +4532,13 @@ def make_directory(path: str, mode: int, uid: int = 0, gid: int = 0) -> None:
     os.chown(path, uid, gid)
 
 
+def spread_over_disk(directory: str) -> None:
+    """Let ext4 put what is made in `directory` apart: who makes files in one directory of it does not pass,
+    one by one, over the inodes that another's removal has just freed."""
+    with opened(directory) as fd:
+        set_inode_flags(fd, on=FS_TOPDIR_FL)
+
+
 # Limits of directories
 
 FSXATTR = struct.Struct("=5I8x")     # struct fsxattr of <linux/fs.h>: flags and project are the 1st and 4th
@@ -4670,8 +4677,7 @@ class StorageDriver:
             raise BadParameter(f"the storage option size is not supported: {NO_QUOTA}")
         make_directory(self.home, 0o710, 0, idmap.root[1])
         make_directory(self.layers(), 0o710, 0, idmap.root[1])
-        with opened(self.layers()) as fd:  # ext4 then spreads the layers over the disk: one that is written
-            set_inode_flags(fd, on=FS_TOPDIR_FL)  # does not pass over the inodes that another has just freed
+        spread_over_disk(self.layers())
 
     def _existing(self) -> str:
         """The driver's directory, or the root while there is none: what holds the layers."""
@@ -6317,6 +6323,7 @@ class LayerStore:
             os.path.join(root, "layerdb", name) for name in ("sha256", "mounts", "tmp"))
         for path in (self._directory, self._mounts_directory, self.tmp):
             os.makedirs(path, 0o700, exist_ok=True)
+        spread_over_disk(self._mounts_directory)
         self.retired = {f"sha256:{name[:64]}" for name in os.listdir(self._directory)
                         if name.endswith("-removing")}  # the chain ids of what an interrupted removal left
         self.damages: list[Damage] = []
@@ -23393,6 +23400,7 @@ class Daemon:
             os.chown(config.data_root, 0, self.idmap.root[1])
             for name in ("containers", "tmp"):
                 os.makedirs(os.path.join(config.data_root, name), 0o710, exist_ok=True)
+                spread_over_disk(os.path.join(config.data_root, name))
             os.makedirs(config.exec_root, 0o711, exist_ok=True)
         except OSError as error:
             raise DockerError(f"cannot make the directory {error.filename}: {error.strerror}") from None

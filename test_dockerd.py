@@ -5103,6 +5103,10 @@ def test_the_directories_of_a_start(host: Host) -> None:
     data = host.path("data")
     assert os.stat(data).st_mode & 0o7777 == 0o710
     assert {"containers", "image", "overlay2"} <= set(os.listdir(data))
+    if dockerd.FILE_SYSTEMS.get(dockerd.statfs_type(data)) == "extfs":
+        spread = [f"{data}/{name}" for name in ("containers", "overlay2", "image/overlay2/layerdb/mounts")]
+        shown = subprocess.check_output(["lsattr", "-d", *spread], text=True)
+        assert [flags.count("T") for flags in shown.split()[::2]] == [1, 1, 1], shown
     assert os.stat(host.path("docker.sock")).st_mode & 0o777 == 0o660
     with open(host.path("docker.pid")) as file:
         assert os.path.exists(f"/proc/{int(file.read())}")
