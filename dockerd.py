@@ -6851,6 +6851,20 @@ class LayerTransaction:
         remove_tree(self._directory)
 
 
+# Members of an image's Config by their type, where they are there (OCI image specification, config.md)
+_CONFIG_TYPES = ((list, "Env OnBuild Shell"), (dict, "ExposedPorts Healthcheck Labels Volumes"),
+                 ((list, str), "Cmd Entrypoint"), (str, "StopSignal User WorkingDir"))
+
+
+def _check_image_config(config: dict[str, Any]) -> None:
+    """ValueError for a member that clients cannot read: the list of all images would be lost to them."""
+    for kind, name in ((kind, name) for kind, names in _CONFIG_TYPES for name in names.split()):
+        value = config.get(name)
+        texts = value if isinstance(value, list) else (value or {}).values() if name == "Labels" else ()
+        if not isinstance(value, (kind, type(None))) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"invalid image JSON: its {name} is of another type")
+
+
 class Image:
     """An image as the tables know it: `id`, `parent` (an image's id or ''), `created` (text or ''), `labels`,
     `platform`, `chain_ids` of its layers from the bottom; `document`, its configuration, is read when it is
@@ -6866,10 +6880,9 @@ class Image:
             diff_ids = [parse_digest(diff_id) for diff_id in rootfs.get("diff_ids") or []]
             if sum(not entry.get("empty_layer") for entry in history) > len(diff_ids):
                 raise ValueError("too many non-empty layers in History section")
-            config = document.get("config")
-            self.labels: Optional[dict[str, str]] = None if config is None else config.get("Labels")
-            if not isinstance(self.labels, (dict, type(None))):
-                raise ValueError("invalid image JSON: its labels are no object")
+            config = document.get("config") or {}
+            _check_image_config(config)
+            self.labels: Optional[dict[str, str]] = config.get("Labels")
             self.platform = Platform(*(str(document.get(name) or "") for name in _PLATFORM_KEYS))
             self.created: str = document.get("created") or ""
             self.created_ns = parse_timestamp(self.created) if self.created else 0
@@ -18965,7 +18978,7 @@ class Container:
         """(port, protocol) of each port that it exposes or publishes."""
         names = {**(self.config.get("ExposedPorts") or {}), **(self.host_config["PortBindings"] or {})}
         split = (name.partition("/") for name in names)
-        return {(int(port), protocol or "tcp") for port, _, protocol in split}
+        return {(int(port), protocol or "tcp") for port, _, protocol in split if port.isdecimal()}
 
     def relink(self) -> None:
         """One that it is linked to has been started again: its hosts file and rules follow."""

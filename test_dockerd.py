@@ -14160,10 +14160,16 @@ def hostile_archives() -> dict[str, tuple[bytes, str]]:
         return tar_of({"manifest.json": json.dumps(changes.pop("items", [item])).encode(), "c.json": config,
                        "l": file_tar(), **changes})
 
+    odd = {f"{key} {value}": (manifest(**{"c.json": config.replace(
+        b"{", dockerd.docker_json({"config": {key: value}})[:-1] + b",", 1)}), f"its {key} is of")
+        for key, value in (("Labels", {"a": 1}), ("Labels", [1]), ("Env", {"a": "b"}), ("Env", ["a", 1]),
+                           ("Volumes", ["/a"]), ("ExposedPorts", ["80"]), ("Healthcheck", 5), ("User", 5),
+                           ("Cmd", [["a"]]))}
     loop = {name: dockerd.docker_json({"os": name, "rootfs": {"type": "layers"}}) for name in ("", "linux")}
     ids = {name: sha256(data) for name, data in loop.items()}
     index = {"manifests": [{"mediaType": MANIFEST, "digest": "sha256:" + "1" * 64, "size": 2}]}
     return {
+        **odd,
         "nothing": (tar_of({}), "the archive has no images"),
         "no tar": (b"x" * 2000, "archive/tar: invalid tar header"),
         "cut off": (manifest()[:1300], "unexpected EOF"),
