@@ -2993,13 +2993,16 @@ class IdMap:
         return self._shift(uid, gid, 1, 0, "host ID {} cannot be mapped to a container ID")
 
     def _shift(self, uid: int, gid: int, source: int, target: int, refusal: str) -> tuple[int, int]:
+        if not self.uids:
+            return uid, gid
+
         def shift(ranges: list[tuple[int, int, int]], number: int) -> int:
             for extent in ranges:
                 if 0 <= number - extent[source] < extent[2]:
                     return number - extent[source] + extent[target]
             raise BadParameter(refusal.format(number))
 
-        return (shift(self.uids, uid), shift(self.gids, gid)) if self.uids else (uid, gid)
+        return shift(self.uids, uid), shift(self.gids, gid)
 
 
 def _host_account(text: str, database: Any, kind: str, file: str) -> list[str]:
@@ -3908,12 +3911,12 @@ def tar_header(entry: TarEntry) -> bytes:
     not.
 
     Times are cut to seconds, user and group names are left empty, as Docker does."""
-    name, split = entry.name, _split_name(entry.name)
-    numbers = ((b"uid", entry.uid, 21), (b"gid", entry.gid, 21), (b"size", entry.size, 33),
-               (b"mtime", entry.mtime // 1_000_000_000, 33))
-    records = {keyword: b"%d" % value for keyword, value, bits in numbers if value >> bits}
-    for key, value in entry.xattrs.items():
-        records[b"SCHILY.xattr." + key] = value
+    name, split, seconds = entry.name, _split_name(entry.name), entry.mtime // 1_000_000_000
+    records = {b"SCHILY.xattr." + key: value for key, value in entry.xattrs.items()} if entry.xattrs else {}
+    if (entry.uid | entry.gid) >> 21 or (entry.size | seconds) >> 33:
+        numbers = ((b"uid", entry.uid, 21), (b"gid", entry.gid, 21), (b"size", entry.size, 33),
+                   (b"mtime", seconds, 33))
+        records.update({keyword: b"%d" % value for keyword, value, bits in numbers if value >> bits})
     if len(entry.link) > 100 or not entry.link.isascii():
         records[b"linkpath"] = entry.link
     if split is None or (records and (len(name) > 100 or not name.isascii())):
@@ -4013,9 +4016,11 @@ class TreePacker:
         """Pack `names`, the last first, with all below them, and finish the feed."""
         while names:
             name = names.pop()
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # it vanished meanwhile
+            try:  # not suppress(), which costs as much as a system call
                 if self._add(name):
                     names += [name + b"/" + child for child in sorted(os.listdir(name), reverse=True)]
+            except (FileNotFoundError, NotADirectoryError):  # it vanished meanwhile
+                continue
         self._finish()
 
     def _finish(self) -> None:
