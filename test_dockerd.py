@@ -4385,6 +4385,35 @@ def flipping(first: str, second: str) -> Iterator[None]:
 
 
 @OFF_AND_ON
+def test_masks_of_a_container_with_its_own_dev_cve_2025_31133(
+    new_host: Callable[..., Host], busybox: bytes, defended: bool
+) -> None:
+    """In a volume for /dev somebody exchanges the null device for a link to what is to be masked, which would
+    then be its own mask."""
+    host = new_host(environment=switched("mask-check", defended))
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    null = tarfile.TarInfo("null")
+    null.type, null.mode, null.devmajor, null.devminor = tarfile.CHRTYPE, 0o666, 1, 3
+    name = host.create("true", HostConfig={"Binds": ["devices:/d"]})
+    assert put(host, name, "/d", {"null": null, "link": link_entry("link", "/proc/interrupts")}).status == 200
+    places, seen, refused = f"{host.data_root}/volumes/devices/_data/", 0, 0
+    with flipping(places + "null", places + "link"):
+        for _ in range(30 if defended else 300):
+            name = host.create("cat", "/proc/interrupts", HostConfig={"Binds": ["devices:/dev:nocopy"]})
+            answer = host.http("POST", f"{API}/containers/{name}/start")
+            if answer.status == 204:
+                host.api("POST", f"/containers/{name}/wait")
+                seen += b"CPU0" in host.api("GET", f"/containers/{name}/logs?stdout=1")
+            else:
+                assert "/dev/null in the container is not the null device" in answer.json["message"]
+                refused += 1
+            host.api("DELETE", f"/containers/{name}?force=1")
+            if seen and not defended:
+                break
+    assert bool(seen) != defended and bool(refused) == defended
+
+
+@OFF_AND_ON
 def test_links_flipped_during_cp_cve_2018_15664_2021_41089_2026_41568_2026_42306(
     new_host: Callable[..., Host], busybox: bytes, defended: bool, tmp_path: Path
 ) -> None:
@@ -10213,14 +10242,28 @@ def test_cp_follows_no_link_out_cve_2018_15664_2014_6407(
 
 
 @OFF_AND_ON
-def test_volumes_spare_proc_cve_2019_19921_2021_30465(
-    new_host: Callable[..., Host], defended: bool
+def test_volumes_spare_proc_cve_2019_16884_2019_19921_2021_30465(
+    new_host: Callable[..., Host], defended: bool, tmp_path: Path
 ) -> None:
-    """A volume whose place is a link into /proc would hide what protects the container, and cp through a
-    bound /proc would follow a process's links to the host's root."""
-    points = {} if defended else {"DOCKERD_FAILPOINTS": "proc-cover=off,view-proc=off"}
-    host = new_host(environment=points)
+    """A volume whose place is a link into /proc, or an image's own for all of it, would hide what protects
+    the container, and cp through a bound /proc would follow a process's links to the host's root."""
+    own_proc = ('if entry["to"] == "/proc" and statfs_type(made) != PROC_SUPER_MAGIC:', "if False:")
+    host = new_host(**({} if defended else {
+        "environment": {"DOCKERD_FAILPOINTS": "proc-cover=off,view-proc=off"},
+        "program": weakened(tmp_path, own_proc)}))
     tree = {**busybox_entries(), "x": link_entry("x", "/proc/self/attr")}
+    host.import_image("evil", tar_of(tree), *BUSYBOX_CHANGES, 'VOLUME ["/proc"]')
+    name = host.create("sleep", "1000", image="evil")
+    files = ("own", "sys/net/ipv4/ip_unprivileged_port_start", "sys/net/ipv4/ping_group_range")
+    assert put(host, name, "/proc", dict.fromkeys(files, b"")).status == 200
+    answer = host.http("POST", f"{API}/containers/{name}/start")
+    assert (answer.status != 204) == defended, answer.body
+    if defended:
+        assert '"/proc" cannot be mounted because it is not of type proc' in answer.json["message"]
+    else:  # the image's files, where its labels and limits would be written and what is masked would be
+        own = Path(host.data_root, "volumes", host.inspect(name)["Mounts"][0]["Name"], "_data", files[1])
+        assert own.read_bytes() == b"0"  # was written into the volume
+    host.remove_all()
     host.import_image("evil", tar_of(tree), *BUSYBOX_CHANGES)
     for place in ("/x", "/proc/self/attr"):
         name = host.create("true", image="evil", HostConfig={"Binds": [f"v1:{place}"]})
