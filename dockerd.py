@@ -15792,6 +15792,8 @@ class View:
         move_mount(root, "", AT_FDCWD, self.place, MOVE_MOUNT_F_EMPTY_PATH)
         for fd, to in mounts:
             _attach(os.dup(fd), root, to)
+        # a device that a container puts in a file's place is not opened: no rules for devices bind the daemon
+        mount_setattr(root, "", AT_EMPTY_PATH | AT_RECURSIVE, set=MOUNT_ATTR_NODEV)
         if self.readonly:
             mount_setattr(root, "", AT_EMPTY_PATH, set=MOUNT_ATTR_RDONLY)
         for line in read_text("/proc/thread-self/mountinfo", 1 << 24).splitlines() if mounts else ():

@@ -10044,6 +10044,28 @@ def test_binds_with_mapped_owners(host: Host) -> None:
     assert (code, output) == (0, b"1000:100\n")
 
 
+def test_a_view_opens_no_device(tmp_path: Path) -> None:
+    """A running container may put one where a file was seen."""
+    for name in ("root", "volume"):
+        (tmp_path / name / "v").mkdir(parents=True)
+        os.mknod(tmp_path / name / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    (tmp_path / "place").mkdir()
+    flags = dockerd.OPEN_TREE_CLONE | dockerd.OPEN_TREE_CLOEXEC
+    with contextlib.ExitStack() as held:
+        root, volume = (held.enter_context(dockerd.closing_fd(dockerd.open_tree(
+            dockerd.AT_FDCWD, str(tmp_path / name), flags))) for name in ("root", "volume"))
+
+        def tried(path: str) -> int:
+            assert os.stat(path).st_rdev == os.makedev(1, 3)
+            try:
+                return os.open(path, os.O_RDONLY) and 0
+            except OSError as error:
+                return error.errno or 0
+
+        view = dockerd.View(str(tmp_path / "place"), root, [(volume, "/v")])
+        assert dockerd.confined(view, lambda: [*map(tried, ("null", "v/null"))]) == [errno.EACCES] * 2
+
+
 def test_a_rename_holds_no_lock_while_containers_take_theirs(tmp_path: Path) -> None:
     """A start takes its container's lock, then the volume's."""
     volumes = dockerd.Volumes(str(tmp_path), lambda *event: None)
