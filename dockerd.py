@@ -1863,6 +1863,7 @@ class Config:
     labels: list[str]
     seccomp_profile: str
     default_cgroupns_mode: str
+    default_ulimits: dict[str, Any]
 
     data_root: str
     exec_root: str
@@ -25927,6 +25928,18 @@ def start_watchdog() -> None:
     threading.Thread(target=beat, name="watchdog", daemon=True).start()
 
 
+def raise_file_limit(config: Config) -> None:
+    """Have as many descriptors as the hard limit allows, as programs in Go do: a shell's 1024 are gone with
+    some hundred containers.  Those keep the soft limit."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with noted(log.warning, f"the daemon has {soft} descriptors and no more", OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            kept = {"nofile": {"Name": "nofile", "Soft": soft, "Hard": hard}}
+            config.default_ulimits = {**kept, **(config.default_ulimits or {})}
+
+
 def serve(config: Config, code: Optional[types.CodeType] = None) -> int:
     """Start the daemon that `config` describes and serve until a signal ends it."""
     global native
@@ -25943,6 +25956,7 @@ def serve(config: Config, code: Optional[types.CodeType] = None) -> int:
             restart_from_bytecode(config.exec_root, code)
     except DockerError as error:
         fatal(str(error))
+    raise_file_limit(config)
     for warning in config.warnings:
         log.warning("%s", warning)
 

@@ -1722,6 +1722,18 @@ def test_limits_above_the_daemons_own(host: Host) -> None:
     assert may_raise or f"ulimit nofile={most + 2} becomes {most}" in host.log()
 
 
+def test_a_shells_limit_of_descriptors_is_raised(new_host: Callable[..., Host], busybox: bytes) -> None:
+    """For daemon and shim; containers keep it, as under the real daemon."""
+    host = new_host(start=False)
+    command = host.command()
+    host.command = lambda: ["prlimit", "--nofile=500:2000", *command]  # type: ignore[method-assign]
+    host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    assert host.process
+    assert host.run("sh", "-c", "ulimit -Sn; ulimit -Hn") == (0, b"500\n2000\n")
+    for pid in (host.process.pid, *shims(host)):
+        assert re.findall(r"open files +(\d+) +(\d+)", read_text(f"/proc/{pid}/limits")) == [("2000", "2000")]
+
+
 def test_namespaces_of_another_container(host: Host) -> None:
     """--pid and --ipc container:NAME, by name or id; with Docker's text for what cannot be shared."""
     ids = {mode: host.create("sleep", NEVER, name=mode, HostConfig={"IpcMode": mode, "ShmSize": 1 << 20})
