@@ -18877,10 +18877,13 @@ class Container:
         resolver = self.sandbox is not None and self.sandbox.has_resolver
         texts = {"hostname": self._hostname() + "\n", "hosts": hosts_text(self.host_config, lines, gateways),
                  "resolv.conf": resolv_text(self.host_config, self.parts.config, resolver)}
-        for name, text in texts.items():
-            write_state(os.path.join(self.directory, name), text.encode(), mode=0o644, durable=False)
-            if self.idmap:
-                os.chown(os.path.join(self.directory, name), *self.idmap.root)
+        for name, text in texts.items():  # in place, as moby: each start writes them anew
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            with opened(os.path.join(self.directory, name), flags) as fd:
+                write_all(fd, text.encode())
+                os.fchmod(fd, 0o644)
+                if self.idmap:
+                    os.fchown(fd, *self.idmap.root)
 
     def _own_lines(self) -> list[str]:
         """Its own addresses, as lines of /etc/hosts."""
@@ -19784,7 +19787,9 @@ class Container:
                 if self.state.running:
                     self._kill_for_removal()
                 self._await_clearing()
-                self.save()
+                with contextlib.suppress(FileNotFoundError):  # what has no record is removed by each start
+                    os.unlink(os.path.join(self.directory, "config.v2.json"))
+                failpoint("container-remove")
                 self.parts.layers.remove_rw(self.id)
                 remove_tree(self.directory)
             except OSError as error:

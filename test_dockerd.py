@@ -3026,6 +3026,28 @@ def _plant(host: Host, images: dict[str, Any], broken: str, left: str, lost: str
     return orphan
 
 
+def test_a_removal_goes_on_at_the_next_start(new_host: Callable[..., Host], busybox: bytes) -> None:
+    """One that is killed half way; one that fails leaves the container to another attempt."""
+    host = new_host(environment={"DOCKERD_FAILPOINTS": "container-remove=eio"})
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    one, two = host.create("true"), host.create("true")
+    assert "Input/output error" in str(host.http("DELETE", f"{API}/containers/{one}").body)
+    host.stop()
+    host.environment["DOCKERD_FAILPOINTS"] = "container-remove=kill"
+    host.start()
+    assert host.api("GET", f"/containers/{one}/json")["State"]["Dead"]
+    with pytest.raises((OSError, http.client.HTTPException)):
+        host.http("DELETE", f"{API}/containers/{two}")
+    host.kill()
+    del host.environment["DOCKERD_FAILPOINTS"]
+    host.start()
+    assert [each["Id"] for each in host.api("GET", "/containers/json?all=1")] == [one]
+    assert os.listdir(os.path.join(host.data_root, "containers")) == [one]
+    host.api("DELETE", f"/containers/{one}")
+    host.stop()
+    assert check(host, "--check") == (0, [])
+
+
 def test_a_data_root_goes_to_and_fro(new_host: Callable[..., Host], busybox: bytes) -> None:
     """What the real dockerd has left is there and works, and what is made of it works there again."""
     theirs = Peer()
