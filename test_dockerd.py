@@ -8782,21 +8782,39 @@ class Networked:
 
 BACKENDS = {"iptables": ("--firewall-backend=iptables",), "nftables": ("--firewall-backend=nftables",),
             "none": ("--iptables=false",)}
+IPTABLES = "nft" if sys.version_info >= (3, 12) else "legacy"   # one with the newest, one with the oldest
 SERVE = ("busybox", "nc", "-ll", "-p", "80", "-e", "cat", "/etc/hostname")
 FETCH = f"{PEER}/bin/busybox nc -w 2 {{}} {{}} < /dev/null"
 
 
+def iptables_path(variant: str, directory: str) -> str:
+    """Fill the directory with the PATH's programs, and of iptables' with those of a variant: legacy, nft, or
+    "" for none at all; a PATH with these alone."""
+    os.makedirs(directory)
+    for program in itertools.chain.from_iterable(map(os.scandir, filter(os.path.isdir, PATH.split(":")))):
+        if not re.match("ip6?tables|xtables", program.name):
+            with contextlib.suppress(FileExistsError):
+                os.symlink(program.path, os.path.join(directory, program.name))
+    for family, kind in itertools.product(("iptables", "ip6tables"), ("", "-save", "-restore")):
+        if variant:
+            os.symlink(f"/usr/sbin/xtables-{variant}-multi", os.path.join(directory, family + kind))
+    return directory
+
+
 def backend_of(networked: Networked) -> str:
     """The firewall back end of a networked host."""
-    return next(name for name, options in BACKENDS.items() if networked.host.options[-1] == options[-1])
+    return str(networked.host.api("GET", "/info")["FirewallBackend"]["Driver"])
 
 
 @pytest.fixture(scope="module", params=sorted(BACKENDS))
 def networked(request: pytest.FixtureRequest, busybox: bytes) -> Iterator[Networked]:
-    """A networked host with each firewall back end."""
-    made = Networked(*BACKENDS[request.param])
+    """A networked host with each firewall back end; nftables is what it chooses where no iptables is."""
+    made = Networked(*BACKENDS[request.param] if request.param != "nftables" else ())
+    variant = "" if request.param == "nftables" else IPTABLES
+    made.host.environment["PATH"] = iptables_path(variant, made.host.path("programs"))
     try:
         made.start(busybox)
+        assert backend_of(made) == request.param
         yield made
     finally:
         made.close()
@@ -9122,21 +9140,12 @@ def test_networks_heal(busybox: bytes) -> None:
         networked.close()
 
 
-def iptables_variant(variant: str, directory: str) -> str:
-    """Fill the directory with the iptables programs of a variant, legacy or nft; a PATH that finds these."""
-    os.makedirs(directory)
-    for name in ("iptables", "iptables-save", "iptables-restore"):
-        for family in (name, name.replace("ip", "ip6")):
-            os.symlink(f"/usr/sbin/xtables-{variant}-multi", os.path.join(directory, family))
-    return f"{directory}:{PATH}"
-
-
 @pytest.mark.parametrize("variant", ["legacy", "nft"])
 def test_one_iptables_restore_is_kept(
         variant: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It carries out change after change on what stands then, and holds no lock in between; one that is
     killed, or finds that rules have been flushed, is followed by another that makes all right."""
-    monkeypatch.setenv("PATH", iptables_variant(variant, str(tmp_path / "programs")))
+    monkeypatch.setenv("PATH", iptables_path(variant, str(tmp_path / "programs")))
     target, everywhere = ipaddress.ip_address("172.17.0.2"), ipaddress.ip_address("0.0.0.0")
     ports = [dockerd.PortRule("docker0", "tcp", everywhere, port, target, 80) for port in range(8000, 8005)]
 
