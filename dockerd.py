@@ -13354,6 +13354,7 @@ class BridgeRule(NamedTuple):
     icc: bool            # its containers reach each other
     masquerade: bool     # they reach the world under the host's address
     internal: bool       # they reach nothing else
+    unprotected: bool = False    # neighbours of the host reach ports that are not published too
 
     @property
     def version(self) -> int:
@@ -13531,7 +13532,8 @@ class Iptables(Firewall):
         ("open", "filter", "-I", "FORWARD", "-o {0.bridge} -j DOCKER"),
         ("open", "filter", "-I", "FORWARD",
          "-o {0.bridge} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"),
-        ("open", "filter", "-A", "DOCKER", "! -i {0.bridge} -o {0.bridge} -j DROP"),
+        ("protected", "filter", "-A", "DOCKER", "! -i {0.bridge} -o {0.bridge} -j DROP"),
+        ("unprotected", "filter", "-A", "DOCKER", "! -i {0.bridge} -o {0.bridge} -j ACCEPT"),
         ("open", "filter", "-I", "DOCKER-ISOLATION-STAGE-1",
          "-i {0.bridge} ! -o {0.bridge} -j DOCKER-ISOLATION-STAGE-2"),
         ("open", "filter", "-I", "DOCKER-ISOLATION-STAGE-2", "-o {0.bridge} -j DROP"),
@@ -13594,6 +13596,7 @@ class Iptables(Firewall):
         if isinstance(rule, BridgeRule):
             holds = {"icc" if rule.icc else "no icc", "internal" if rule.internal else "open"}
             if not rule.internal:
+                holds |= {"unprotected" if rule.unprotected else "protected"}
                 holds |= {"masquerade"} if rule.masquerade else set()
                 holds |= {"proxied"} if self.proxied else {"direct", f"direct {rule.version}"}
         elif isinstance(rule, PortRule):
@@ -13745,7 +13748,9 @@ class Nftables(Firewall):
                 lines.append(("forward", inside + nft_interface(rule.bridge, out=True, same=False) + drop))
             else:
                 lines.append(("forward", inward + published))
-            lines.append(("forward", inward + drop))
+            lines += [("forward", inward + nft_interface(other.bridge) + drop) for other in bridges
+                      if rule.unprotected and other.bridge != rule.bridge]
+            lines.append(("forward", inward + (accept if rule.unprotected else drop)))
             source = nft_network(rule.subnet, False)
             if rule.masquerade and not rule.internal:
                 lines.append(("postrouting", source + nft_interface(rule.bridge, True, False)
@@ -14200,10 +14205,11 @@ NETWORK_RULES = (
             Forbidden),
 )
 BRIDGE_RULES = (
-    Refusal(lambda n: n["gateway_mode_ipv4"] != "nat",
-            "the gateway mode {gateway_mode_ipv4} is not supported, only nat is"),
-    Refusal(lambda n: n["gateway_mode_ipv6"] != "nat",
-            "the gateway mode {gateway_mode_ipv6} is not supported, only nat is"),
+    Refusal(lambda n: "routed" in n["modes"], "the gateway mode routed is not supported"),
+    Refusal(lambda n: not n["modes"] <= {"nat", "nat-unprotected", "isolated"},
+            "unknown gateway mode among {modes}"),
+    Refusal(lambda n: "isolated" in n["modes"] and not n["internal"],
+            "gateway mode 'isolated' can only be used for an internal network"),
     Refusal(lambda n: len(n["name"]) > 15 or "/" in n["name"], "invalid bridge name {name}"),
     Refusal(lambda n: n["taken"], "networks have same bridge name: {name}", Forbidden),
     Refusal(lambda n: n["there"] and n["there"].kind != "bridge", "existing interface {name} is not a bridge",
@@ -14311,12 +14317,18 @@ class Network:
         value = self.options.get(BRIDGE_OPTION + name)
         return default if value is None else value.lower() in ("1", "t", "true")
 
+    def gateway_mode(self, version: int) -> str:
+        """What the host is to the bridge in an IP version: nat, nat-unprotected, or isolated, not there."""
+        return self.options.get(f"{BRIDGE_OPTION}gateway_mode_ipv{version}") or "nat"
+
     def rules(self) -> list[FirewallRule]:
         """What the firewall must hold for it."""
         if self.driver != "bridge":
             return []
-        return [BridgeRule(self.bridge, pool.subnet, self.switch("enable_icc", True),
-                           self.switch("enable_ip_masquerade", True), self.internal) for pool in self.pools]
+        icc, masquerade = self.switch("enable_icc", True), self.switch("enable_ip_masquerade", True)
+        return [BridgeRule(self.bridge, pool.subnet, icc, masquerade, self.internal, not self.internal
+                           and self.gateway_mode(pool.subnet.version) == "nat-unprotected")
+                for pool in self.pools]
 
     def to_api(self, containers: bool = True) -> dict[str, Any]:
         """The network as inspect shows it; a list leaves the containers out."""
@@ -14922,10 +14934,10 @@ class Networks:
         if there is None:
             network.record["OwnLink"] = name
         if driver == "bridge":
-            modes = {key: network.options.get(BRIDGE_OPTION + key, "nat")
-                     for key in ("gateway_mode_ipv4", "gateway_mode_ipv6")}
+            modes = {network.gateway_mode(version) for version in (4, 6)}
             taken = any(other.driver == driver and other.bridge == name for other in self.table.values())
-            check_rules(BRIDGE_RULES, {"name": name, "there": there, "taken": taken, **modes})
+            check_rules(BRIDGE_RULES, {"name": name, "there": there, "taken": taken, "modes": modes,
+                                       "internal": network.internal})
         else:
             mode, (base, _, number) = network.options.get(f"{driver}_mode", ""), name.rpartition(".")
             if mode not in LINK_MODES[driver]:
@@ -14982,8 +14994,9 @@ class Networks:
             load_module("br_netfilter")
             write_setting("/proc/sys/net/bridge/bridge-nf-call-iptables", "1")
         there = list_addresses(index)
-        wanted = [pool.interface(pool.gateway) for pool in network.pools] if not network.switch(
-            "inhibit_ipv4", False) else []
+        bare = network.switch("inhibit_ipv4", False)
+        wanted = [pool.interface(pool.gateway) for pool in network.pools
+                  if not bare and network.gateway_mode(pool.subnet.version) != "isolated"]
         netlink_batch([*(address_message(RTM_NEWADDR, index, address) for address in wanted
                          if address not in there),
                        link_change(index)])

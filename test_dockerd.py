@@ -8846,6 +8846,30 @@ def test_a_published_port_is_reached_from_everywhere(networked: Networked) -> No
     networked.await_idle()
 
 
+def test_gateway_modes(networked: Networked) -> None:
+    """nat-unprotected: a neighbour reaches what is not published, other networks do not; isolated: the host
+    has no part in the network."""
+    docker, option = networked.docker, "com.docker.network.bridge.gateway_mode_ipv4="
+    docker("network", "create", "-o", option + "nat-unprotected", "open")
+    docker("network", "create", "--internal", "-o", option + "isolated", "shut")
+    docker("network", "create", "other")
+    docker("run", "-d", "--name", "web", "--hostname", "web", "--net", "open", *SERVE)
+    docker("network", "connect", "shut", "web")
+    docker("run", "-d", "--name", "user", "--net", "other", "busybox", "sleep", NEVER)
+    own, inner = (docker("inspect", "-f", f"{{{{.NetworkSettings.Networks.{name}.IPAddress}}}}", "web")
+                  for name in ("open", "shut"))
+    assert networked.from_outside(FETCH.format(own, 80)) == "web\n"
+    if backend_of(networked) != "none":
+        assert docker("exec", "user", "sh", "-c", f"nc -w 1 {own} 80 < /dev/null", status=None) == ""
+    fetch = f"nc -w 2 {inner} 80 < /dev/null"
+    assert docker("run", "--rm", "--net", "shut", "busybox", "sh", "-c", fetch) == "web"
+    bridge = "br-" + docker("network", "inspect", "-f", "{{.Id}}", "shut")[:12]
+    assert "inet " not in networked.shell(f"ip addr show {bridge}")
+    docker("rm", "-f", "web", "user")
+    docker("network", "rm", "open", "shut", "other")
+    networked.await_idle()
+
+
 ECHO = ("import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('', 53)); print(flush=True)\n"
         "while True: s.sendto(*s.recvfrom(100))")
 ASK = ("import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.settimeout(5); "
@@ -9464,7 +9488,11 @@ def test_links_open_what_icc_closes(busybox: bytes) -> None:
     (("network", "create", "--subnet", "10.55.9.1/24", "x"),
      "invalid network config:\ninvalid subnet 10.55.9.1/24: it should be 10.55.9.0/24"),
     (("network", "create", "-o", "com.docker.network.bridge.gateway_mode_ipv4=routed", "x"),
-     "the gateway mode routed is not supported, only nat is"),
+     "the gateway mode routed is not supported"),
+    (("network", "create", "-o", "com.docker.network.bridge.gateway_mode_ipv6=odd", "x"),
+     "unknown gateway mode"),
+    (("network", "create", "-o", "com.docker.network.bridge.gateway_mode_ipv4=isolated", "x"),
+     "gateway mode 'isolated' can only be used for an internal network"),
     (("network", "create", "-o", "com.docker.network.bridge.name=lo", "x"),
      "existing interface lo is not a bridge"),
     (("network", "create", "-d", "macvlan", "-o", "parent=lo.5000", "x"),
