@@ -12880,7 +12880,7 @@ class ExecutionDriver:
                 self._enter(process, ours, functools.partial(self._admit, spec), failed)
             if spec.network_enter:
                 self._enter(process, ours, spec.network_enter, failed)
-            self._await_execve(process, ours, failed)
+            self._await_execve(process, ours, failed, spec.tty)
             return process
         except BaseException:
             self._abandon(process)
@@ -13020,8 +13020,9 @@ class ExecutionDriver:
                 self._await_execve(process, sync, failed)
             raise
 
-    def _await_execve(self, process: Process, sync: socket.socket, failed: str) -> None:
-        """Read what the init tells until its end of file: its terminal, and perhaps what stood in the way."""
+    def _await_execve(self, process: Process, sync: socket.socket, failed: str, tty: bool = False) -> None:
+        """Read what the init tells until its end of file: its terminal, without which it was killed before
+        its execve, and perhaps what stood in the way."""
         while True:
             data, fds = receive_fds(sync, SHIM_PACKET, 1)
             if not data:
@@ -13033,7 +13034,7 @@ class ExecutionDriver:
             else:
                 kind = CommandError if message["code"] in (126, 127) else StartError
                 raise kind(failed.format(message["error"]), message["code"])
-        if not process.pid:
+        if not process.pid or tty and process.console < 0:
             raise StartError(failed.format("the container has ended"), 128)
 
     def _abandon(self, process: Process) -> None:

@@ -2697,6 +2697,17 @@ def test_many_at_once(host: Host) -> None:
         assert list(pool.map(life, range(20))) == [(number, b"%d\n" % number) for number in range(20)]
 
 
+def test_an_init_killed_before_it_has_a_terminal() -> None:
+    """Its process was nobody's: never forgotten, and the shim never ended."""
+    driver = dockerd.ExecutionDriver.__new__(dockerd.ExecutionDriver)
+    for tty in (False, True):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        theirs.close()
+        process = dockerd.Process("key", None, 1)  # type: ignore[arg-type]
+        with ours, (pytest.raises(dockerd.StartError) if tty else contextlib.nullcontext()):
+            driver._await_execve(process, ours, "{}", tty)
+
+
 def test_no_request_ends_the_shim(tmp_path: Path) -> None:
     """All containers depend on it: also where no thread is to be had it answers."""
     def fail(*arguments: Any) -> None:
