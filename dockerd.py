@@ -12040,9 +12040,10 @@ class Shim(HelperProcess):
 
     def op_keep(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
         """Hold further descriptors for a process (its terminal)."""
-        process = self.processes[request["key"]]
-        for name in list(fds):
-            process.keep[name] = fds.pop(name)
+        keep = self.processes[request["key"]].keep
+        close_fds(keep.pop(name) for name in keep.keys() & fds)
+        keep.update(fds)
+        fds.clear()
 
     def op_drop(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
         """Close one kept descriptor: a stdin that has ended."""
@@ -18922,9 +18923,8 @@ class Container:
             settings = endpoint_settings(given)
             check_endpoint(network, settings)
             if self.state.running and self.sandbox is not None:
-                had_resolver = self.sandbox.has_resolver
                 self._edit_hosts(lambda: self._join(network, settings))
-                if not had_resolver and self.sandbox.has_resolver:
+                if self.sandbox.has_resolver and self.sandbox.seat is None:
                     self._enter_resolver()
                 self._record_ports()
                 self.parts.log_network("connect", network, container=self.id)

@@ -2697,6 +2697,43 @@ def test_many_at_once(host: Host) -> None:
         assert list(pool.map(life, range(20))) == [(number, b"%d\n" % number) for number in range(20)]
 
 
+def test_networks_come_and_go_and_leave_nothing(host: Host) -> None:
+    """Each time that a container came to its first user network its resolver's sockets were made anew, and
+    those before kept its namespace alive."""
+    host.api("POST", "/networks/create", {"Name": "come"})
+    started(host, "one", "sleep", NEVER, HostConfig={"NetworkMode": "bridge"})
+
+    def sockets() -> list[int]:
+        assert host.process
+        folders = [f"/proc/{pid}/fd/" for pid in (host.process.pid, *shims(host))]
+        return [sum(os.path.realpath(folder + fd).startswith(folder + "socket:") for fd in os.listdir(folder))
+                for folder in folders]
+
+    counts = []
+    for _ in range(3):
+        host.api("POST", "/networks/come/connect", {"Container": "one"})
+        host.api("POST", "/networks/come/disconnect", {"Container": "one"})
+        counts.append(sockets())
+    assert counts[0] == counts[1] == counts[2]
+    host.api("DELETE", "/containers/one?force=1")
+    host.api("DELETE", "/networks/come")
+
+
+def test_the_shim_keeps_one_descriptor_of_a_name() -> None:
+    with contextlib.ExitStack() as held:
+        listener = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        shim = dockerd.Shim(listener)
+        held.callback(lambda: dockerd.close_fds([signal.set_wakeup_fd(-1), shim.orphans]))
+        held.callback(shim.poll.close)
+        first, second = (os.open("/dev/null", os.O_RDONLY) for _ in range(2))
+        shim.processes["key"] = dockerd.ShimProcess("key", 0, -1, {"console": first})
+        fds = {"console": second, "other": os.open("/dev/null", os.O_RDONLY)}
+        shim.op_keep({"key": "key"}, fds, {})
+        there = [os.path.exists(f"/proc/self/fd/{fd}") for fd in (first, second)]
+        assert not fds and there == [False, True]
+        dockerd.close_fds(shim.processes["key"].keep.values())
+
+
 def test_an_init_killed_before_it_has_a_terminal() -> None:
     """Its process was nobody's: never forgotten, and the shim never ended."""
     driver = dockerd.ExecutionDriver.__new__(dockerd.ExecutionDriver)
