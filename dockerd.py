@@ -2623,6 +2623,14 @@ class Job:
         if self.cancelled.is_set():
             callback()
 
+    def hangs_up(self, connection: socket.socket) -> None:
+        """Have a connection end when the job is cancelled, also for the thread that reads from it."""
+        def end() -> None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)  # TLS has one of its own, which waits
+
+        self.on_cancel(end)
+
 
 Handler = Callable[[Job], Optional[int]]
 
@@ -5733,7 +5741,7 @@ def parse_dockerfile(text: str) -> Dockerfile:
     for number, row in rows:
         if len(row) > MAX_ROW:
             raise DockerfileError(f"dockerfile line greater than max allowed size of {MAX_ROW}")
-        directive = re.match(r"#\s*(escape|syntax|check)\s*=\s*(.+?)\s*$", row.lstrip(), re.IGNORECASE)
+        directive = re.match(r"#\s*(escape|syntax|check)\s*=\s*(\S.*)", row.strip(), re.IGNORECASE)
         if directives is not None and directive:
             name = directive[1].lower()
             if name in directives:
@@ -5818,8 +5826,10 @@ def json_words(text: str) -> Optional[list[str]]:
 class ShellWord:
     """Quotes and $variables of a Dockerfile's word, as Docker's shell lexer treats them.
 
-    `environment` is a list of NAME=VALUE.  BadParameter names the word and what is wrong with it."""
+    `environment` is a list of NAME=VALUE.  BadParameter names the word and what is wrong with it: also that
+    it comes to more than LIMIT characters, or that its patterns would take more than EFFORT steps."""
 
+    LIMIT, EFFORT = 16 << 20, 1 << 30
     _UNCLOSED = {"'": "unexpected end of statement while looking for matching single-quote",
                  '"': "unexpected end of statement while looking for matching double-quote",
                  "}": "syntax error: missing '}'", "/": "syntax error: missing '/' in substitution"}
@@ -5833,11 +5843,11 @@ class ShellWord:
 
     def expand(self) -> str:
         """The word with its quotes removed and its variables replaced."""
-        return "".join(text for text, _ in self._parsed)
+        return self._joined(self._parsed)
 
     def split(self) -> list[str]:
         """The words that result when blanks outside of quotes separate, those in variables' values too."""
-        words = [""]
+        words = [""] if self.expand() else []
         for text, splits in self._parsed:
             first, *rest = re.split(r"\s+", text) if splits else [text]
             words[-1] += first
@@ -5877,7 +5887,12 @@ class ShellWord:
         return pieces
 
     def _text(self, stop: str) -> str:
-        return "".join(text for text, _ in self._pieces(stop))
+        return self._joined(self._pieces(stop))
+
+    def _joined(self, pieces: list[tuple[str, bool]]) -> str:
+        if sum(len(text) for text, _ in pieces) > self.LIMIT:
+            raise BadParameter(f"it expands to more than {self.LIMIT} characters")
+        return "".join(text for text, _ in pieces)
 
     def _name(self) -> str:
         match = re.compile(r"[0-9]+|[@*#?\-$!]|\w+").match(self.text, self.at)
@@ -5928,8 +5943,12 @@ class ShellWord:
         pattern = first + "".join(f"(?=(?P<p{n}>.*?{part}))(?P=p{n})" for n, part in enumerate(rest[:-1]))
         lazy = "?" * (separator == "#" and not doubled)
         pattern += f".*{lazy}{rest[-1]}" if rest else ""
+        if len(value) ** 2 * (len(pattern) + 1) > self.EFFORT:
+            raise BadParameter(f"a value of {len(value)} characters is too long for its pattern")
         if separator == "/":
             word = self._text("}")
+            if len(value) * len(word) > self.LIMIT:
+                raise BadParameter(f"it expands to more than {self.LIMIT} characters")
             return re.sub(pattern, lambda match: word, value, count=not doubled, flags=re.DOTALL)
         if separator == "#":
             match = re.match(pattern, value, re.DOTALL)
@@ -6124,9 +6143,13 @@ class Instructions:
         """The variables that stand so far."""
         return self.config.get("Env") or []
 
-    def expand(self, word: str) -> str:
-        """`word` with its variables replaced."""
-        return ShellWord(word, self.environment(), self.escape).expand()
+    def word(self, text: str, document: bool = False) -> ShellWord:
+        """`text` with the variables that stand so far."""
+        return ShellWord(text, self.environment(), self.escape, document)
+
+    def expand(self, text: str) -> str:
+        """`text` with its variables replaced."""
+        return self.word(text).expand()
 
     def expanded_pairs(self, instruction: Instruction) -> dict[str, str]:
         """The pairs of ENV or LABEL; all of them see what stood before the instruction."""
@@ -6169,8 +6192,7 @@ class Instructions:
         return " ".join(["LABEL", *map("=".join, labels.items())])
 
     def do_expose(self, instruction: Instruction) -> str:
-        words = [port for word in instruction.arguments
-                 for port in ShellWord(word, self.environment(), self.escape).split()]
+        words = [port for word in instruction.arguments for port in self.word(word).split()]
         ports: dict[str, Any] = {port: {} for word in words for port in parse_ports(word)}
         self.config["ExposedPorts"] = {**(self.config.get("ExposedPorts") or {}), **ports}
         return " ".join(["EXPOSE", *words])
@@ -7401,11 +7423,10 @@ class Images:
     def _download(self, job: Job, source: str) -> Iterator[Any]:
         """The body of a URL, with progress lines as it is read."""
         address = source if "://" in source else "http://" + source
-        with open_url(address) as response:
+        with open_url(address, job) as body:
             job.progress(status=f"Downloading from {address}")
-            total = int(response.headers.get("Content-Length") or -1)
-            yield ProgressReader(response, lambda current: job.progress(
-                status="Importing", progressDetail={"current": current, "total": total}))
+            yield ProgressReader(body, lambda current: job.progress(
+                status="Importing", progressDetail={"current": current, "total": body.total}))
 
     def commit(self, transaction: LayerTransaction, container_id: str, parent: Optional[Image],
                synced: bool = True, **facts: Any) -> Image:
@@ -7688,9 +7709,9 @@ def system_tls() -> Any:
 
 def http_request(address: str, timeout: float = 30, method: str = "GET",
                  headers: Optional[dict[str, str]] = None, data: Any = None, authorization: str = "",
-                 context: Any = None) -> Any:
+                 context: Any = None, opened: Callable[[Any], Any] = lambda connection: None) -> Any:
     """The response to a request, whatever its status, proxies of the environment respected; `timeout` in s
-    per read, `context` is TLS'.
+    per read, `context` is TLS', `opened` is told of each connection.
 
     `authorization` is not shown to where the server redirects.  BadParameter for a scheme other than http and
     https, Unreachable when there is no answer."""
@@ -7703,11 +7724,21 @@ def http_request(address: str, timeout: float = 30, method: str = "GET",
         raise BadParameter(f'{method.capitalize()} "{address}": unsupported protocol scheme "{scheme}"')
     host, unproxied = rest.partition("/")[0], os.environ.get("no_proxy", "").split(",")
     direct = re.match(r"localhost(:\d+)?\Z", host) or in_networks(host, [*LOOPBACK, *unproxied])  # as Go does
-    opener = request.OpenerDirector()
+
+    def watched(kind: Any, *arguments: Any, **options: Any) -> Any:
+        made = kind(*arguments, **options)
+        made.connect = lambda: (kind.connect(made), opened(made.sock))
+        return made
+
+    opener, do_open = request.OpenerDirector(), request.AbstractHTTPHandler.do_open
+    handler: Any
     for handler in (request.ProxyHandler({} if direct else None), request.UnknownHandler(),
                     request.HTTPHandler(), request.HTTPSHandler(context=context or system_tls()),
                     request.HTTPDefaultErrorHandler(), request.HTTPRedirectHandler(),
                     request.HTTPErrorProcessor()):
+        if hasattr(handler, "do_open"):
+            handler.do_open = lambda kind, *arguments, handler=handler, **options: do_open(
+                handler, functools.partial(watched, kind), *arguments, **options)
         opener.add_handler(handler)
     query = request.Request(address, data, headers or {}, method=method)
     if authorization:
@@ -7720,11 +7751,30 @@ def http_request(address: str, timeout: float = 30, method: str = "GET",
         raise Unreachable(f'{method.capitalize()} "{address}": {_dial_error(error, address)}') from None
 
 
+class WholeBody:
+    """Reads a response's body of `total` bytes (-1: as many as come); DockerError when it ends before."""
+
+    def __init__(self, response: Any) -> None:
+        length = response.headers.get("Content-Length") or ""
+        self.response, self.headers, self.at = response, response.headers, 0
+        self.total = int(length) if length.isdecimal() else -1
+
+    def read(self, size: int = CHUNK) -> bytes:
+        """At most `size` bytes; b"" at the end."""
+        import http.client
+        with reworded(DockerError, "", OSError, http.client.HTTPException):
+            data: bytes = self.response.read1(size)
+        self.at += len(data)
+        if not data and self.at < self.total:
+            raise DockerError("unexpected EOF")
+        return data
+
+
 @contextlib.contextmanager
-def open_url(address: str) -> Iterator[Any]:
-    """The response to a GET of an http or https URL; the errors of http_request(), DockerError when it is no
-    success."""
-    with http_request(address) as response:
+def open_url(address: str, job: Job) -> Iterator[WholeBody]:
+    """The body of what a GET of an http or https URL answers, while the job is not cancelled; the errors of
+    http_request(), DockerError when it is no success."""
+    with http_request(address, opened=job.hangs_up) as response:
         moved = str(response.headers.get("Location") or "")
         if 300 <= response.code < 400 and moved:
             raise BadParameter(f'Get "{moved}": unsupported protocol scheme "{moved.partition(":")[0]}"')
@@ -7732,7 +7782,7 @@ def open_url(address: str) -> Iterator[Any]:
             kind = next((kind for kind, code in HTTP_STATUS.items() if code == response.code), DockerError)
             told = response.read(4096).decode("utf-8", "replace").strip()
             raise kind(f"failed to GET {address} with status {response.code} {response.reason}: {told}")
-        yield response
+        yield WholeBody(response)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -7884,11 +7934,12 @@ class RegistryClient:
 
     `credentials` are those of the API's X-Registry-Auth, `actions` what a token must allow ("pull,push").
     Credentials go to the endpoint and to its token server, never to where either redirects.  Threads may
-    share one."""
+    share one.  `opened` is told of its connections, as http_request() says."""
 
     def __init__(self, endpoint: RegistryHost, path: str = "", credentials: Any = None, actions: str = "pull",
-                 timeout: float = 30) -> None:
-        self.endpoint, self.timeout, self._context = endpoint, timeout, endpoint.context()
+                 opened: Callable[[socket.socket], Any] = lambda connection: None) -> None:
+        self.endpoint, self.timeout, self.opened = endpoint, 30, opened
+        self._context = endpoint.context()
         self.repository = f"{endpoint.base}/{path}"
         self._origin = "/".join(endpoint.base.split("/")[:3]) + "/"
         self._scope = f"repository:{path}:{actions}" if path else ""
@@ -7919,7 +7970,7 @@ class RegistryClient:
 
     def _send(self, method: str, address: str, headers: Optional[dict[str, str]], data: Any) -> Any:
         known = self._authorization if address.startswith(self._origin) else ""
-        return http_request(address, self.timeout, method, headers, data, known, self._context)
+        return http_request(address, self.timeout, method, headers, data, known, self._context, self.opened)
 
     def fetch(self, address: str, headers: Optional[dict[str, str]] = None, limit: int = MANIFEST_LIMIT) \
             -> tuple[bytes, Any]:
@@ -7937,10 +7988,12 @@ class RegistryClient:
 
     def _checked(self, response: Any) -> Any:
         """The response; RegistryError when it is a refusal, in the words of the distribution project."""
+        import http.client
         if response.code < 300:
             return response
-        with response:
-            body, challenge = response.read(65536), response.headers.get("WWW-Authenticate") or ""
+        body, challenge = b"", response.headers.get("WWW-Authenticate") or ""
+        with response, contextlib.suppress(OSError, http.client.HTTPException):  # its status says enough
+            body = response.read(65536)
         code, message = "", f"received unexpected HTTP status: {response.code} {response.reason}"
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             document = decode_json(body)
@@ -7978,11 +8031,11 @@ class RegistryClient:
             form = {**query, "grant_type": "refresh_token", "client_id": "docker",
                     "refresh_token": self._refresh}
             response = http_request(realm, self.timeout, "POST", None, urlencode(form).encode(), "",
-                                    self._context)
+                                    self._context, self.opened)
         else:
             query.update({"account": self._user} if self._user else {})
             response = http_request(realm + ("&" if "?" in realm else "?") + urlencode(query), self.timeout,
-                                    authorization=self._basic, context=self._context)
+                                    authorization=self._basic, context=self._context, opened=self.opened)
         answer = _json_object(self._read(self._checked(response), realm, MANIFEST_LIMIT)[0], "token")
         token = answer.get("token") or answer.get("access_token")
         if not isinstance(token, str) or not token.isprintable():
@@ -8010,6 +8063,10 @@ class RegistryClient:
         wrong = ("layers", "config") if kind in MANIFEST_LISTS else ("manifests",)
         if any(key in document for key in (*wrong, "fsLayers")):
             raise DockerError(f"the manifest {digest} is of two types at once")
+        entries = document.get("manifests" if kind in MANIFEST_LISTS else "layers") or []
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) and isinstance(
+                entry.get("platform") or {}, dict) for entry in entries):
+            raise DockerError(f"the manifest {digest} does not list objects")
         return kind, document, raw, digest
 
     def ping(self) -> None:
@@ -8019,7 +8076,8 @@ class RegistryClient:
     def blob_size(self, digest: str) -> Optional[int]:
         """The bytes of a blob of the repository; None where it has no such blob."""
         try:
-            with self.request("HEAD", f"{self.repository}/blobs/{digest}") as response:
+            with self.request("HEAD", f"{self.repository}/blobs/{digest}") as response, reworded(
+                    DockerError, f"the registry does not say how long {digest} is", TypeError, ValueError):
                 return int(response.headers["Content-Length"])
         except RegistryError as error:
             if error.status == 404:
@@ -8063,17 +8121,19 @@ class RegistryClient:
         return urljoin(response.geturl(), place)
 
     def tags(self) -> list[str]:
-        """The repository's tags."""
+        """The repository's tags, as far as each page brings new ones."""
         from urllib.parse import urljoin
-        address, found = f"{self.repository}/tags/list", list[Any]()
+        address, found = f"{self.repository}/tags/list", dict[str, None]()
         while address and len(found) < TAG_LIMIT:
             data, headers = self.fetch(address)
             page = _json_object(data, "list of tags").get("tags") or []
-            found += page
-            following = re.search(r'<([^>]+)>;\s*rel="?next', headers.get("Link") or "") if page else None
+            fresh = dict.fromkeys(tag for tag in page if isinstance(tag, str) and re.fullmatch(_TAG, tag)
+                                  and tag not in found) if isinstance(page, list) else {}
+            found.update(fresh)
+            following = re.search(r'<([^>]+)>;\s*rel="?next', headers.get("Link") or "") if fresh else None
             there = urljoin(address, following[1]) if following else ""
             address = there if there.startswith(self.repository) else ""
-        return [tag for tag in found if isinstance(tag, str) and re.fullmatch(_TAG, tag)]
+        return list(found)
 
 
 def _digest(data: bytes, like: str = "") -> str:
@@ -8113,7 +8173,7 @@ def choose_platform(entries: Any, wanted: Platform) -> Descriptor:
     best: Optional[tuple[int, Any]] = None
     for entry in entries if isinstance(entries, list) else ():
         values = entry.get("platform") or {} if isinstance(entry, dict) else {}
-        with contextlib.suppress(DockerError):
+        with contextlib.suppress(DockerError, ValueError):  # "v7" has a number
             has = parse_platform("/".join(str(values[key]) for key in _PLATFORM_KEYS if values.get(key)))
             rank = _suits(has, wanted)
             if rank is not None and (best is None or rank < best[0]):
@@ -8172,7 +8232,8 @@ class Download:
 
     def __init__(self, blobs: Blobs, client: RegistryClient, blob: Descriptor) -> None:
         import tempfile
-        self.blobs, self.client, self.blob = blobs, client, blob
+        self.blobs, self.client, self.blob = blobs, copy.copy(client), blob
+        self.client.opened = lambda connection: None  # the blob may be others' too, whose jobs go on
         self.file = tempfile.TemporaryFile(dir=blobs.directory)
         self.stage, self.received, self.delay, self.users = _WAITING, 0, 0, 2
         self.error: Optional[BaseException] = None
@@ -8314,8 +8375,9 @@ class Blobs:
         with self._lock:
             download = self._table.get(blob.digest)
             if download is None or download.error is not None:
-                download = self._table[blob.digest] = Download(self, client, blob)
+                download = Download(self, client, blob)
                 threading.Thread(target=download.run, name="download", daemon=True).start()
+                self._table[blob.digest] = download  # which no thread would fill if it could not be started
             else:
                 download.users += 1
         try:
@@ -8391,17 +8453,18 @@ class Registry:
             if getattr(config, name):
                 os.environ[name] = os.environ[name.upper()] = getattr(config, name)
 
-    def attempt(self, reference: Reference, credentials: Any, action: Callable[[RegistryClient], Any],
-                actions: str = "pull") -> Any:
-        """What `action(client)` returns at the first endpoint that serves the reference's registry.
+    def attempt(self, job: Job, reference: Reference, credentials: Any,
+                action: Callable[[RegistryClient], Any], actions: str = "pull") -> Any:
+        """What `action(client)` returns at the first endpoint that serves the reference's registry, while the
+        job is not cancelled.
 
         A mirror that fails in any way is passed over, the registry itself where it cannot be reached."""
         places = endpoints(reference.domain, self.config, "push" in actions)
         for number, place in enumerate(places):
             try:
-                return action(RegistryClient(place, reference.path, credentials, actions))
+                return action(RegistryClient(place, reference.path, credentials, actions, job.hangs_up))
             except DockerError as error:
-                hopeless = isinstance(error, Cancelled) or number + 1 == len(places)
+                hopeless = job.cancelled.is_set() or number + 1 == len(places)
                 if hopeless or not (place.mirror or isinstance(error, Unreachable)):
                     raise
                 log.info("trying the next endpoint for %s after: %s", reference.familiar, error)
@@ -8425,7 +8488,7 @@ class Registry:
                                        f"login attempt to {address} failed with status: 401 Unauthorized")
                 raise
 
-        self.attempt(Reference(domain, ""), known, log_in, "pull,push")
+        self.attempt(job, Reference(domain, ""), known, log_in, "pull,push")
         job.reply({"Status": "Login Succeeded", "IdentityToken": str(known.get("identitytoken") or "")})
 
     @job("search")
@@ -8448,7 +8511,7 @@ class Registry:
 
         wanted = {key: filters[key][-1] in ("true", "1") for key in filters if key != "stars"}
         stars = max(map(int, filters.get("stars", ["0"])))
-        found = self.attempt(Reference(host, ""), job.env.get_json("authConfig"), ask)
+        found = self.attempt(job, Reference(host, ""), job.env.get_json("authConfig"), ask)
         job.reply([entry for entry in found if entry.get("star_count", 0) >= stars and all(
             entry.get(key.replace("-", "_"), False) == value for key, value in wanted.items())])
 
@@ -8468,7 +8531,7 @@ class Registry:
                     "Platforms": platforms}
 
         with explained(reference):
-            job.reply(self.attempt(reference, job.env.get_json("authConfig"), ask))
+            job.reply(self.attempt(job, reference, job.env.get_json("authConfig"), ask))
 
 
 @contextlib.contextmanager
@@ -8525,7 +8588,7 @@ class Pulls:
             return any(changes)
 
         with explained(reference):
-            changed = self.registry.attempt(reference, job.env.get_json("authConfig"), take)
+            changed = self.registry.attempt(job, reference, job.env.get_json("authConfig"), take)
         news = "Downloaded newer image" if changed else "Image is up to date"
         job.progress(status=f"Status: {news} for {reference.familiar}")
 
@@ -8567,6 +8630,8 @@ class Pulls:
         if facts.platform.os not in ("", "linux"):
             raise DockerError(f"image operating system {go_quote(facts.platform.os)} cannot be used on this "
                               "platform: operating system is not supported")
+        if len(diff_ids) > MAX_LAYERS:  # before as many downloads begin
+            raise DockerError("max depth exceeded")
         blobs = [descriptor(value) for value in manifest.get("layers") or ()]
         if len(blobs) != len(diff_ids):
             raise DockerError("layers from manifest don't match image configuration")
@@ -8763,7 +8828,7 @@ class Pushes:
             for name in names:
                 self._push(job, client, name, self.images.resolve(name.familiar, platform))
 
-        self.registry.attempt(reference, job.env.get_json("authConfig"), send, "pull,push")
+        self.registry.attempt(job, reference, job.env.get_json("authConfig"), send, "pull,push")
 
     def _push(self, job: Job, client: RegistryClient, reference: Reference, image: Image) -> None:
         """Push one reference: its layers, its configuration, then the manifest that names them."""
@@ -20738,6 +20803,7 @@ BUILD_FLAGS = {"add": "checksum chmod chown exclude* keep-git-dir? link? unpack?
 PROXY_ARGUMENTS = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "FTP_PROXY", "ftp_proxy",
                    "NO_PROXY", "no_proxy")  # those that no Dockerfile has to declare
 MAX_DOCKERFILE = 16 << 20       # bytes
+BUILD_TEXT = 1 << 28            # characters of all words with their variables replaced, and of configurations
 BUILD_THREADS = 4               # stages that are built at the same time
 VOICE_LIMIT = 8 << 20           # bytes of output that a stage may be ahead of those before it
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_.-]*")
@@ -20986,18 +21052,12 @@ def path_matches(pattern: str, path: str) -> bool:
     """Whether a pattern of .dockerignore or --exclude is that of `path`; ** is any number of directories.
 
     BadParameter for what is no pattern."""
-    @functools.cache
-    def matches(at: int, place: int) -> bool:
-        if at == len(parts):
-            return place == len(names)
-        if parts[at] == "**":
-            return at == len(parts) - 1 or any(matches(at + 1, n) for n in range(place, len(names) + 1))
-        return place < len(names) and compiled[at].fullmatch(names[place]) is not None and matches(
-            at + 1, place + 1)
-
-    parts, names = pattern.split("/"), path.split("/")
-    compiled = list(map(_compiled_part, parts))
-    return matches(0, 0)
+    names = path.split("/")
+    places = {0}  # how many of the names the pattern so far can be
+    for expression, part in [(_compiled_part(part), part) for part in pattern.split("/")]:
+        places = set(range(min(places, default=len(names) + 1), len(names) + 1)) if part == "**" else {
+            place + 1 for place in places if place < len(names) and expression.fullmatch(names[place])}
+    return len(names) in places
 
 
 _compiled_part = functools.lru_cache(maxsize=1024)(compile_pattern)
@@ -21255,9 +21315,12 @@ class Stage(Instructions):
         if self.image is not None and not self.build.job.env.get_bool("withoutaux"):
             self.voice.write(message_line(aux={"ID": self.image.id}))
 
+    def word(self, text: str, document: bool = False) -> ShellWord:
+        return self.build.word(text, self.environment(), self.escape, document)
+
     def globally(self, text: str) -> str:
         """`text` with its variables replaced by arguments from before the first FROM."""
-        return ShellWord(text, self.build.global_arguments(), self.escape).expand()
+        return self.build.word(text, self.build.global_arguments(), self.escape).expand()
 
     def needs(self) -> set[int]:
         """The numbers of the stages that its instructions name."""
@@ -21415,6 +21478,7 @@ class Stage(Instructions):
         parent = self.image.id if self.image else ""
         raw = child_document(self.image, diff_id, {**self.config, "Image": parent}, {**step, "Image": parent},
                              self.author, container=container_id)
+        self.build.spend(len(raw))
         self.image = self.build.store.create(raw, parent, saved=False)
         self.build.images.append(self.image)
 
@@ -21579,7 +21643,7 @@ class Stage(Instructions):
         """A here-document as a file."""
         text = document.text
         if document.expands:
-            text = ShellWord(text, self.environment(), self.escape, document=True).expand()
+            text = self.word(text, document=True).expand()
         directory, name = os.path.split(self.build.new_file(document.name, text, 0o644))
         return Source(directory).find(name, literal=True)
 
@@ -21716,6 +21780,7 @@ class Build:
         self.context = Source("/nonexistent", {})
         self.directory = ""
         self.held = contextlib.ExitStack()
+        self.spent = 0                  # of BUILD_TEXT
         self.ended = False              # a stage has failed, or all are done
         self.running: set[Container] = set()
 
@@ -21754,6 +21819,18 @@ class Build:
         return host
 
     # Arguments
+
+    def word(self, *arguments: Any) -> ShellWord:
+        """ShellWord(*arguments); BadParameter where all those of the build come to too much."""
+        made = ShellWord(*arguments)
+        self.spend(len(made.expand()))
+        return made
+
+    def spend(self, size: int) -> None:
+        """Count `size` characters of what the Dockerfile has come to; BadParameter beyond BUILD_TEXT."""
+        self.spent += size
+        if self.spent > BUILD_TEXT:
+            raise BadParameter(f"the Dockerfile comes to more than {BUILD_TEXT} characters")
 
     def argument(self, name: str, default: Optional[str]) -> Optional[str]:
         """The value of an argument: the client's, its `default`, or that from before the first FROM."""
@@ -21881,8 +21958,8 @@ class Build:
             try:
                 for name, value in step.arguments:
                     known = self.global_arguments()
-                    name = ShellWord(name, known, escape).expand()
-                    self.before[name] = value and ShellWord(value, known, escape).expand()
+                    name = self.word(name, known, escape).expand()
+                    self.before[name] = value and self.word(value, known, escape).expand()
                     self.referenced.add(name)
             except BadParameter as error:
                 return error
@@ -22001,7 +22078,7 @@ class Build:
     def _download_context(self, address: str) -> Optional[bytes]:
         """Fetch a remote context; where it is no archive but text, that, as the Dockerfile."""
         with reworded(None, f"error downloading remote context {address}: ", DockerError):
-            with open_url(address) as response:
+            with open_url(address, self.job) as response:
                 if not response.headers.get("Content-Type", "").startswith("text/plain"):
                     self._unpack_context(response)
                     return None
@@ -22136,11 +22213,11 @@ class Build:
         from urllib.parse import unquote, urlsplit
         if checksum and not re.fullmatch("sha256:[0-9a-f]{64}", parse_digest(checksum)):
             raise BadParameter(f"unsupported checksum {go_quote(checksum)}: it must be a sha256")
-        with open_url(address) as response:
+        with open_url(address, self.job) as response:
             named = re.search(r'filename="?([^";]+)', response.headers.get("Content-Disposition") or "")
             names = (unquote(urlsplit(address).path), named[1] if named else "")
             name = next((name for name in map(os.path.basename, names) if name not in ("", ".", "..")), "")
-            directory, total = self.new_directory(), int(response.headers.get("Content-Length") or -1)
+            directory, total = self.new_directory(), response.total
             place = os.path.join(directory, name or "__unnamed__")
             reader = HashingReader(ProgressReader(response, lambda current: voice.write(
                 message_line(status="Downloading", **progress_bar(current, total)))))
@@ -22152,8 +22229,9 @@ class Build:
             voice.say("\n")
             if not name and to.endswith("/"):
                 raise DockerError(f"cannot determine filename for source {address}")
-            modified = email.utils.parsedate_to_datetime(response.headers["Last-Modified"]).timestamp() \
-                if response.headers.get("Last-Modified") else 0
+            modified = 0.0
+            with contextlib.suppress(TypeError, ValueError, OverflowError):  # none, or no date
+                modified = email.utils.parsedate_to_datetime(response.headers["Last-Modified"]).timestamp()
         if checksum and reader.digest != checksum:
             raise DockerError(f"digest mismatch {reader.digest}: {checksum}")
         os.utime(place, (modified, modified))
@@ -22177,11 +22255,23 @@ class Build:
         def git(*words: str, check: bool = True) -> bool:
             with reworded(DockerError, "unable to find 'git': install it to build from repositories",
                           FileNotFoundError):
-                done = subprocess.run(["git", *words], cwd=root, env=environment, stdin=subprocess.DEVNULL,
-                                      capture_output=True, errors="replace", check=False, timeout=1800)
-            if done.returncode and check:
-                raise DockerError(f"error fetching: {done.stderr.strip() or done.returncode}")
-            return done.returncode == 0
+                process = subprocess.Popen(["git", *words], cwd=root, env=environment, errors="replace",
+                                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                           stderr=subprocess.PIPE, start_new_session=True)
+
+            def end() -> None:
+                if process.poll() is None:  # with the helpers that it has started
+                    os.killpg(process.pid, signal.SIGKILL)
+
+            self.job.on_cancel(end)
+            timer = threading.Timer(1800, end)
+            timer.start()
+            told = process.communicate()[1].strip()
+            timer.cancel()
+            self.check()
+            if process.returncode and check:
+                raise DockerError(f"error fetching: {told or process.returncode}")
+            return process.returncode == 0
 
         git("init", "-q")
         git("remote", "add", "origin", "--", url)

@@ -13257,7 +13257,8 @@ def test_proxies(pull_rig: PullRig, registry: FakeRegistry, monkeypatch: pytest.
     def asked(name: str) -> list[str]:
         registry.seen.clear()
         with contextlib.suppress(DockerError):
-            client.attempt(dockerd.parse_reference(f"{name}/x"), None, lambda client: client.tags())
+            client.attempt(pull_rig.engine.job("pull"), dockerd.parse_reference(f"{name}/x"), None,
+                           lambda client: client.tags())
         return [f"{method} {path}" for method, path, _ in registry.seen]
 
     assert asked("far.test:81") == ["CONNECT far.test:81", "GET http://far.test:81/v2/x/tags/list"]
@@ -13295,19 +13296,90 @@ def test_an_answer_of_a_gigabyte_is_not_read(pull_rig: PullRig, registry: FakeRe
     assert sent[0] < 32 << 20
 
 
-def test_a_list_of_tags_without_end(pull_rig: PullRig, registry: FakeRegistry,
-                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_list_of_tags_without_end(registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more are taken than a repository may have, and no page that brings nothing new is followed."""
     monkeypatch.setattr(dockerd, "TAG_LIMIT", 20)
+    client = dockerd.RegistryClient(dockerd.RegistryHost(f"http://{registry.name}/v2"), "a/b")
+    for pages, count in (("t{0} u{0}", 10), ("t u t", 2), ("", 1), ("-bad", 1)):
+        registry.seen.clear()
+        registry.fault = lambda handler: handler.answer(200, json.dumps(
+            {"tags": pages.format(len(registry.seen)).split()}).encode(),  # noqa: B023
+            Link=f'</v2/a/b/tags/list?n={len(registry.seen)}>; rel="next"') or True
+        assert len(client.tags()) == {10: 20, 2: 2, 1: 0}[count] and len(registry.seen) == count
+
+
+@pytest.mark.parametrize("part", ["manifests/1", "tags", "/token", "config", "head"])
+def test_a_pull_ends_with_its_job(pull_rig: PullRig, registry: FakeRegistry, part: str) -> None:
+    """Whatever the registry is slow with: it sends something always."""
+    begun, over = threading.Event(), threading.Event()
     registry.image("a/b", "1")
-    registry.fault = lambda handler: "/tags/" in handler.path and (handler.answer(
-        200, b'{"tags":["1","1"]}', Link=f'</v2/a/b/tags/list?n={len(registry.seen)}>; rel="next"') or True)
-    pull_rig.run("pull", f"{registry.name}/a/b")
-    assert len(registry.requests("/tags/")) == 10
-    registry.seen.clear()
-    registry.fault = lambda handler: "/tags/" in handler.path and (handler.answer(
-        200, b'{"tags":[]}', Link='</v2/a/b/tags/list>; rel="next"') or True)
-    pull_rig.run("pull", f"{registry.name}/a/b")
-    assert len(registry.seen) == 1
+    config = json.loads(registry.manifests["a/b", "1"][1])["config"]["digest"]
+
+    def drip(handler: Any) -> bool:
+        if part == "/token" and "/token" not in handler.path:
+            handler.refuse(401, "UNAUTHORIZED", WWW_Authenticate=f'Bearer realm="http://{registry.name}/token"')
+            return True
+        if (config if part == "config" else "/v2/" if part == "head" else part) not in handler.path:
+            return False
+        head = b"HTTP/1.1 200 OK\r\n" + b"Content-Length: 90000\r\n\r\n" * (part != "head")
+        with contextlib.suppress(OSError):
+            handler.wfile.write(head)
+            begun.set()
+            while not over.wait(0.05):
+                handler.wfile.write(b".")
+        handler.close_connection = True
+        return True
+
+    registry.fault = drip
+    job = pull_rig.engine.job("pull", f"{registry.name}/a/b", *([] if part == "tags" else ["1"]))
+    ends = dockerd.start_thread(job.run)
+    try:
+        assert begun.wait(10)
+        job.cancel()
+        job.cancel()  # also where the connection was not yet known at the first
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(DockerError):
+            pool.submit(ends).result(10)
+    finally:
+        over.set()
+
+
+@pytest.mark.parametrize("document, text", [
+    ({"layers": 5}, "does not list objects"), ({"layers": ["x"]}, "does not list objects"),
+    ({"layers": [{"platform": "x"}]}, "does not list objects"),
+    ({"layers": [], "config": 7}, "invalid descriptor"),
+    ({"manifests": {"a": 1}}, "does not list objects"),
+    ({"manifests": [{"platform": ["linux"]}]}, "does not list objects"),
+    ({"manifests": [{"platform": {"os": "linux", "architecture": "arm", "variant": "vx"}}]}, "no matching"),
+])
+def test_manifests_of_odd_shapes(pull_rig: PullRig, registry: FakeRegistry, document: Any, text: str) -> None:
+    kind = MANIFEST_LIST if "manifests" in document else MANIFEST
+    registry.manifest("a/b", "1", document, kind)
+    with pytest.raises(DockerError, match=text):
+        pull_rig.run("pull", f"{registry.name}/a/b:1", platform="linux/arm/v7")
+
+
+def test_an_image_of_too_many_layers_is_not_begun(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    archive = file_tar("one")
+    registry.image("a/b", "1", [archive] * (dockerd.MAX_LAYERS + 1))
+    assert pull_rig.refused(500, "pull", f"{registry.name}/a/b:1") == "max depth exceeded"
+    assert len(registry.requests("/blobs/")) == 1
+
+
+def test_refusals_that_break_off_and_blobs_of_no_length(pull_rig: PullRig, registry: FakeRegistry) -> None:
+    def broken(handler: Any) -> bool:
+        handler.close_connection = True
+        handler.send_response(404)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        handler.wfile.write(b"ffff\r\n{")
+        return True
+
+    registry.fault = broken
+    assert "404" in pull_rig.refused(500, "pull", f"{registry.name}/a/b:1")
+    client = dockerd.RegistryClient(dockerd.RegistryHost(f"http://{registry.name}/v2"), "a/b")
+    registry.fault = lambda handler: handler.answer(200, Content_Length="many") or True
+    with pytest.raises(DockerError, match="does not say how long"):
+        client.blob_size(sha256(b""))
 
 
 def test_a_layer_is_taken_for_what_it_is_not_for_what_its_type_says(pull_rig: PullRig,
@@ -16533,19 +16605,28 @@ REFUSED_FILES: list[Any] = [  # on busybox, unless it is a whole Build
 
 
 WEB_FILES = {
-    "/": b"root", "/dir/file.txt": b"text", "/t.tar": TREE_TAR, "/named": b"named",
+    "/": b"root", "/dir/file.txt": b"text", "/t.tar": TREE_TAR, "/named": b"named", "/short": b"short",
+    "/dateless": b"dateless",
     "/Dockerfile": b"FROM busybox\nLABEL remote=1",
     "/context.tar": context_of("FROM busybox\nCOPY a /\n", {"a": b"remote"}),
 }
 WEB = f"""
-import http.server
+import http.server, time
 
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        if self.path.startswith("/slow"):
+            self.send_response(200)
+            self.end_headers()
+            open("asked", "w").close()
+            while True:
+                self.wfile.write(b".")
+                time.sleep(0.05)
         place = {{"/moved": "/dir/file.txt", "/evil": "file:///etc/passwd"}}.get(self.path)
         data = {WEB_FILES!r}.get(self.path.partition("?")[0])
         self.send_response(302 if place else 404 if data is None else 200)
-        headers = {{"Location": place, "Last-Modified": "Fri, 01 Jan 2016 00:00:00 GMT",
+        headers = {{"Location": place, "Content-Length": "9" if self.path == "/short" else None,
+                   "Last-Modified": "soon" if self.path == "/dateless" else "Fri, 01 Jan 2016 00:00:00 GMT",
                    "Content-Type": "application/x-tar" if "tar" in self.path else "text/plain",
                    "Content-Disposition": 'attachment; filename="given"' if self.path == "/named" else None}}
         for name, value in headers.items():
@@ -16748,13 +16829,22 @@ REFERENCE: dict[str, tuple[Build, str, dict[str, Any]]] = {
     "entry-up": (based("COPY . /x", {"../../evil": b"1"}), 'invalid entry name', {}),
     "url-without-name": (based("ADD http://127.0.0.1:8000/ /x/"), "cannot determine filename for source", {}),
     "url-redirected-to-file": (based("ADD http://127.0.0.1:8000/evil /x"), "ADD failed: ", {}),
+    "url-cut-off": (based("ADD http://127.0.0.1:8000/short /x"), "ADD failed: unexpected EOF", {}),
+    "url-without-date": (based("ADD http://127.0.0.1:8000/dateless /x"), "Successfully",
+        {"x": b"dateless"}),
+    "ignored-deep": (based("COPY . /", {".dockerignore": b"**/" * 3000 + b"x\n", "f": b"1"}), "Successfully",
+        {"f": b"1"}),
+    "variable-grows": (based("ENV a=12345678" + ("\nENV a=" + "$a" * 200) * 4), "expands to more than", {}),
+    "pattern-slow": (based(f"ENV a={'a' * 4000}\nENV b=${{a%*{'a' * 2000}b}}"), "too long for its", {}),
+    "directive-slow": (based("#syntax=a" + " " * 65000 + "b\nLABEL l=1"), "LABEL l=1", {}),
     "hard-link-out": (based("COPY . /x", {"h": special(tarfile.LNKTYPE, "/etc/passwd")}), "no such file", {}),
     "check-directive": (build("# check=skip=all;error=true\nFROM busybox\nLABEL c=1"), "LABEL c=1", {}),
 }
 REFERENCE_FAILS = (
-    "heredoc-open chmod-bad checksum-wrong checksum-bad mount-secret-required mount-unknown network-unknown "
-    "security-insecure modifier-required stage-named-later typing-error tag version "
-    "entry-up hard-link-out url-without-name url-redirected-to-file").split()
+    "url-cut-off variable-grows pattern-slow heredoc-open chmod-bad checksum-wrong checksum-bad "
+    "mount-secret-required mount-unknown network-unknown security-insecure modifier-required "
+    "stage-named-later typing-error tag version entry-up hard-link-out url-without-name "
+    "url-redirected-to-file").split()
 
 
 @pytest.mark.parametrize("name", REFERENCE)
@@ -16990,6 +17080,17 @@ def test_a_build_ends_with_its_connection(new_host: Callable[..., Host], busybox
     wait_for(lambda: not build_leftovers(host), "what the crash left to go")
     assert images() == 3
     assert len(os.listdir(os.path.join(host.data_root, "overlay2"))) == layers - 3
+
+
+@pytest.mark.parametrize("place", ["slow", "slow.git"])
+def test_a_build_waits_for_no_server_when_it_ends(builder: Host, place: str) -> None:
+    """Neither for a file that comes without end, nor for git."""
+    before, asked = build_leftovers(builder), Path(builder.path("asked"))
+    sock = open_build(builder, f"FROM busybox\nRUN echo ready {place}\nADD http://127.0.0.1:8000/{place} /x")
+    wait_for(asked.exists, "the server to be asked")
+    asked.unlink()
+    sock.close()
+    wait_for(lambda: build_leftovers(builder) == before, "the build to end", 10)
 
 
 def test_stages_are_built_side_by_side(builder: Host) -> None:
