@@ -3067,6 +3067,18 @@ def write_all(fd: int, data: Union[bytes, memoryview]) -> None:
         view = view[os.write(fd, view):]
 
 
+def opened_file(name: bytes) -> closing_fd:
+    """A descriptor of the regular file `name` for the block; FileNotFoundError where it is something else by
+    now: to open a device may be enough to set something off."""
+    fd = -1
+    if stat.S_ISREG(os.lstat(name).st_mode):
+        fd = os.open(name, UNFOLLOWED | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return closing_fd(fd)
+        os.close(fd)
+    raise FileNotFoundError(errno.ENOENT, "it is no file any more", name)
+
+
 def quoted(name: bytes) -> str:
     """A file name from an archive as error messages show it: in quotes, what is no text escaped."""
     return json.dumps(name.decode("utf-8", "backslashreplace"), ensure_ascii=False)
@@ -3281,12 +3293,19 @@ def _nanoseconds(text: bytes) -> int:
     """A pax time ("-1.25") in nanoseconds; ValueError."""
     whole, _, fraction = text.partition(b".")
     value = int(fraction[:9].ljust(9, b"0") or b"0")
-    return int(whole or b"0") * 1_000_000_000 + (-value if whole.startswith(b"-") else value)
+    return _decimal(whole or b"0") * 1_000_000_000 + (-value if whole.startswith(b"-") else value)
+
+
+def _decimal(text: bytes) -> int:
+    """A number in decimal; ValueError, also for digits by the million, which take early Pythons long."""
+    if len(text) > 20:
+        raise ValueError("no number")
+    return int(text)
 
 
 PAX_FIELDS: dict[bytes, tuple[str, Callable[[bytes], Any]]] = {  # the keywords that overrule the header
-    b"path": ("name", bytes), b"linkpath": ("link", bytes), b"uid": ("uid", int), b"gid": ("gid", int),
-    b"size": ("size", int), b"mtime": ("mtime", _nanoseconds), b"atime": ("atime", _nanoseconds),
+    b"path": ("name", bytes), b"linkpath": ("link", bytes), b"uid": ("uid", _decimal),
+    b"gid": ("gid", _decimal), b"size": ("size", _decimal), b"mtime": ("mtime", _nanoseconds), b"atime": ("atime", _nanoseconds),
 }
 
 
@@ -3493,26 +3512,28 @@ class TarReader:
         entry.name = keywords.get(b"GNU.sparse.name", entry.name)
         size = keywords.get(b"GNU.sparse.realsize") or keywords.get(b"GNU.sparse.size")
         if b"GNU.sparse.map" in keywords:
-            numbers = [int(number) for number in keywords[b"GNU.sparse.map"].split(b",") if number]
+            numbers = [_decimal(number) for number in keywords[b"GNU.sparse.map"].split(b",") if number]
         elif keywords.get(b"GNU.sparse.major") == b"1":
             numbers = self._sparse_map_in_content(entry)
         else:
-            numbers = [int(value) for keyword, value in records
+            numbers = [_decimal(value) for keyword, value in records
                        if keyword in (b"GNU.sparse.offset", b"GNU.sparse.numbytes")]
-        entry.size = int(size) if size else entry.size
+        entry.size = _decimal(size) if size else entry.size
         self._set_sparse(entry, list(zip(numbers[::2], numbers[1::2])))
 
     def _sparse_map_in_content(self, entry: TarEntry) -> list[int]:
-        data, lines = b"", [b""]
-        while len(lines) < 2 or len(lines) < 2 * int(lines[0]) + 2:  # the count, its pairs, what follows
+        data, ends, wanted = bytearray(), 0, 1
+        while ends < wanted:  # the line of the count, and those of its pairs
             block = self._take(TAR_BLOCK)
             data += block
             self._left -= len(block)
             if len(block) < TAR_BLOCK or self._left < 0 or len(data) > TAR_SPECIAL_LIMIT:
                 raise ValueError("no end of the sparse map")
-            lines = data.split(b"\n")
+            if not ends and b"\n" in block:
+                wanted = 2 * _decimal(bytes(data.partition(b"\n")[0])) + 1
+            ends += block.count(b"\n")
         entry.stored = self._left
-        return [int(line) for line in lines[1:2 * int(lines[0]) + 1]]
+        return list(map(_decimal, bytes(data).split(b"\n")[1:wanted]))
 
     @staticmethod
     def _set_sparse(entry: TarEntry, extents: list[tuple[int, int]]) -> None:
@@ -3781,7 +3802,8 @@ class Unpacker:
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EACCES, errno.EOPNOTSUPP):
                 raise
-            self.refused.add(os.fsdecode(key))
+            if len(self.refused) < 10:  # enough to tell of
+                self.refused.add(quoted(key))
 
     @staticmethod
     def _times(entry: TarEntry) -> tuple[int, int]:
@@ -4106,7 +4128,7 @@ class TreePacker:
 
     def _add_file(self, name: bytes, entry: TarEntry) -> None:
         """A file's header and content: as long as the header says, whatever is written to it meanwhile."""
-        with opened(name, UNFOLLOWED) as fd:
+        with opened_file(name) as fd:
             self._put(tar_header(entry))
             left = self._copy(fd, entry.size)
             while left:
@@ -4275,7 +4297,7 @@ class TarRebuilder(TreePacker):
         name = name or os.fsencode(line.get("name", ""))
         if size:
             with reworded(DockerError, f"the layer has lost {quoted(name)}: "):
-                with opened(b"./" + name, UNFOLLOWED) as fd:
+                with opened_file(b"./" + name) as fd:
                     left = self._copy(fd, size)
             if left:
                 raise DockerError(f"the layer has lost {left} bytes of {quoted(name)}")
@@ -8882,6 +8904,7 @@ class Pushes:
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
 NAME_ANNOTATION, TAG_ANNOTATION = "io.containerd.image.name", "org.opencontainers.image.ref.name"
 ARCHIVE_ENTRIES = 100_000  # files that an archive of images may have
+ARCHIVE_TEXT = 1 << 28  # bytes of its documents, however often one is named
 
 
 def _blob_path(digest: str) -> str:
@@ -8975,6 +8998,7 @@ class ImageArchive:
         self._file = tempfile.TemporaryFile(dir=directory)
         self._places: dict[str, tuple[int, int]] = {}
         self._links: dict[str, str] = {}
+        self._held = 0
         try:
             for entry in (reader := TarReader(stream)):
                 self._keep(reader, entry)
@@ -9042,7 +9066,14 @@ class ImageArchive:
         """A file that is read as a whole."""
         if self.size(path) > CONFIG_LIMIT:
             raise BadParameter(f"{path} is larger than {CONFIG_LIMIT} bytes")
-        return b"".join(self.pieces(path))
+        return self._counted(b"".join(self.pieces(path)))
+
+    def _counted(self, data: bytes) -> bytes:
+        """`data`, which stays in memory; BadParameter where all of that is too much."""
+        self._held += len(data)
+        if self._held > ARCHIVE_TEXT:
+            raise BadParameter(f"the archive's documents take more than {ARCHIVE_TEXT} bytes")
+        return data
 
     # What images there are, in each of the forms
 
@@ -9086,10 +9117,13 @@ class ImageArchive:
         if not old:
             raise BadParameter("the archive has no images: no manifest.json, no index.json, no directories")
         found: dict[str, LoadedImage] = {}
+        rounds = itertools.count(1)
         while waiting := [key for key in old if key not in found]:
-            ready = [key for key in waiting if (old[key].get("parent") or "") in ("", *found)]
+            ready = [key for key in waiting if not old[key].get("parent") or old[key]["parent"] in found]
             if not ready:
                 raise BadParameter(f"the parents of the image {waiting[0]} are not in the archive")
+            if next(rounds) > MAX_LAYERS:
+                raise BadParameter("max depth exceeded")
             for key in ready:
                 below = found.get(old[key].get("parent") or "")
                 layer = f"{key}/layer.tar"
@@ -9097,7 +9131,7 @@ class ImageArchive:
                 while reader.read(CHUNK):
                     pass
                 raw = legacy_document(self.raw(f"{key}/json"), below and below.raw, reader.digest)
-                found[key] = LoadedImage(raw, [*(below.layers if below else ()), layer], [],
+                found[key] = LoadedImage(self._counted(raw), [*(below.layers if below else ()), layer], [],
                                          _digest(below.raw) if below else "")
         for name, tags in (self.document("repositories") if self.has("repositories") else {}).items():
             for tag, key in tags.items():

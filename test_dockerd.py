@@ -7414,6 +7414,19 @@ def test_a_full_file_system_is_told_by_name_and_a_failing_source_as_it_is(tmp_pa
         apply_layer(io.BytesIO(make_tar(("f", b"x" * (20 << 20)))), str(tmp_path / "absent"), "", IdMap())
 
 
+def test_a_sparse_map_without_end_is_no_work(tmp_path: Path) -> None:
+    """A million lines, of which each block was looked at again with all before it."""
+    records = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"
+    content = b"600000\n" + b"0\n" * 520000
+    entries = [TarEntry(b"x", ord("x"), size=len(records)), TarEntry(b"f", size=len(content))]
+    parts = [dockerd.tar_header(entry) + data + bytes(-len(data) % 512)
+             for entry, data in zip(entries, (records, content))]
+    start = time.monotonic()
+    with pytest.raises(BadParameter, match="invalid tar header"):
+        apply_layer(io.BytesIO(b"".join(parts)), str(tmp_path), "", IdMap())
+    assert time.monotonic() - start < 5
+
+
 # Compression
 
 
@@ -14505,6 +14518,34 @@ def test_the_image_jobs_of_docker_1_2_0(tmp_path: Path) -> None:
     assert graph.startswith("digraph docker {\n") and graph.endswith(" base [style=invisible]\n}\n")
     assert f' "{short[0]}" -> "{short[1]}"\n' in graph and f' base -> "{short[0]}" [style=invis]\n' in graph
     assert f'[label="{short[0]}\\na:1\\na:2",shape=box' in graph
+
+
+def test_archives_that_grow_in_memory(tmp_path: Path) -> None:
+    """A configuration that is named again and again, and a chain of directories that no image can be."""
+    rig = ImageRig(str(tmp_path), "overlay2")
+    items = [{"Config": "config", "Layers": []}] * 200
+    archive = tar_of({"config": b" " * (2 << 20), "manifest.json": json.dumps(items).encode()})
+    assert "take more than" in rig.refused(400, "load", stdin=archive)
+    chain = {f"{number:03}/{name}": data for number in range(200) for name, data in (
+        ("json", json.dumps({"parent": f"{number - 1:03}" if number else ""}).encode()),
+        ("layer.tar", bytes(1024)))}
+    assert rig.refused(400, "load", stdin=tar_of(dict(reversed(chain.items())))) == "max depth exceeded"
+    rig.assert_whole()
+
+
+def test_a_layer_is_not_given_out_from_a_device(tmp_path: Path) -> None:
+    """In the place of a file that came before it in the same archive: it is not even opened."""
+    rig = ImageRig(str(tmp_path), "overlay2")
+    device = tarfile.TarInfo()
+    device.type, device.devmajor, device.devminor = tarfile.CHRTYPE, 1, 5  # /dev/zero: what the file had
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as tar:
+        for information, data in ((tarfile.TarInfo("f"), bytes(100)), (device, b"")):
+            information.name, information.size = "f", len(data)
+            tar.addfile(information, io.BytesIO(data))
+    rig.add("a", "1", whole.getvalue())
+    with pytest.raises(DockerError, match='the layer has lost "f": it is no file any more'):
+        saved(rig, "a:1")
 
 
 @pytest.mark.parametrize("way", ["to the peer", "from the peer"])
