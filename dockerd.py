@@ -3305,7 +3305,8 @@ def _decimal(text: bytes) -> int:
 
 PAX_FIELDS: dict[bytes, tuple[str, Callable[[bytes], Any]]] = {  # the keywords that overrule the header
     b"path": ("name", bytes), b"linkpath": ("link", bytes), b"uid": ("uid", _decimal),
-    b"gid": ("gid", _decimal), b"size": ("size", _decimal), b"mtime": ("mtime", _nanoseconds), b"atime": ("atime", _nanoseconds),
+    b"gid": ("gid", _decimal), b"size": ("size", _decimal), b"mtime": ("mtime", _nanoseconds),
+    b"atime": ("atime", _nanoseconds),
 }
 
 
@@ -16771,12 +16772,15 @@ class FileLog:
         """Go on in a new file; False when that must wait for a compression, or is not possible."""
         if self._compressor and self._compressor.is_alive():
             return False
-        try:
+        fresh = self.path + ".tmp"
+        try:  # the new file first: where there is no room for it, the old ones stay
+            os.close(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o640))
             for number, path in self.files():
                 if number + 1 >= self._rotation.files:  # readers that are not through have it open
                     os.unlink(path)
                 else:
                     os.rename(path, f"{self.path}.{number + 1}{'.gz' if path.endswith('.gz') else ''}")
+            os.rename(fresh, self.path)
             old_fd = self._fd
             self._open_file()
             os.close(old_fd)
@@ -17017,12 +17021,14 @@ class LogServer:
 
     def finish(self) -> None:
         """End the connection behind what was sent: to close it with something unread would be a reset."""
+        end = time.monotonic() + 2
         with contextlib.suppress(OSError):
             if self.socket is not None and self.socket.type == socket.SOCK_STREAM:
                 self.socket.settimeout(2)
                 self.socket.shutdown(socket.SHUT_WR)
-                while self.socket.recv(4096):
-                    pass
+                for _ in iter(lambda: self.socket.recv(4096), b""):
+                    if time.monotonic() > end:
+                        break
         self.close()
 
 
@@ -17251,7 +17257,7 @@ class Fluentd(LogServer):
         answer = b""
         while self.acknowledged and message[-24:] not in answer:
             data = self.socket.recv(4096)
-            if not data:
+            if not data or len(answer) > CHUNK:
                 raise ConnectionResetError
             answer += data
 

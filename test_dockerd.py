@@ -10520,6 +10520,33 @@ def logged_lines(host: Host, query: str = "") -> list[bytes]:
     return demultiplex(answer.body)[0].splitlines()
 
 
+def test_a_log_that_cannot_rotate_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without room for a new file nothing is renamed and nothing goes, however often it is tried."""
+    log = dockerd.FileLog(str(tmp_path / "log"), dockerd.JsonLines, dockerd.json_file_rotation)
+    log.open(dockerd.LogInfo({"max-size": "300", "max-file": "3"}, "id", "/c", "", "", "", "", {}, []))
+
+    def write(words: str) -> None:
+        for word in words.split():
+            log.write(dockerd.LogRecord(dockerd.STDOUT, 1, word.encode() * 100 + b"\n"))
+
+    write("a b c d e")
+    kept, real = {entry.text[:1] for entry in log.read()}, os.open
+    assert len(log.files()) == 3
+
+    def full(path: Any, flags: int, *arguments: Any, **options: Any) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, flags, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", full)
+        write("f g h i j")
+    assert {entry.text[:1] for entry in log.read()} == kept | {b"%c" % letter for letter in b"fghij"}
+    write("k")
+    assert sorted(os.listdir(tmp_path)) == ["log", "log.1", "log.2"]
+    log.close()
+
+
 @pytest.mark.parametrize("kind, options", [
     ("json-file", {"max-size": "5k", "max-file": "2"}), ("json-file", {"max-size": "5k"}),
     ("local", {"max-size": "5k", "max-file": "3"})], ids=["two", "one", "compressed"])
