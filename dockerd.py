@@ -11947,7 +11947,10 @@ class HelperProcess:
         while not self.finished:
             for fd, events in self.poll.poll(self.idle):
                 if fd in self.handlers:
-                    self.handlers[fd](events)
+                    try:
+                        self.handlers[fd](events)
+                    except Exception as error:  # no descriptor, no memory: what it holds must not be lost
+                        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             self.on_idle()
 
     def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
@@ -11985,14 +11988,15 @@ class HelperProcess:
     def _send(self, connection: socket.socket, data: bytes = b"", fds: Iterable[int] = ()) -> None:
         """Send `data`, if any, behind what waits already: a daemon that does not read holds nobody up."""
         waiting = self.unsent[connection.fileno()]
-        if data:
-            waiting.append((data, [os.dup(fd) for fd in fds]))
         try:
             while waiting:
                 socket.send_fds(connection, [waiting[0][0]], waiting[0][1], socket.MSG_DONTWAIT)
                 close_fds(waiting.pop(0)[1])
+            if data:
+                socket.send_fds(connection, [data], fds, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            pass
+            if data:
+                waiting.append((data, [os.dup(fd) for fd in fds]))
         except OSError:  # the daemon is gone: its end of file follows
             self._drop_unsent(waiting)
         self._await(connection)

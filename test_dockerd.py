@@ -3959,25 +3959,32 @@ def test_a_container_that_is_killed_is_not_paused(host: Host) -> None:
     host.api("DELETE", f"/containers/{identity}")
 
 
-def test_no_process_is_left_where_descriptors_run_out(new_host: Callable[..., Host], busybox: bytes) -> None:
+@pytest.mark.parametrize("whose", ["daemon", "shim"])
+def test_no_process_is_left_where_descriptors_run_out(new_host: Callable[..., Host], busybox: bytes,
+                                                      whose: str) -> None:
     """Starts and execs with ever fewer descriptors: each fails or not, and what failed leaves nothing."""
     import resource
     host = new_host()
     host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
     box = Execs(host)
     assert host.process
-    pid, shim = host.process.pid, shims(host)[0]
+    shim, = shims(host)
+    pid = shim if whose == "shim" else host.process.pid
     limits, statuses = resource.prlimit(pid, resource.RLIMIT_NOFILE), set()
     held = len(os.listdir(f"/proc/{pid}/fd"))
-    for spare in range(2, 32, 2):
-        identity = host.create("sleep", NEVER)
+    first = held + 2 if whose == "daemon" else 3  # not one, not even to look for orphans
+    for limit in range(first, first + 30, 2):
+        identity, dying = host.create("sleep", NEVER), Execs(host)
+        victim = host.inspect(dying.id)["State"]["Pid"]
         instance = host.api("POST", f"/containers/{box.id}/exec", {"Cmd": ["sleep", NEVER]})["Id"]
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (held + spare, limits[1]))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, limits[1]))
+        os.kill(victim, signal.SIGKILL)
         for path in (f"/containers/{identity}/start", f"/exec/{instance}/start"):
             with contextlib.suppress(OSError, http.client.HTTPException):  # not even a connection
                 body = {"Detach": True} if "exec" in path else None
                 statuses.add(host.http("POST", API + path, body).status)
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        host.api("POST", f"/containers/{dying.id}/wait")
         runs = host.inspect(identity)["State"]["Running"]
         lives = host.api("GET", f"/exec/{instance}/json")["Running"]
         children = f"/proc/{shim}/task/{shim}/children"
@@ -3988,6 +3995,7 @@ def test_no_process_is_left_where_descriptors_run_out(new_host: Callable[..., Ho
         wait_for(lambda: len(read_text(children).split()) == 1)  # noqa: B023
     assert {204, 200, 500} <= statuses, statuses
     wait_for(lambda: len(os.listdir(f"/proc/{pid}/fd")) <= held + 2)
+    assert shims(host) == [shim]
     host.api("DELETE", f"/containers/{box.id}?force=1")
 
 
