@@ -91,11 +91,12 @@ PROGRAM = os.path.join(HERE, "dockerd.py")
 API = "/v1.51"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOLDER = "ip link set lo up && echo ready && exec cat"
+PATIENCE = int(os.environ.get("DOCKERD_TEST_PATIENCE", "1"))  # how many times longer to wait
 
 
 def wait_for(condition: Callable[[], Any], what: str = "", seconds: float = 20) -> Any:
     """The first true answer of `condition`, asked again and again; AssertionError after `seconds`."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds * PATIENCE
     while True:
         answer = condition()
         if answer:
@@ -146,7 +147,7 @@ class UnixConnection(http.client.HTTPConnection):
     def connect(self) -> None:
         """Connect, as http.client asks for it."""
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
+        self.sock.settimeout(self.timeout and self.timeout * PATIENCE)
         self.sock.connect(self.path)
 
 
@@ -304,7 +305,7 @@ class Host:
         assert self.process
         if self.process.poll() is None:
             self.process.send_signal(number)
-        code = self.process.wait(60)
+        code = self.process.wait(60 * PATIENCE)
         if self in self.running:
             self.running.remove(self)
         return code
@@ -414,7 +415,7 @@ class Host:
     def hijack(self, path: str, method: str = "POST", body: bytes = b"", upgrade: bool = True) -> Hijacked:
         """Take over a connection as `docker attach` does; returns it behind the response's headers."""
         sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(60)
+        sock.settimeout(60 * PATIENCE)
         sock.connect(self.socket)
         lines = [
             f"{method} {path} HTTP/1.1",
@@ -556,7 +557,7 @@ class Terminal:
 
     def expect(self, pattern: bytes, seconds: float = 20) -> bytes:
         """Wait for the regular expression on the screen; returns all up to its end."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + seconds * PATIENCE
         while True:
             found = re.search(pattern, self.seen)
             if found:
@@ -580,7 +581,7 @@ class Terminal:
         """Read to the end; returns the exit code."""
         while self._read():
             pass
-        return self.process.wait(20)
+        return self.process.wait(20 * PATIENCE)
 
     def close(self) -> None:
         """End the program if it still runs, and close the terminal."""
@@ -605,7 +606,7 @@ class Docker:
             [*self.command, *arguments],
             env=self.environment,
             input=input,
-            timeout=60,
+            timeout=60 * PATIENCE,
             capture_output=True,
             text=True,
         )
@@ -17395,7 +17396,7 @@ VM_MARK = "vmtest: exit code "
 VM_SCRIPT = f"""exec >/dev/ttyS1 2>&1 </dev/null
 stty -F /dev/ttyS1 -opost
 cd /srv
-export HOME=/root PATH={PATH} PYTHONDONTWRITEBYTECODE=1
+export HOME=/root PATH={PATH} PYTHONDONTWRITEBYTECODE=1 DOCKERD_TEST_PATIENCE=10
 echo "$(uname -r), $(python3 -V), $(systemctl --version | head -n 1)"
 echo "$(stat -f -c %T /sys/fs/cgroup), AppArmor $(cat /sys/module/apparmor/parameters/enabled)"
 python3 _native/build.py
