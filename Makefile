@@ -11,9 +11,9 @@ PEER_PACKAGES := busybox-static conmon containerd crun docker-registry docker.io
 	libseccomp2 libsubid4 libyajl2 podman runc skopeo tini umoci
 # It is fetched anew when this list has changed.
 PEER_STAMP := .cache/peer/.complete-$(shell echo "$(PEER_PACKAGES)" | md5sum | cut -c 1-8)
-# Newer clients, from a later Debian than the machine's may be; unpacked beside the project too.
+# Newer clients and a newer daemon, from a later Debian than the machine's may be; unpacked beside the project too.
 NEWER_SUITE := trixie
-NEWER_PACKAGES := docker-buildx docker-compose
+NEWER_PACKAGES := containerd docker-buildx docker-compose docker.io
 NEWER_STAMP := .cache/newer/.complete-$(shell echo "$(NEWER_SUITE) $(NEWER_PACKAGES)" | md5sum | cut -c 1-8)
 # Compose 1.29, which Debian has no more, with what it needs, of its time.
 COMPOSE_PACKAGES := docker-compose==1.29.2 attrs==23.2.0 certifi charset-normalizer==3.3.2 distro==1.9.0 docker==5.0.3 \

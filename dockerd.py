@@ -14397,7 +14397,8 @@ class Network:
         self.options: dict[str, str] = record["Options"]
         self.internal: bool = record["Internal"]
         self.is_user_defined = self.name not in PREDEFINED_NETWORKS     # names resolve on it
-        self.configured = not record.get("Automatic")   # its subnets were asked for, so that addresses may be
+        # whether its subnets were asked for, so that addresses may be
+        self.configured = bool(record["IPAM"]["Config"]) and not record.get("Automatic")
         self.bridge = self.options.get(BRIDGE_OPTION + "name") or "br-" + self.id[:12]
         self.parent = self.options.get("parent") or "dm-" + self.id[:12]    # of a macvlan or ipvlan network
         self.lock = threading.Lock()
@@ -18905,12 +18906,14 @@ class Container:
 
     def _open_sandbox(self) -> None:
         """Take addresses and ports for a run."""
-        recorded = self.record["NetworkSettings"]
+        networks = [(self.parts.networks.find(name), settings)
+                    for name, settings in self.record["NetworkSettings"]["Networks"].items()]
+        for network, settings in networks:
+            check_endpoint(network, settings)
         if not self._namespaces() & CLONE_NEWNET:
             return
         self.sandbox = Sandbox(self.parts.networks, self.id, self.name)
-        for name, settings in list(recorded["Networks"].items()):
-            network = self.parts.networks.find(name)
+        for network, settings in networks:
             if network.driver not in ("host", "null"):
                 self._join(network, settings)
         self.sandbox.publish(self._port_bindings())
@@ -18924,7 +18927,6 @@ class Container:
         for link in settings["Links"] or []:
             target, _, alias = link.partition(":")
             self.sandbox.aliases[(alias or target).lower()] = target.lower()
-        check_endpoint(network, settings)
         return self.sandbox.join(network, settings)
 
     def _dns_names(self, settings: dict[str, Any]) -> list[str]:
@@ -19680,9 +19682,9 @@ class Container:
 
     # Signals
 
-    def _require_running(self, what: str) -> Process:
+    def _require_running(self) -> Process:
         if not self.state.running or self.process is None:
-            raise Conflict(f"{what}Container {self.id} is not running")
+            raise Conflict(f"Container {self.id} is not running")
         return self.process
 
     def _signal(self, number: int, last: bool, manually: bool = True) -> None:
@@ -19698,7 +19700,7 @@ class Container:
                 self._stop_restarting()
             return
         with contextlib.suppress(ProcessLookupError):
-            self._require_running("").send_signal(number)
+            self._require_running().send_signal(number)
         self.event("kill", signal=str(int(number)))
         if last and self.state.paused:
             self.cgroup.thaw()
@@ -19712,7 +19714,7 @@ class Container:
         not run."""
         with self.lock:
             if not self.state.restarting:
-                self._require_running(f"Cannot kill container: {self.name}: ")
+                self._require_running()
             own = self.config.get("StopSignal")
             self._signal(number, number == signal.SIGKILL or not own or number == parse_signal(own))
             if number == signal.SIGKILL:
@@ -19800,7 +19802,7 @@ class Container:
 
     def _require_pausable(self) -> None:
         self._refuse_restarting(self.id)
-        self._require_running("")
+        self._require_running()
         if self._killed:
             raise Conflict(f"Container {self.id} is not running")
         if self.state.paused:
@@ -19823,7 +19825,7 @@ class Container:
         """Its processes, as the host's ps shows them with these arguments; the API's answer."""
         self._refuse_restarting(self.id)
         with self.lock:
-            self._require_running("")
+            self._require_running()
             pids = self.cgroup.processes()
         titles, rows = list_processes(arguments or "-ef", pids)
         self.event("top")
@@ -19833,7 +19835,7 @@ class Container:
     def resize(self, height: int, width: int) -> None:
         """Set the terminal's size in characters; Conflict when the container does not run."""
         with self.lock:
-            self._require_running("")
+            self._require_running()
             if self.config["Tty"]:
                 self.streams.resize(height, width)
             self.event("resize", height=str(height), width=str(width))
@@ -19867,7 +19869,7 @@ class Container:
 
     def require_exec(self, name: str) -> Process:
         """The container's process where another may join it; Conflict, which calls the container `name`."""
-        process = self._require_running("")
+        process = self._require_running()
         if self.state.paused:
             raise Conflict(f"Container {name} is paused, unpause the container before exec")
         self._refuse_restarting(name)
@@ -22901,12 +22903,9 @@ class ContainerJobs:
     @job("kill")
     def kill(self, job: Job) -> None:
         """Send it a signal: the second argument, by default KILL."""
-        failed = f"Cannot kill container: {job.args[0]}: "
-        with reworded(BadParameter, failed, BadParameter):
+        with reworded(None, f"Cannot kill container: {job.args[0]}: ", DockerError):
             number = parse_signal(job.args[1] if len(job.args) > 1 and job.args[1] else "KILL")
-        with reworded(NotFound, failed, NotFound):
-            container = self.table.find(job.args[0])
-        container.kill(number)
+            self.table.find(job.args[0]).kill(number)
 
     @job("rename")
     def rename(self, job: Job) -> None:
@@ -23126,7 +23125,7 @@ class ExecJobs:
         config["User"] = config["User"] or container.config.get("User") or ""
         instance = ExecInstance(container, config)
         with container.lock:
-            container.require_exec(container.name)
+            container.require_exec(job.args[0])
             container.execs[instance.id] = instance
         with self._lock:
             if len(self._by_id) >= self._full:  # not at each: that would cost the more the more there are

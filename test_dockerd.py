@@ -4012,6 +4012,436 @@ def test_many_races_on_one_container(host: Host) -> None:
     wait_for(lambda: descriptors() <= before + 2, "no descriptor is left")
 
 
+# Whole sessions
+
+
+CLI_SESSION = r"""
+create --name one --net none busybox sh -c 'echo out; sleep .1; echo err >&2; exit 3'
+create --name one --net none busybox true
+create --pull never --name a nosuchimage:1 true
+start one
+wait one
+logs one
+logs --tail 1 one
+logs --tail x one
+logs --since 1h one
+logs --since bad one
+logs --until 1h one
+logs --details one
+logs -t nosuch
+logs
+start -a one
+start -ai one
+start one one
+start nosuch
+start one nosuch
+ps -a --format '{{.Names}} {{.Image}} {{.Command}} {{.Ports}} {{.Mounts}} {{.Networks}} {{.Labels}}'
+ps -aq --filter name=one
+ps -a --format '{{.Status}}' --filter name=one
+inspect one --format '{{.State.Status}} {{.State.ExitCode}} {{.State.Error}} {{.Path}} {{.Args}}'
+inspect nosuch
+inspect one nosuch --format '{{.Name}}'
+container inspect nosuch
+rename one two
+rename two two
+rename two ""
+rename two 'bad name'
+rename nosuch x
+rename two one
+run --name one --net none busybox true
+once busybox sh -c 'exit 7'
+once busybox nosuchcommand
+once busybox /etc/passwd
+once busybox /nosuch/dir
+once -w relative busybox true
+once -u nosuch busybox id
+once -u bob busybox id
+once -u bob:wheel busybox id
+once -u 5:6 --group-add 7 --group-add wheel busybox id
+once --group-add nosuch busybox id
+once -e A=b -e C busybox env
+once --entrypoint echo busybox x y
+once --entrypoint '' busybox echo x
+once -h name --domainname dom busybox hostname -f
+once --read-only busybox touch /x
+once --tmpfs /t:size=1m busybox df /t
+once --cap-drop ALL busybox chown bob /tmp
+once --cap-add NOSUCH busybox true
+once --security-opt nosuch busybox true
+once --security-opt seccomp=/nosuch busybox true
+once --security-opt no-new-privileges busybox grep NoNewPrivs /proc/self/status
+once --ulimit nofile=99:100 busybox sh -c 'ulimit -n; ulimit -Hn'
+once --ulimit nofile=100:99 busybox true
+once --sysctl net.ipv4.ip_forward=1 busybox cat /proc/sys/net/ipv4/ip_forward
+once --sysctl kernel.nosuch=1 busybox true
+once --shm-size 1m busybox df /dev/shm
+once --init busybox true
+once --pid host --name p busybox true
+once --pid container:nosuch busybox true
+once --ipc none busybox ls /dev/shm
+once --ipc bad busybox true
+once --uts bad busybox true
+once --userns bad busybox true
+once --cgroupns bad busybox true
+once --device /dev/nosuch busybox true
+once --device /dev/zero:/dev/mine:r busybox ls /dev/mine
+once --device /dev/zero:/dev/mine:x busybox true
+once --device-cgroup-rule bad busybox true
+once --gpus all busybox true
+once --runtime nosuch busybox true
+once --isolation hyperv busybox true
+once --stop-signal NOSUCH busybox true
+once --memory 1m busybox true
+once --memory 8m --memory-swap 7m busybox true
+once --memory-swap 7m busybox true
+once --memory-reservation 9m --memory 8m busybox true
+once --memory-swappiness 101 busybox true
+once --cpus 1000 busybox true
+once --cpus 1 --cpu-period 1000 busybox true
+once --cpu-period 1 busybox true
+once --cpu-quota 1 busybox true
+once --cpuset-cpus 99 busybox true
+once --cpuset-cpus x busybox true
+once --cpuset-mems 9 busybox true
+once --cpu-shares 2 busybox true
+once --pids-limit 5 busybox true
+once --blkio-weight 5 busybox true
+once --device-read-bps /dev/nosuch:1m busybox true
+once --oom-score-adj 1001 busybox true
+once --oom-score-adj 5 busybox cat /proc/self/oom_score_adj
+once --restart always busybox true
+run --name r --net none --restart nosuch busybox true
+run --name r --net none --restart no:3 busybox true
+run --name r --net none --restart on-failure:-1 busybox true
+once --log-driver nosuch busybox true
+once --log-opt nosuch=1 busybox true
+once --log-opt max-size=x busybox true
+once --log-driver none busybox echo x
+run --name nolog --net none --log-driver none busybox echo x
+logs nolog
+once --health-interval 1ns busybox true
+once --health-cmd true --no-healthcheck busybox true
+once -v /nosuch:relative busybox true
+once -v relative/x:/x busybox true
+once -v x:/y:bad busybox true
+once --mount type=bind,src=/nosuch,dst=/x busybox true
+once --mount type=nosuch,dst=/x busybox true
+once --mount type=tmpfs,dst=/x,tmpfs-size=1m busybox df /x
+run --rm --net nosuch busybox true
+once -p 1:1 --name published busybox true
+once -p x:1 busybox true
+once --link nosuch:x busybox true
+once --volumes-from nosuch busybox true
+once --annotation a=b busybox true
+once -l k=v --label-file /nosuch busybox true
+run -d --rm --net none -a stdout busybox true
+run -d -it --net none --name tty busybox sh
+run -d --net none --name runs -l role=web --stop-timeout 0 busybox sleep 1000
+run -d --net none --name stops busybox sh -c 'trap "exit 9" TERM; while :; do sleep .05; done'
+exec runs echo x
+exec runs sh -c 'exit 5'
+exec runs /etc/passwd
+exec -w /nosuch runs true
+exec -w /etc runs pwd
+exec -u bob runs id
+exec -u nosuch runs id
+exec -e A=b -e C=d runs sh -c 'echo $A $C $HOSTNAME' --
+exec -e =x runs true
+exec -d runs sleep 1000
+exec -t runs tty
+exec -it runs sh
+hello | exec -i runs cat
+exec nosuch true
+exec one true
+exec runs
+exec --detach-keys bad runs true
+top runs
+top runs -o pid,comm
+top runs -o nosuch
+top runs aux
+top one
+top nosuch
+ps --filter status=running --format '{{.Names}}'
+ps -a --filter status=nosuch
+ps -a --filter nosuch=1
+ps -a --filter exited=3 --format '{{.Names}}'
+ps -a --filter exited=x
+ps -a --filter label=role=web --format '{{.Names}}'
+ps -a --filter label=role --format '{{.Names}}'
+ps -a --filter ancestor=busybox --format '{{.Names}}' --no-trunc
+ps -a --filter ancestor=nosuch --format '{{.Names}}'
+ps -a --filter before=runs --format '{{.Names}}'
+ps -a --filter since=runs --format '{{.Names}}'
+ps -a --filter since=nosuch
+ps -a --filter health=none --format '{{.Names}}'
+ps -a --filter health=nosuch
+ps -a --filter volume=/x
+ps -a --filter network=none --format '{{.Names}}'
+ps -a --filter network=nosuch
+ps -a --filter is-task=x
+ps -a --filter publish=80
+ps -a --filter publish=x
+ps -a --filter expose=80/tcp
+ps -a --filter id=nosuch
+ps -n 2 --format '{{.Names}}'
+ps -l --format '{{.Names}}'
+ps -as --format '{{.Names}}' --filter name=runs
+pause runs
+pause runs
+exec runs true
+top runs -o pid
+stop runs -t 0 --time 0
+start runs
+pause runs
+restart -t 0 runs
+unpause runs
+pause one
+unpause one
+pause nosuch
+pause runs
+kill runs
+ps -a --filter name=runs --format '{{.Status}}'
+kill runs
+kill nosuch
+kill -s NOSUCH stops
+kill -s 0 stops
+kill -s USR1 one
+kill -s 99 stops
+stop stops
+inspect stops --format '{{.State.ExitCode}}'
+stop stops
+stop nosuch
+stop -t -5 one
+start stops
+stop -s KILL stops
+start stops
+restart -t 1 stops nosuch
+wait nosuch
+wait one stops2
+update --memory 64m runs
+update --memory 1m runs
+update --restart always --memory 64m --memory-swap -1 one
+update --restart nosuch one
+update --cpus 1000 one
+update nosuch
+update nosuch --memory 64m
+update --cpuset-cpus 99 one
+update --pids-limit 7 one
+update --restart no one
+update --memory-swap 32m one
+inspect one --format '{{.HostConfig.RestartPolicy.Name}} {{.HostConfig.Memory}} {{.HostConfig.PidsLimit}}'
+attach one
+attach nosuch
+attach --no-stdin --sig-proxy=false one
+port one
+port one 80
+port runs
+port nosuch
+diff one
+diff nosuch
+stats --no-stream --format '{{.Name}} {{.PIDs}}' stops
+stats --no-stream --format '{{.Name}} {{.PIDs}} {{.CPUPerc}} {{.MemUsage}}' one
+stats --no-stream nosuch
+events --since 0 --until 1
+events --until bad
+events --filter nosuch=1 --until 1 --since 0
+events --filter type=nosuch --until 1 --since 0
+cp one:/nosuch -
+cp nosuch:/x -
+cp one:/etc/group /nosuch/dir/x
+export nosuch
+commit nosuch
+commit one 'Bad Name'
+rm runs2
+rm stops
+rm -f stops
+rm one one
+rm nosuch
+rm -f nosuch
+rm -v runs
+rm -f tty
+rm -l one
+container prune -f --filter nosuch=1
+container prune -f --filter until=bad
+container prune -f --filter label=nosuch
+run -d --net none --name aa busybox true
+wait aa
+container prune -f
+run --net none --name h1 --health-cmd 'exit 0' --health-interval 200ms -d busybox sleep 1000
+inspect h1 --format '{{json .Config.Healthcheck}}'
+rm -f h1
+run --net none --name o1 --restart on-failure:2 busybox sh -c 'echo x; exit 4'
+rm -f o1
+run --rm -i --net none busybox cat
+in put | run --rm -i --net none busybox cat
+in put | run --rm -i -a stdin --net none busybox cat
+run --rm -t --net none busybox sh -c 'tty; stty size'
+run --rm -it --net none busybox true
+once --sig-proxy=false busybox echo x
+once --cidfile /nosuch/x busybox true
+once --env-file /nosuch busybox true
+once --expose x busybox true
+once --dns x busybox true
+once --add-host x busybox true
+once --add-host a:1.2.3.4 busybox cat /etc/hosts
+once --mac-address bad busybox true
+once --ip 1.2.3.4 busybox true
+info --format '{{.Containers}} {{.ContainersRunning}} {{.OSType}} {{.CgroupVersion}} {{.CgroupDriver}}'
+volume inspect nosuch
+network inspect nosuch
+"""
+PY_SESSION = r"""
+c.ping()
+c.containers.run("busybox", "echo x", network_mode="none", remove=True)
+c.containers.run("busybox", ["sh", "-c", "echo err >&2; exit 3"], network_mode="none", remove=True)
+c.containers.run("busybox", "sleep 1000", network_mode="none", detach=True, name="py").status
+py.status
+c.containers.get("nosuch")
+py.attrs["State"]["Status"]
+sorted(py.attrs)
+sorted(py.attrs["State"])
+py.exec_run("echo x")
+py.exec_run("sh -c 'echo o; echo e >&2; exit 4'", demux=True)
+py.exec_run("id", user="bob")
+py.exec_run("id", user="nosuch")
+py.exec_run("pwd", workdir="/etc", environment={"A": "b"})
+py.exec_run("true", detach=True)
+py.exec_run("cat", tty=True, stdin=False, detach=True)
+py.top()["Titles"]
+py.top(ps_args="nosuch")
+py.pause()
+py.exec_run("true")
+py.pause()
+c.containers.list(filters={"status": "paused"})[0].name
+py.unpause()
+py.rename("py2")
+py2.rename("a b")
+py2.update(mem_limit="64m", memswap_limit="128m")
+py2.update(mem_limit="1m")
+py2.update(restart_policy={"Name": "on-failure", "MaximumRetryCount": 2})
+py2.update(restart_policy={"Name": "nosuch"})
+py2.resize(10, 20)
+py2.logs()
+py2.logs(stdout=False, stderr=False)
+py2.stop(timeout=0)
+py2.stop()
+py2.wait()
+py2.wait(condition="nosuch")
+py2.start()
+py2.restart(timeout=0)
+py2.remove()
+sorted(py2.stats(stream=False))
+py2.remove(force=True)
+py2.remove(force=True)
+c.containers.prune(filters={"label": "nosuch"})
+c.containers.prune(filters={"nosuch": "x"})
+c.containers.list(filters={"nosuch": "x"})
+c.containers.list(all=True, filters={"exited": "x"})
+c.containers.list(all=True, before="nosuch")
+create(name="py3", healthcheck={"test": ["CMD", "true"], "interval": 5}).attrs["Name"]
+create(name="py3", healthcheck={"test": ["CMD", "true"]}).attrs["Config"]["Healthcheck"]
+create(name="py3")
+create(name="/py/4")
+create(mem_limit="1m")
+create(restart_policy={"Name": "always"}, auto_remove=True)
+create(cap_add=["NOSUCH"])
+create(log_config=types.LogConfig(type="nosuch"))
+create(pid_mode="container:nosuch").start()
+create(stop_signal="NOSUCH")
+create(mounts=[types.Mount("/x", "/nosuch", type="bind")])
+py3.export().__class__.__name__
+py3.get_archive("/etc/group")[1]["name"]
+py3.put_archive("/tmp", tar_of({"x": b"y"}))
+py3.commit("py", "1", message="m", author="a", changes="ENV A=b").attrs["Config"]["Env"]
+py3.remove(v=True)
+py3.reload()
+c.api.exec_inspect("nosuch")
+c.api.exec_start("nosuch")
+c.api.exec_create("nosuch", "true")
+c.api.wait("nosuch")
+c.api.port("nosuch", 1)
+"""
+
+
+class NewerPeer(Peer):
+    """The real dockerd of a later Debian, with the runtime of this one's."""
+
+    def command(self) -> list[str]:
+        """The daemon's command line, without bridge and firewall."""
+        self.environment["PATH"] = f"{CACHE}/newer/usr/bin:{self.environment['PATH']}"
+        return [f"{CACHE}/newer/usr/sbin/dockerd", *super().command()[1:]]
+
+
+def without_chance(text: str, host: Host) -> str:
+    """What was printed, without what no two daemons have in common, and what the machine decides."""
+    for pattern, replacement in (
+            (re.escape(host.directory), "DIR"), (r"\b([0-9a-f]{64}|[0-9a-f]{12})\b", "ID"),
+            (r"(?m)^(warning: )?ipv4 forwarding is disabled.*\n|', 'ipv4 forwarding.*working", ""),
+            (r"\['ipv4 forwarding[^]]*\]", "none"), (r"(?m)^time=.*\n", ""),
+            ("http.docker://localhost|see 'docker run --help'.\n", ""),
+            ("runc create failed: |failed to create task for container: |: unknown(?=[^\\w ]|$)", ""),
+            (r"less than a second|about a minute|\d+ (second|minute)s?", "SOME"),
+            (r"(?m)^(root *)?\d+( .*(sleep)|$)", r"\3")):
+        text = re.sub(pattern, replacement, text.lower() if replacement == "DIR" else text)
+    return text
+
+
+def cli_session(host: Host, program: str) -> list[tuple[str, Any]]:
+    """Each line of CLI_SESSION with what came of it: exit code, stdout, stderr."""
+    docker, found = Docker(program, host), []
+    for line in filter(None, CLI_SESSION.split("\n")):
+        typed, _, command = line.rpartition(" | ")
+        words = shlex.split(command.replace("once ", "run --rm --net none "))
+        done = docker.run(*words, input=typed, status=None)
+        printed = [without_chance(text, host) for text in (done.stdout, done.stderr)]
+        found.append((line, (done.returncode, printed)))
+    return found
+
+
+def py_session(host: Host, program: str) -> list[tuple[str, Any]]:
+    """Each line of PY_SESSION with its value, or its error."""
+    found = []
+    client = docker_py.DockerClient(base_url=host.url, version="1.41", timeout=60)
+
+    class Names(dict[str, Any]):
+        def __missing__(self, name: str) -> Any:
+            if name[:2] != "py":
+                raise KeyError(name)
+            return client.containers.get(name)
+
+    names = Names(c=client, types=docker_py.types, tar_of=tar_of, create=functools.partial(
+        client.containers.create, "busybox", "true", network_mode="none"))
+    for line in filter(None, PY_SESSION.split("\n")):
+        try:
+            value = repr(eval(line, {}, names))
+        except docker_py.errors.DockerException as error:
+            value = f"{type(error).__name__}: {error}"
+        found.append((line, without_chance(value, host)))
+    client.close()
+    return found
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("session", [*sorted(docker_clis()), "docker-py"])
+def test_whole_sessions_are_the_real_daemons(
+        bridgeless: Host, peer: Host, busybox: bytes, session: str) -> None:
+    """Each line through a real client has the result that one of the real daemons, 20.10 and 26.1, gives."""
+    newer = NewerPeer()
+    try:
+        newer.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        run = functools.partial(cli_session if session in docker_clis() else py_session,
+                                program=docker_clis().get(session, ""))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            ours, *theirs = pool.map(run, (bridgeless, peer, newer))
+        wrong = [(own, *others) for own, *others in zip(ours, *theirs) if own not in others]
+        assert not wrong, "\n".join(map(str, wrong))
+    finally:
+        newer.remove_all()
+        newer.close()
+        bridgeless.remove_all()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Inside a container
 #
