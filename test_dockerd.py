@@ -16631,6 +16631,28 @@ def test_a_record_that_goes_away_does_not_stop_the_sync(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["kept"] and not dockerd.STATE_SYNC._pending
 
 
+def test_what_is_written_together_is_synced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of the block; until then the version before stays beside it.  Other threads do as ever."""
+    synced: list[str] = []
+    monkeypatch.setattr(dockerd, "STATE_SYNC", dockerd.StateSync())
+    monkeypatch.setattr(dockerd, "STATE_SYNC_INTERVAL", 1000)
+    monkeypatch.setattr(dockerd, "syncfs", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    paths = [str(tmp_path / name) for name in "abc"]
+    write_state(paths[0], b"old")
+    with dockerd.STATE_SYNC.together(str(tmp_path)):
+        write_state(paths[0], b"new")
+        write_state(paths[1], b"new")
+        dockerd.in_thread(write_state, paths[2], b"new")
+        assert sorted(dockerd.STATE_SYNC._pending) == paths[:2] and synced == []
+        assert Path(f"{paths[0]}.previous").read_bytes() == b"old"
+    assert synced == [str(tmp_path)] and not dockerd.STATE_SYNC._pending
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+    with pytest.raises(KeyError), dockerd.STATE_SYNC.together(str(tmp_path)):
+        raise KeyError
+    write_state(paths[0], b"newest")  # is durable again
+    assert not dockerd.STATE_SYNC._pending
+
+
 WRITER = """
 import sys
 import dockerd
