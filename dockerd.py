@@ -3648,11 +3648,22 @@ class Unpacker:
         try:
             return make(*arguments, **options)
         except FileExistsError:
+            self._refuse_twice(name, os.lstat(name))
             self._directories.pop(name, None)
             remove_entry(name)
         except (FileNotFoundError, NotADirectoryError):
             self._make_parents(name)
         return make(*arguments, **options)
+
+    def _refuse_twice(self, name: bytes, known: os.stat_result) -> None:
+        """BadParameter where what is at `name` is another entry of this layer, as in Docker: of such a layer
+        the archive could not be made again."""
+        if stat.S_ISDIR(known.st_mode):
+            twice = name in self._directories
+        else:
+            twice = name in self.made if self.whiteouts == "apply" else not is_whiteout(known)
+        if twice and self.whiteouts:
+            raise BadParameter(f"duplicates of file paths not supported: {quoted(name)}")
 
     def _make_parents(self, name: bytes) -> None:
         at = name.find(b"/")
@@ -3747,6 +3758,7 @@ class Unpacker:
     def _clear_for_directory(self, name: bytes, entry: TarEntry) -> None:
         """Make way for a directory where something is, unless that is one, which is kept."""
         known = os.lstat(name)
+        self._refuse_twice(name, known)
         if stat.S_ISDIR(known.st_mode):
             return
         os.unlink(name)

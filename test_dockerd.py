@@ -7642,7 +7642,7 @@ def test_entries_replace_one_another_and_directories_merge(tmp_path: Path) -> No
             ("l", "2", {"linkname": "d"}),
             ("l", "5"),
         ),
-        tmp_path / "t",
+        tmp_path / "t", "",
     )
     assert (tmp_path / "t/x").read_bytes() == b"3"
     assert (tmp_path / "t/d/f").exists() and stat.S_IMODE(os.stat(tmp_path / "t/d").st_mode) == 0o755
@@ -7685,7 +7685,7 @@ ATTACKS: dict[str, Callable[[str], tuple[tuple[Any, ...], ...]]] = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("whiteouts", ["overlay", "apply"])
+@pytest.mark.parametrize("whiteouts", ["overlay", "apply", ""])
 def test_links_lead_nowhere_out_of_the_tree(
     tmp_path: Path, outside: Path, attack: str, whiteouts: str
 ) -> None:
@@ -7774,13 +7774,34 @@ def test_truncated_and_damaged_streams(tmp_path: Path) -> None:
     data = make_tar(("a", b"x" * 5000), ("b", b"y"))
     for size in (100, 512, 3000, 5700):
         with pytest.raises(BadParameter, match="^unexpected EOF$"):
-            unpack(data[:size], tmp_path / "t")
+            unpack(data[:size], tmp_path / "t", "apply")
     for rubbish in (b"no tar at all" * 100, b"\xff" * 2048, data[:512] + data[600:], bytes(512) + data):
         with pytest.raises(BadParameter, match="^archive/tar: invalid tar header$|^unexpected EOF$"):
-            unpack(rubbish, tmp_path / "t")
+            unpack(rubbish, tmp_path / "t", "apply")
     unpack(b"", tmp_path / "t")
     for size in (5632, 6144 + 100, 6656, 6656 + 512):  # at an entry's end it is none, as in Go
-        unpack(data[:size], tmp_path / "t")
+        unpack(data[:size], tmp_path / "t", "apply")
+
+
+@pytest.mark.parametrize("whiteouts", ["overlay", "apply"])
+def test_a_name_twice_is_refused_as_docker_does(tmp_path: Path, whiteouts: str) -> None:
+    """But what a layer only implies, or hides of those below, may come."""
+    file, again, directory = ("x", b"1"), ("x", b"2"), ("d", "5")
+    refused: tuple[tuple[Any, ...], ...] = (
+            (file, again), (file, ("./x", b"2")), (file, ("x", "2", {"linkname": "y"})), (file, ("x", "5")),
+            (directory, ("d/f", b""), directory), (directory, ("d", b"")),
+            (file, ("y", "1", {"linkname": "x"}), ("y", "1", {"linkname": "x"})))
+    taken: tuple[tuple[Any, ...], ...] = (
+            (("d/f", b"1"), directory), ((".wh.x", b""), file), ((".wh.d", b""), ("d/f", b""), directory),
+            (("d/f", b""), ("d", b"")))
+    for number, members in enumerate(refused):
+        with pytest.raises(BadParameter, match='^duplicates of file paths not supported: "[dxy]"$'):
+            unpack(make_tar(*members), tmp_path / str(number), whiteouts)
+    for number, members in enumerate(taken):
+        unpack(make_tar(*members), tmp_path / f"good{number}", whiteouts)
+    unpack(make_tar(file, directory, ("d/f", b"")), tmp_path / "below", "apply")
+    unpack(make_tar(again, directory, ("d/f", b"2")), tmp_path / "below", "apply")
+    assert (tmp_path / "below/x").read_bytes() == (tmp_path / "below/d/f").read_bytes() == b"2"
 
 
 def test_random_damage_never_leaves_the_tree_or_raises_anything_else(tmp_path: Path, outside: Path) -> None:
@@ -7798,7 +7819,7 @@ def test_random_damage_never_leaves_the_tree_or_raises_anything_else(tmp_path: P
             if damaged:
                 damaged[dice.randrange(len(damaged))] = dice.randrange(256)
         try:
-            unpack(bytes(damaged), tmp_path / "t")
+            unpack(bytes(damaged), tmp_path / "t", "apply")
         except DockerError:
             pass
     assert sorted(os.listdir(tmp_path)) == ["outside", "source", "t"]
@@ -13418,6 +13439,12 @@ def _spoiled(name: str, document: dict[str, Any], registry: FakeRegistry) -> Non
         layer["digest"] = "sha256:../../../../etc/passwd"
     elif name == "negative":
         layer["size"] = -1
+    elif name == "larger":
+        layer["size"] += 1
+    elif name == "cut gzip":
+        document["layers"][1] = registry.blob(gzip.compress(file_tar("two"), mtime=0)[:-9])
+    elif name == "cut tar":
+        document["layers"][1] = registry.blob(gzip.compress(file_tar("two")[:300], mtime=0))
     elif name == "artifact":
         document["config"]["mediaType"] = "application/vnd.x"
     elif name == "type":
@@ -13429,6 +13456,7 @@ def _spoiled(name: str, document: dict[str, Any], registry: FakeRegistry) -> Non
     ("config", "image config verification failed"), ("count", "layers from manifest don't match image"),
     ("diff", "layers from manifest don't match image configuration"), ("list", "is of two types at once"),
     ("digest", "invalid descriptor: invalid checksum digest format"), ("negative", "no number of bytes"),
+    ("larger", "unexpected EOF"), ("cut gzip", "unexpected EOF"), ("cut tar", "unexpected EOF"),
     ("artifact", 'Encountered remote "application/vnd.x"(unknown) when fetching'),
     ("type", f"mediaType in manifest should be '{MANIFEST}' not '{MANIFEST_LIST}'"),
 ])
@@ -13438,8 +13466,9 @@ def test_what_a_registry_lies_about_is_refused(pull_rig: PullRig, registry: Fake
     _spoiled(name, document, registry)
     raw = json.dumps({"schemaVersion": 2, **document}).encode()
     registry.manifests["a/b", "1"] = MANIFEST, raw
-    assert text in pull_rig.refused(500, "pull", f"{registry.name}/a/b:1")
+    assert text in pull_rig.refused(400 if name.startswith("cut") else 500, "pull", f"{registry.name}/a/b:1")
     assert pull_rig.listed() == []
+    pull_rig.assert_clean()
 
 
 def test_pull_errors_in_dockers_words(pull_rig: PullRig, registry: FakeRegistry) -> None:
@@ -14930,6 +14959,8 @@ def hostile_archives() -> dict[str, tuple[bytes, str]]:
         "another digest": (tar_of({"index.json": json.dumps(index).encode(),
                                    "blobs/sha256/" + "1" * 64: b"{}"}), "does not have its digest"),
         "old parents in a loop": (old_archive(one={"parent": "two"}), "are not in the archive"),
+        "old parent with slashes": (old_archive(one={"parent": "../../etc"}), "are not in the archive"),
+        "old tag with slashes": (old_archive(repositories={"x": {"1": "../one"}}), "target ID: ../one"),
         "old tag of nothing": (old_archive(repositories={"x": {"1": "three"}}), "invalid target ID: three"),
     }
 
