@@ -149,6 +149,11 @@ class Daemon:
                     os.rmdir(directory)
         shutil.rmtree(self.directory)
 
+    def wait_for_removals(self) -> None:
+        """Wait until what goes on behind the answers to removals of layers is over."""
+        while glob.glob(f"{self.directory}/data/overlay2/*-removing"):
+            time.sleep(0.1)
+
     def cpu(self) -> float:
         """Seconds of CPU time that the daemon, its helpers and its containers have used so far."""
         if self.cgroup.startswith("/sys/fs/cgroup/cpuacct"):
@@ -656,6 +661,7 @@ def measure_registry(daemons: list[Daemon], rounds: int = 3) -> Rows:
                 call("POST", f"/images/{source.name}/bench:1/tag?repo={target.name}/bench&tag=1")
             for name in (source.name, target.name):
                 call("DELETE", f"/images/{name}/bench:1")
+            daemon.wait_for_removals()
         source.close()
         target.close()
     for what in ("pull", "push"):
@@ -680,6 +686,7 @@ def measure_archives(daemons: list[Daemon], rounds: int = 2) -> Rows:
                 saved = answer if method == "GET" else saved
                 at.append(time.perf_counter())
             call("DELETE", "/images/big:1")
+            daemon.wait_for_removals()
             found.append([later - earlier for earlier, later in zip(at, at[1:])])
         found[0].append(daemon.peak() - before)
     for step, name in enumerate(steps):
