@@ -19072,6 +19072,9 @@ class Container:
             settings = endpoint_settings(given)
             check_endpoint(network, settings)
             if self.state.running and self.sandbox is not None:
+                if self.sandbox.namespace < 0:  # it began without any network
+                    with contextlib.ExitStack() as held:
+                        self.sandbox.namespace = os.dup(self.namespaces(["net"], held)["net"])
                 self._edit_hosts(lambda: self._join(network, settings))
                 if self.sandbox.has_resolver and self.sandbox.seat is None:
                     self._enter_resolver()

@@ -2720,6 +2720,19 @@ def test_networks_come_and_go_and_leave_nothing(host: Host) -> None:
     host.api("DELETE", "/networks/come")
 
 
+def test_the_first_network_of_a_running_container(host: Host) -> None:
+    host.api("POST", "/networks/create", {"Name": "come"})
+    host.create("sleep", NEVER, name="one", HostConfig={"NetworkMode": "bridge"})
+    host.api("POST", "/networks/bridge/disconnect", {"Container": "one"})
+    host.api("POST", "/containers/one/start")
+    host.api("POST", "/networks/come/connect", {"Container": "one"})
+    pid = host.inspect("one")["State"]["Pid"]
+    assert "eth0:" in read_text(f"/proc/{pid}/net/dev")
+    assert "127.0.0.11" in read_text(f"/proc/{pid}/root/etc/resolv.conf")
+    host.api("DELETE", "/containers/one?force=1")
+    host.api("DELETE", "/networks/come")
+
+
 def test_the_shim_keeps_one_descriptor_of_a_name() -> None:
     with contextlib.ExitStack() as held:
         listener = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
