@@ -12151,10 +12151,10 @@ class Shim(HelperProcess):
                 self.processes[request["key"]].pidfd, signal.SIGKILL)
 
     def op_take(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any]) -> None:
-        """Watch and keep a process whose own shim is gone; it is no child of this one."""
-        if request["key"] in self.processes:
-            raise KeyError(f"{request['key']} is running")
-        self._follow(request, fds, answer, request["pid"], fds.pop("pidfd"))
+        """Watch and keep a process whose own shim is gone; it is no child of this one.  Who got no answer
+        in time asks again.  It names no key: a start's that comes too late has what it started killed."""
+        if request["key"] not in self.processes:
+            self._follow(request, fds, {}, request["pid"], fds.pop("pidfd"))
 
     def _follow(self, request: dict[str, Any], fds: dict[str, int], answer: dict[str, Any], pid: int,
                 pidfd: int) -> list[int]:

@@ -2745,6 +2745,14 @@ def test_the_shim_keeps_one_descriptor_of_a_name() -> None:
         shim.op_keep({"key": "key"}, fds, {})
         there = [os.path.exists(f"/proc/self/fd/{fd}") for fd in (first, second)]
         assert not fds and there == [False, True]
+        answer: dict[str, Any] = {}
+        for _ in range(2):  # asked again for want of an answer, which must not look like that of a start
+            pidfd = os.pidfd_open(os.getpid())
+            shim.op_take({"key": "taken", "pid": os.getpid()}, fds := {"pidfd": pidfd}, answer)
+            dockerd.close_fds(fds.values())
+        assert shim.processes["taken"].pid == os.getpid() and not answer
+        shim.unwatch(shim.processes["taken"].pidfd)
+        shim.processes["taken"].close()
         dockerd.close_fds(shim.processes["key"].keep.values())
 
 
