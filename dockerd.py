@@ -24438,8 +24438,9 @@ class DisconnectWatcher:
         while True:
             for fd, _ in self._epoll.poll():
                 with self._lock:
-                    callback = self._callbacks.get(fd)
-                    if callback:
+                    callback, state = self._callbacks.get(fd), select.poll()
+                    state.register(fd, select.POLLRDHUP)
+                    if callback and state.poll(0):  # else it is another's by now
                         callback()
 
 

@@ -6845,6 +6845,26 @@ def test_a_job_is_cancelled_when_its_client_hangs_up(fake_api: FakeApi, line: st
     assert cancelled.wait(5)
 
 
+def test_no_job_is_cancelled_for_who_had_its_descriptor_before() -> None:
+    """What epoll told of a connection is heard when that has ended and another has got its number."""
+    watcher, called = dockerd.DisconnectWatcher(), list[str]()
+    ours, theirs = socket.socketpair()
+    turns = iter(["stale", "hung up"])
+
+    def poll() -> list[tuple[int, int]]:
+        if next(turns) == "hung up":
+            theirs.close()
+        else:
+            assert not called
+        return [(ours.fileno(), select.EPOLLRDHUP)]
+
+    watcher._epoll = types.SimpleNamespace(poll=poll, register=lambda *each: None, unregister=lambda fd: None)
+    with ours, watcher.watching(ours.fileno(), lambda: called.append(f"with {next(turns, 'none')} to come")):
+        with pytest.raises(StopIteration):
+            watcher._run()
+    assert called == ["with none to come"]
+
+
 def test_events_have_the_client_s_shape(fake_api: FakeApi, raw: Raw) -> None:
     def events(job: Any) -> None:
         job.ready()
