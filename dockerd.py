@@ -5908,7 +5908,8 @@ class ShellWord:
 
     def split(self) -> list[str]:
         """The words that result when blanks outside of quotes separate, those in variables' values too."""
-        words = [""] if self.expand() else []
+        self._joined(self._parsed)  # is not too much
+        words = [""]
         for text, splits in self._parsed:
             first, *rest = re.split(r"\s+", text) if splits else [text]
             words[-1] += first
@@ -7815,15 +7816,15 @@ class WholeBody:
     """Reads a response's body of `total` bytes (-1: as many as come); DockerError when it ends before."""
 
     def __init__(self, response: Any) -> None:
-        length = response.headers.get("Content-Length") or ""
         self.response, self.headers, self.at = response, response.headers, 0
-        self.total = int(length) if length.isdecimal() else -1
+        self.total = -1 if response.length is None else response.length
 
     def read(self, size: int = CHUNK) -> bytes:
         """At most `size` bytes; b"" at the end."""
         import http.client
+        size = size if self.total < 0 else min(size, self.total - self.at)
         with reworded(DockerError, "", OSError, http.client.HTTPException):
-            data: bytes = self.response.read1(size)
+            data: bytes = self.response.read1(size) if size else b""
         self.at += len(data)
         if not data and self.at < self.total:
             raise DockerError("unexpected EOF")

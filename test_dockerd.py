@@ -12051,6 +12051,7 @@ CHANGES: list[tuple[str, Any]] = [
         {"Env": ["A=1", "B=1-1-d-y"], "Labels": {"$A": "1", "l": "1-1-d-y", "z": "$A"}},
     ),
     ("EXPOSE 80 443/tcp 53/udp", {"ExposedPorts": {"443/tcp": {}, "53/udp": {}, "80/tcp": {}}}),
+    ("EXPOSE $nope 80$nope", {"ExposedPorts": {"80/tcp": {}}}),
     ("EXPOSE 8000-8002", {"ExposedPorts": {"8000/tcp": {}, "8001/tcp": {}, "8002/tcp": {}}}),
     ("EXPOSE foo", "Invalid containerPort: foo"),
     ("EXPOSE 80/foo", "Invalid proto: foo"),
@@ -12801,6 +12802,22 @@ def image_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield f"127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+def test_a_body_ends_where_its_length_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever follows, and though the server does not hang up."""
+    monkeypatch.setenv("no_proxy", "*")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def answer() -> socket.socket:
+            connection, _ = server.accept()
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabcdef")
+            return connection
+
+        ends = dockerd.start_thread(answer)
+        address, start = f"http://127.0.0.1:{server.getsockname()[1]}/", time.monotonic()
+        with dockerd.open_url(address, Engine().job("import")) as body, ends():
+            assert dockerd.read_chunk(body) == b"abc" and body.total == 3
+        assert time.monotonic() - start < 10
 
 
 def test_import_from_a_url(rig: ImageRig, image_server: str) -> None:
