@@ -7941,7 +7941,8 @@ def _hosts_file(path: str) -> dict[str, dict[str, Any]]:
         if head:
             table = {} if head[3] else tables.setdefault(head[2], {})
         elif pair:
-            table[pair[1]] = json.loads(pair[2].replace("'", '"'))
+            with reworded(DockerError, f"cannot read {path}: {line.strip()}: ", ValueError):
+                table[pair[1]] = json.loads(pair[2].replace("'", '"'))
         elif line.strip() and not line.lstrip().startswith("#"):
             raise DockerError(f"cannot read {path}: {line.strip()}")
     return tables

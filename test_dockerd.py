@@ -13746,9 +13746,10 @@ def test_endpoints_of_mirrors_and_hosts_files(tmp_path: Path, monkeypatch: pytes
     assert first == dockerd.RegistryHost("https://mirror:9/v2", True, False, (str(place / "x.crt"),))
     assert (second.base, last.base, last.mirror) == ("http://odd/base", "https://up/v2", False)
     assert bases("r.example", True) == ["http://odd/base", "https://up/v2"]
-    (place / "hosts.toml").write_text("[[oops]]\n")
-    with pytest.raises(DockerError, match="cannot read .*hosts.toml: .*oops"):
-        dockerd.endpoints("r.example", config)
+    for line in ("[[oops]]", "ca = ['a', oops]"):
+        (place / "hosts.toml").write_text(line + "\n")
+        with pytest.raises(DockerError, match="cannot read .*hosts.toml: .*oops"):
+            dockerd.endpoints("r.example", config)
 
 
 def test_a_name_server_makes_no_registry_insecure(monkeypatch: pytest.MonkeyPatch) -> None:
