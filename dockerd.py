@@ -2954,6 +2954,7 @@ CRC_PIECE = 1 << 16  # bytes whose sum is computed at once: what the caches hold
 WHITEOUT = b".wh."
 WHITEOUT_OPAQUE = b".wh..wh..opq"
 OVERLAY_OPAQUE = "trusted.overlay.opaque"
+PLACE_ATTEMPTS = 20  # to make an entry in a place that somebody else uses too
 NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 SUBDIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 UNFOLLOWED = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a file, whatever it is, not what a link leads to
@@ -3643,16 +3644,18 @@ class Unpacker:
     # What stands in the way
 
     def _place(self, name: bytes, make: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call `make`, which makes `name`; make its parents, or remove what is in its place, if it must
-        be."""
-        try:
-            return make(*arguments, **options)
-        except FileExistsError:
-            self._refuse_twice(name, os.lstat(name))
-            self._directories.pop(name, None)
-            remove_entry(name)
-        except (FileNotFoundError, NotADirectoryError):
-            self._make_parents(name)
+        """Call `make`, which makes `name`; make its parents, or remove what is in its place, if it must be:
+        again, where somebody else makes the same at the same time."""
+        for _ in range(PLACE_ATTEMPTS):
+            try:
+                return make(*arguments, **options)
+            except FileExistsError:
+                with contextlib.suppress(FileNotFoundError):
+                    self._refuse_twice(name, os.lstat(name))
+                    self._directories.pop(name, None)
+                    remove_entry(name)
+            except (FileNotFoundError, NotADirectoryError):
+                self._make_parents(name)
         return make(*arguments, **options)
 
     def _refuse_twice(self, name: bytes, known: os.stat_result) -> None:

@@ -10864,6 +10864,53 @@ def test_cp_diff_and_export(host: Host, data_image: str, running: bool) -> None:
     host.api("DELETE", "/volumes/cp-volume")
 
 
+def test_an_entry_that_somebody_else_makes_at_the_same_time() -> None:
+    """Two copies to one place: what the other has put there again is removed again."""
+    refusals = [FileExistsError, FileExistsError]
+
+    def make() -> int:
+        if refusals:
+            raise refusals.pop()
+        return 7
+
+    assert dockerd.Unpacker(dockerd.TarReader(None), "", IdMap(), UnpackLimits())._place(b"/none", make) == 7
+
+
+def test_copies_that_end_badly_and_at_the_same_time(new_host: Callable[..., Host], busybox: bytes) -> None:
+    """A disk that is full, a client that goes, another copy to the same place: a clear error, whole files,
+    and nothing stays open or mounted."""
+    host = new_host(start=False)
+    os.mkdir(host.data_root)
+    host.enter("mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", host.data_root).wait()
+    host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    full, name = host.create("true"), host.create("true")
+    assert archive(host, name, "/etc/plain") and archive(host, full, "/etc/plain")
+    table = f"/proc/{host.process.pid}/fd"  # type: ignore[union-attr]
+    before = len(os.listdir(table))
+    answer = put(host, full, "/tmp", {"large": bytes(20 << 20)})
+    assert (answer.status, answer.json["message"]) == (
+        500, 'failed to unpack "large": no space left on device')
+    host.api("DELETE", f"/containers/{full}")
+    files = [f"file{number}" for number in range(300)]
+    trees = [tar_of(dict.fromkeys(files, letter * 5000)) for letter in (b"a", b"b")]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        path = f"{API}/containers/{name}/archive?path=/tmp"
+        answers = list(pool.map(lambda tree: host.http("PUT", path, tree), trees * 2))
+    assert [answer.status for answer in answers] == [200] * 4
+    found = archive(host, name, "/tmp")
+    assert {found[f"tmp/{file}"] for file in files} <= {b"a" * 5000, b"b" * 5000}
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(host.socket)
+        client.sendall(f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n".encode()
+                       + tar_of({"whole": b"", "half": bytes(1 << 20)})[:1 << 20])
+        wait_for(lambda: len(os.listdir(table)) > before)
+    wait_for(lambda: len(os.listdir(table)) <= before, "everything to be closed")
+    assert "unexpected EOF" in host.log()
+    host.api("DELETE", f"/containers/{name}")
+    assert host.stop() == 0
+    host.enter("umount", host.data_root).wait()
+
+
 def test_diff_of_replaced_directories(host: Host, data_image: str) -> None:
     """Deletions, also by directories that were replaced, and links that became directories."""
     name = host.create("sh", "-c", "rm -r /data/sub /dlink; mkdir -p /data/sub /dlink; echo >/dlink/file",
