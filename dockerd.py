@@ -5558,25 +5558,41 @@ def _found(pattern: str, text: str) -> bool:
 def compile_pattern(pattern: str) -> re.Pattern[str]:
     """A shell pattern of Go's path.Match (`*` and `?` do not match a slash) as an expression for fullmatch().
 
-    BadParameter("syntax error in pattern") where Go says so.  What stands between two stars is taken where it
-    is found first, for good: no pattern makes the daemon try every split of a name."""
-    parts, rest = [""], pattern
-    while rest:
-        part = re.match(r"\*|\?|\\(.)|\[(\^?)((?:\\.|[^\\\]])+)\]|[^\\\[]", rest, re.DOTALL)
+    BadParameter("syntax error in pattern") where Go says so."""
+    with reworded(BadParameter, "syntax error in pattern", re.error):
+        return re.compile(pattern_text(pattern, itertools.count()), re.DOTALL)
+
+
+_PATTERN_PART = re.compile(r"\*|\?|\\(.)|\[(\^?)((?:\\.|[^\\\]])+)\]|[^\\\[*?]+", re.DOTALL)
+
+
+def pattern_text(pattern: str, numbers: Iterator[int]) -> str:
+    """The text of compile_pattern(), whose groups have names of these `numbers`.  What stands between two
+    stars is taken where it is found first, for good: no pattern makes the daemon try every split of a
+    name."""
+    parts: list[list[str]] = [[]]
+    at = 0
+    while at < len(pattern):
+        part = _PATTERN_PART.match(pattern, at)
         if part is None:
             raise BadParameter("syntax error in pattern")
         if part[3]:
             members = re.sub(r"\\(.)|([\[&~|^])", lambda match: re.escape(match[1] or match[2]), part[3])
-            parts[-1] += f"[{part[2]}{members}]"
+            parts[-1].append(f"(?!/)[{part[2]}{members}]")
         elif part[0] == "*":
-            parts.append("")
+            parts.append([])
         else:
-            parts[-1] += "[^/]" if part[0] == "?" else re.escape(part[1] or part[0])
-        rest = rest[part.end():]
-    between = "".join(f"(?=(?P<p{number}>[^/]*?{text}))(?P=p{number})"
-                      for number, text in enumerate(parts[1:-1]))
-    with reworded(BadParameter, "syntax error in pattern", re.error):
-        return re.compile("[^/]*".join([parts[0] + between, *parts[1:][-1:]]), re.DOTALL)
+            parts[-1].append("[^/]" if part[0] == "?" else re.escape(part[1] or part[0]))
+        at = part.end()
+    first, *others = map("".join, parts)
+    between = [first_found(f"[^/]*?{text}", numbers) for text in others[:-1]]
+    return "[^/]*".join([first + "".join(between), *others[-1:]])
+
+
+def first_found(text: str, numbers: Iterator[int]) -> str:
+    """An expression that takes the first match of `text` and never tries another."""
+    number = next(numbers)
+    return f"(?=(?P<p{number}>{text}))(?P=p{number})"
 
 
 # References
@@ -21070,7 +21086,7 @@ class Source:
         wild = not literal and re.search(r"(?<!\\)(?:\\\\)*[*?[]", path)
         if parents:
             path = os.path.normpath(path)
-        matches = functools.partial(path_matches, path) if parents else compile_pattern(path).fullmatch
+        matches = compile_paths(path).match if parents else compile_pattern("/" + path).fullmatch
         found = confined(self.root, self._find, path, matches if wild else None)
         depth = len(above.split("/")) if pivot else 0
         return [item._replace(kept="/".join(item.path.split("/")[depth:])) for item in found]
@@ -21078,7 +21094,7 @@ class Source:
     def _find(self, path: str, matches: Optional[Callable[[str], Any]]) -> list[Found]:
         if matches is None:
             return [self._found(path)]
-        return [self._found(name[1:]) for name in _walk("/") if matches(name[1:])]
+        return [self._found(name[1:]) for name in _walk("/") if matches(name)]
 
     def _found(self, path: str) -> Found:
         real = os.path.realpath("/" + path)
@@ -21140,19 +21156,22 @@ def _file_sum(path: str, names: list[dict[int, bytes]]) -> str:
     return hasher.hexdigest()
 
 
-def path_matches(pattern: str, path: str) -> bool:
-    """Whether a pattern of .dockerignore or --exclude is that of `path`; ** is any number of directories.
+def compile_paths(pattern: str, below: bool = False) -> re.Pattern[str]:
+    """A pattern of .dockerignore, --exclude or COPY --parents, in which ** is any number of directories, as
+    an expression for match() with a path that begins with a slash; with `below` for all that is below, too.
 
     BadParameter for what is no pattern."""
-    names = path.split("/")
-    places = {0}  # how many of the names the pattern so far can be
-    for expression, part in [(_compiled_part(part), part) for part in pattern.split("/")]:
-        places = set(range(min(places, default=len(names) + 1), len(names) + 1)) if part == "**" else {
-            place + 1 for place in places if place < len(names) and expression.fullmatch(names[place])}
-    return len(names) in places
-
-
-_compiled_part = functools.lru_cache(maxsize=1024)(compile_pattern)
+    numbers, texts = itertools.count(), [""]
+    for name in pattern.split("/"):
+        if name == "**":
+            texts.append("")
+        else:
+            texts[-1] += "/" + pattern_text(name, numbers)
+    last = [] if below else texts[1:][-1:]
+    found = [first_found(f"(?:/[^/]*)*?{text}(?=/|\\Z)", numbers) for text in texts[1:len(texts) - len(last)]]
+    end = "(?=/|\\Z)" if below else "".join(f"(?:/[^/]*)*?{text}" for text in last) + "\\Z"
+    with reworded(BadParameter, "syntax error in pattern", re.error):
+        return re.compile(texts[0] + "".join(found) + end, re.DOTALL)
 
 
 class IgnoreRules:
@@ -21169,12 +21188,12 @@ class IgnoreRules:
 
     def hides(self, path: str) -> bool:
         """Whether `path`, relative to the context, is left out."""
-        places = list(itertools.accumulate(path.split("/"), lambda above, name: f"{above}/{name}"))
-        hidden = False
-        for pattern, keeps in self.rules:
-            if hidden == keeps and any(path_matches(pattern, place) for place in places):
-                hidden = not keeps
-        return hidden
+        return next((not keeps for matches, keeps in self._compiled if matches("/" + path)), False)
+
+    @functools.cached_property
+    def _compiled(self) -> list[tuple[Callable[[str], Any], bool]]:
+        """The rules, the last first."""
+        return [(compile_paths(pattern, below=True).match, keeps) for pattern, keeps in reversed(self.rules)]
 
     def remove_hidden(self) -> None:
         """Remove what is left out below the root of a confined thread, but for what holds something else."""

@@ -17720,6 +17720,23 @@ def build_leftovers(host: Host) -> list[str]:
 LASTING = "FROM busybox\nRUN echo {0} >/first\nRUN echo ready; trap '' TERM; sleep " + NEVER
 
 
+@pytest.mark.parametrize("rules,hidden,kept", [
+    ("a/**/b", "a/b a/x/b a/x/y/b/below", "a x/a/b a/bb"), ("**/b", "b a/b a/b/c", "bb a/bb"),
+    ("a/**", "a/b a/b/c a", "b/a"), ("**/a/**/b/*c", "a/b/c x/a/y/b/cc/z", "a/b a/c"),
+    ("*\n!d\nd/one", "x d/one d/one/more", "d d/two"), ("[^a]/b", "x/b", "a/b b"),
+    ("a?/*", "ab/c", "a/c ab")])
+def test_rules_of_dockerignore(rules: str, hidden: str, kept: str) -> None:
+    found = dockerd.IgnoreRules(rules.split("\n"))
+    assert [path for path in hidden.split() if not found.hides(path)] == []
+    assert [path for path in kept.split() if found.hides(path)] == []
+
+
+def test_no_rule_of_dockerignore_tries_every_split_of_a_path() -> None:
+    """Each took more than the age of the world, or the square of its megabyte."""
+    found = dockerd.IgnoreRules(["**/a/" * 100 + "b", "*a" * 100 + "b", "a" * 1_000_000, "**/x/*.o"])
+    assert not found.hides("a/" * 1000 + "c") and not found.hides("a" * 250) and found.hides("x/1.o")
+
+
 def test_a_build_ends_with_its_connection(new_host: Callable[..., Host], busybox: bytes) -> None:
     """The step that runs is stopped and leaves nothing; the steps before it are in the cache.  The same after
     the daemon's end; after a crash nothing of the build is there."""
