@@ -21018,7 +21018,9 @@ def tarsum(name: bytes, mode: int, owner: tuple[int, int], size: int, kind: int,
 
 
 class ContextReader(TarReader):
-    """Reads a context's archive; `sums` are the hashes of its entries by name, complete after close()."""
+    """Reads a context's archive; `sums` are the hashes of its entries by name, complete after close().
+
+    All is root's, as BuildKit has it: a user namespace may not know the client's users."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream, self._observe)
@@ -21037,6 +21039,7 @@ class ContextReader(TarReader):
         self._name = os.path.normpath(b"/" + entry.name).lstrip(b"/") or b"."
         self._sum = tarsum(entry.name, _number(header[1]), (entry.uid, entry.gid), entry.size, entry.kind,
                            entry.link, entry.device, entry.xattrs)
+        entry.uid = entry.gid = 0
         return entry
 
     def copy(self, fd: int, size: int) -> None:
@@ -22182,7 +22185,7 @@ class Build:
         feed = Feed()
         reader, root = ContextReader(feed), self.new_directory()
         os.chmod(root, 0o755)
-        unpack_confined(decompress(stream), root, Unpacker(reader, "", IdMap(), UnpackLimits()), feed)
+        unpack_confined(decompress(stream), root, Unpacker(reader, "", self.idmap, UnpackLimits()), feed)
         reader.close()
         self.context = Source(root, reader.sums)
 

@@ -8817,6 +8817,12 @@ def test_remapped_containers(new_host: Callable[..., Host], busybox: bytes, tmp_
     assert host.run("sh", "-c", "stat -c %u /bin/sh", HostConfig={"UsernsMode": "host"}) == (0, b"100000\n")
     assert host.run("stat", "-c", "%a:%u:%g", "/root", "/new", "/own", HostConfig={
         "Tmpfs": {"/root": "", "/new": "", "/own": "uid=5,mode=700"}}) == (0, b"755:0:0\n1777:0:0\n700:5:0\n")
+    secret = tarfile.TarInfo("d")
+    secret.type, secret.mode, secret.uid = tarfile.DIRTYPE, 0o700, 70000
+    dockerfile = (b"FROM busybox\nCOPY d /copied\n"
+                  b"RUN --mount=target=/m ls /m/d /copied; stat -c %u:%g /m/d /copied")
+    built = post_build(host, tar_of({"Dockerfile": dockerfile, "d": secret, "d/file": (b"", 0o600)}), {})
+    assert "/copied:\\nfile" in built.body.decode() and built.body.decode().count("0:0") == 2, built.body
     for refused, text in (
             ({"Privileged": True}, "privileged mode is incompatible with user namespaces.  You must run the "
              "container in the host namespace when running privileged mode"),
