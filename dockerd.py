@@ -26166,6 +26166,8 @@ def raise_file_limit(config: Config) -> None:
 def serve(config: Config, code: Optional[types.CodeType] = None) -> int:
     """Start the daemon that `config` describes and serve until a signal ends it."""
     global native
+    import faulthandler
+    faulthandler.enable()   # a death by SIGSEGV leaves the stacks of all threads on stderr
     native = load_native()
     os.umask(0o022)
     threading.stack_size(512 << 10)

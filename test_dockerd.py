@@ -9636,7 +9636,8 @@ def test_the_proxy_neither_spins_nor_leaks(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
-    """kill -9 with live restore: ports, names and addresses serve on; what is gone is given back."""
+    """A crash with live restore: the log tells where it was; ports, names and addresses serve on; what is
+    gone is given back."""
     networked = Networked("--live-restore")
     docker, host = networked.docker, networked.host
     try:
@@ -9645,7 +9646,8 @@ def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
         docker("run", "-d", "--name", "web", "--hostname", "web", "--net", "mine", "-p", "8080:80", *SERVE)
         docker("run", "-d", "--name", "user", "--net", "mine", "busybox", "sleep", NEVER)
         question = networked.socket_in("user", socket.SOCK_DGRAM)
-        host.kill()
+        assert host.stop(signal.SIGSEGV) == -signal.SIGSEGV
+        assert re.search("Segmentation fault.*most recent call first.*in serve", host.log(), re.DOTALL)
         assert networked.shell(FETCH.format("127.0.0.1", 8080)) == "web\n"
         assert networked.from_outside(FETCH.format(HOST_ADDRESS, 8080)) == "web\n"
         question.sendto(dns_question("web"), (dockerd.RESOLVER_ADDRESS, 53))
