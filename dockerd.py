@@ -14637,12 +14637,16 @@ class Sandbox:
         self.namespace = -1
         self._prepared: Callable[[], Any] = lambda: None   # waits for the rules
 
-    def join(self, network: Network, settings: dict[str, Any]) -> Endpoint:
-        """Take a place on the network; with a namespace its link is made at once."""
+    def join(self, network: Network, settings: dict[str, Any], keep: Callable[[], Any] = lambda: None) \
+            -> Endpoint:
+        """Take a place on the network; with a namespace its link is made at once, after `keep` has recorded
+        it: a crash is not to free an address that a link has."""
         endpoint = self.networks.patiently(network.join, self.key, self.name, settings)
         self.endpoints[network.name] = endpoint
         try:
             if self.namespace >= 0:
+                keep()
+                failpoint("network-join")
                 self._make_links([endpoint])
                 self.republish()
         except BaseException:
@@ -18986,7 +18990,7 @@ class Container:
         for link in settings["Links"] or []:
             target, _, alias = link.partition(":")
             self.sandbox.aliases[(alias or target).lower()] = target.lower()
-        return self.sandbox.join(network, settings)
+        return self.sandbox.join(network, settings, self.save)
 
     def _dns_names(self, settings: dict[str, Any]) -> list[str]:
         names = [self.name, *(settings["Aliases"] or []), self.id[:12], self.config["Hostname"]]
@@ -19092,26 +19096,40 @@ class Container:
                 raise Forbidden(f"endpoint with name {self.name} already exists in network {network.name}")
             settings = endpoint_settings(given)
             check_endpoint(network, settings)
-            if self.state.running and self.sandbox is not None:
-                if self.sandbox.namespace < 0:  # it began without any network
-                    with contextlib.ExitStack() as held:
-                        self.sandbox.namespace = os.dup(self.namespaces(["net"], held)["net"])
-                self._edit_hosts(lambda: self._join(network, settings))
-                if self.sandbox.has_resolver and self.sandbox.seat is None:
-                    self._enter_resolver()
-                self._record_ports()
-                self.parts.log_network("connect", network, container=self.id)
             networks[network.name] = {**settings, "NetworkID": network.id}
-            if self.sandbox is not None and network.name in self.sandbox.endpoints:
-                networks[network.name] = self.sandbox.endpoints[network.name].settings
-            self.save()
+            try:
+                if self.state.running and self.sandbox is not None:
+                    self._connect_running(network, networks[network.name])
+            except BaseException:
+                del networks[network.name]
+                raise
+            finally:
+                self.save()
+
+    def _connect_running(self, network: Network, settings: dict[str, Any]) -> None:
+        """Join the network now; a failure leaves nothing of that."""
+        sandbox = self.sandbox
+        assert sandbox is not None
+        if sandbox.namespace < 0:  # it began without any network
+            with contextlib.ExitStack() as held:
+                sandbox.namespace = os.dup(self.namespaces(["net"], held)["net"])
+        self._edit_hosts(lambda: self._join(network, settings))
+        try:
+            if sandbox.has_resolver and sandbox.seat is None:
+                self._enter_resolver()
+        except BaseException:
+            self._edit_hosts(lambda: sandbox.leave(network.name))
+            raise
+        self._record_ports()
+        self.parts.log_network("connect", network, container=self.id)
 
     def _enter_resolver(self) -> None:
-        """A container that came to its first user network gets the resolver."""
+        """A container that came to its first user network gets the resolver, if it has not had one before."""
         assert self.sandbox is not None
-        self.sandbox.open_resolver(*self._name_servers())
-        if self.process is not None:
-            self._keep_resolver(self.process)
+        if self.sandbox.seat is None:
+            self.sandbox.open_resolver(*self._name_servers())
+            if self.process is not None:
+                self._keep_resolver(self.process)
         text = resolv_text(self.host_config, self.parts.config, True).encode()
         with contextlib.suppress(OSError), open(self.record["ResolvConfPath"], "r+b") as file:
             file.write(text)

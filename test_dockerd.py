@@ -9669,6 +9669,50 @@ def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
         networked.close()
 
 
+def test_a_connection_that_fails_or_is_killed(busybox: bytes) -> None:
+    """Half way, of a running container with live restore: a failure leaves nothing; after a kill the address
+    is nobody else's until the container has left, and a check finds nothing."""
+    networked = Networked("--live-restore")
+    docker, host = networked.docker, networked.host
+    try:
+        networked.start(busybox)
+        docker("network", "create", "--ipv6", "mine")
+        docker("run", "-d", "--name", "one", "busybox", "sleep", NEVER)
+        ip = f"nsenter -n -t {docker('inspect', '-f', '{{.State.Pid}}', 'one')} ip"
+        hosts = docker("exec", "one", "cat", "/etc/hosts")
+        networked.shell(f"{ip} addr del 127.0.0.1/8 dev lo")
+        assert "annot assign requested address" in docker.run("network", "connect", "mine", "one",
+                                                              status=1).stderr
+        assert "eth1" not in networked.shell(f"{ip} link")
+        assert docker("exec", "one", "cat", "/etc/hosts") == hosts
+        assert host.api("GET", "/networks/mine")["Containers"] == {}
+        assert list(host.api("GET", "/containers/one/json")["NetworkSettings"]["Networks"]) == ["bridge"]
+        networked.shell(f"{ip} addr add 127.0.0.1/8 dev lo")
+        host.kill()
+        host.environment["DOCKERD_FAILPOINTS"] = "network-join=kill"
+        host.start()
+        docker.run("network", "connect", "mine", "one", status=1)
+        host.kill()
+        del host.environment["DOCKERD_FAILPOINTS"]
+        host.start()
+        taken, = host.api("GET", "/networks/mine")["Containers"].values()
+        docker("run", "-d", "--name", "two", "--net", "mine", "busybox", "sleep", NEVER)
+        addresses = [each["IPv4Address"] for each in
+                     host.api("GET", "/networks/mine")["Containers"].values()]
+        assert taken["IPv4Address"] in addresses and len(set(addresses)) == 2
+        docker("network", "disconnect", "mine", "one")
+        docker("network", "connect", "mine", "one")
+        assert docker("exec", "one", "ping", "-c", "1", "-W", "2", "two")
+        docker("rm", "-f", "one", "two")
+        docker("network", "rm", "mine")
+        networked.await_idle()
+        host.stop()
+        assert check(host, "--check") == (0, [])
+        host.start()
+    finally:
+        networked.close()
+
+
 BUS = """<busconfig><listen>unix:path=/run/dbus/system_bus_socket</listen><auth>EXTERNAL</auth>
 <policy context="default"><allow user="*"/><allow own="*"/><allow send_type="signal"/>
 <allow send_type="method_call"/><allow receive_type="signal"/><allow receive_type="method_return"/></policy>
