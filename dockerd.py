@@ -6987,7 +6987,7 @@ class Image:
             diff_ids = [parse_digest(diff_id) for diff_id in rootfs.get("diff_ids") or []]
             if sum(not entry.get("empty_layer") for entry in history) > len(diff_ids):
                 raise ValueError("too many non-empty layers in History section")
-            config = document.get("config") or {}
+            config = {} if document.get("config") is None else document["config"]
             _check_image_config(config)
             self.labels: Optional[dict[str, str]] = config.get("Labels")
             self.platform = Platform(*(str(document.get(name) or "") for name in _PLATFORM_KEYS))
@@ -10111,7 +10111,7 @@ def _merged(ranges: _Ranges) -> _Ranges:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(text: Optional[str], capabilities: frozenset[str], machine_name: str, kernel: str) -> bytes:
-    profile = default_seccomp_profile() if text is None else json.loads(text)
+    profile = default_seccomp_profile() if text is None else decode_json(text)
     if not profile.get("defaultAction") and not profile.get("syscalls"):
         return b""
     machine = _MACHINES[machine_name]
@@ -19113,9 +19113,10 @@ class Container:
         if sandbox.namespace < 0:  # it began without any network
             with contextlib.ExitStack() as held:
                 sandbox.namespace = os.dup(self.namespaces(["net"], held)["net"])
+        served = sandbox.has_resolver and sandbox.seat is not None
         self._edit_hosts(lambda: self._join(network, settings))
         try:
-            if sandbox.has_resolver and sandbox.seat is None:
+            if sandbox.has_resolver and not served:
                 self._enter_resolver()
         except BaseException:
             self._edit_hosts(lambda: sandbox.leave(network.name))
