@@ -18,6 +18,7 @@ import gzip
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import random
@@ -642,28 +643,28 @@ def measure_registry(daemons: list[Daemon], rounds: int = 3) -> Rows:
               for number in range(6)]
     times: list[dict[str, list[float]]] = [{"pull": [], "push": []} for _ in daemons]
     memory: list[dict[str, float]] = [{"pull": 0.0, "push": 0.0} for _ in daemons]
-    for daemon, found, used in zip(daemons, times, memory):
-        source, target = Registry(daemon, 5000), Registry(daemon, 5001)
+    registries = [(Registry(daemon, 5000), Registry(daemon, 5001)) for daemon in daemons]
+    for source, _ in registries:
         source.add_image(layers)
+    for daemon, (source, target), found, used in [*zip(daemons, registries, times, memory)] * rounds:
         call = daemon.connection.call
-        for _ in range(rounds):
-            shutil.rmtree(f"{target.directory}/data", ignore_errors=True)
-            for what, path in (("pull", f"/images/create?fromImage={source.name}/bench&tag=1"),
-                               ("push", f"/images/{target.name}/bench/push?tag=1")):
-                idle, begin = daemon.pss(), time.perf_counter()
-                with PeakMemory(daemon) as watch:
-                    daemon.connection.request("POST", path, headers={"X-Registry-Auth": "e30="})
-                    answer = daemon.connection.getresponse().read()
-                found[what].append(time.perf_counter() - begin)
-                used[what] = max(used[what], watch.peak - idle)
-                if b'"error"' in answer:
-                    raise RuntimeError(f"{daemon.name}: {answer[-300:]!r}")
-                call("POST", f"/images/{source.name}/bench:1/tag?repo={target.name}/bench&tag=1")
-            for name in (source.name, target.name):
-                call("DELETE", f"/images/{name}/bench:1")
-            daemon.wait_for_removals()
-        source.close()
-        target.close()
+        shutil.rmtree(f"{target.directory}/data", ignore_errors=True)
+        for what, path in (("pull", f"/images/create?fromImage={source.name}/bench&tag=1"),
+                           ("push", f"/images/{target.name}/bench/push?tag=1")):
+            idle, begin = daemon.pss(), time.perf_counter()
+            with PeakMemory(daemon) as watch:
+                daemon.connection.request("POST", path, headers={"X-Registry-Auth": "e30="})
+                answer = daemon.connection.getresponse().read()
+            found[what].append(time.perf_counter() - begin)
+            used[what] = max(used[what], watch.peak - idle)
+            if b'"error"' in answer:
+                raise RuntimeError(f"{daemon.name}: {answer[-300:]!r}")
+            call("POST", f"/images/{source.name}/bench:1/tag?repo={target.name}/bench&tag=1")
+        for name in (source.name, target.name):
+            call("DELETE", f"/images/{name}/bench:1")
+        daemon.wait_for_removals()
+    for registry in itertools.chain.from_iterable(registries):
+        registry.close()
     for what in ("pull", "push"):
         yield (f"{what} of 300 MB, 20,000 files", "ms",
                [statistics.median(found[what]) * 1e3 for found in times])
@@ -674,27 +675,25 @@ def measure_archives(daemons: list[Daemon], rounds: int = 2) -> Rows:
     """Time of import, save and load of 314 MB in 21,000 files, and how far the daemon grows in it."""
     tree, steps = plain_files(21000, 14 << 10), ("import", "save", "rmi", "load")
     times: list[list[list[float]]] = [[] for _ in daemons]
-    for daemon, found in zip(daemons, times):
-        call, saved = daemon.connection.call, b""
-        before = daemon.peak()
-        for _ in range(rounds):
-            at = [time.perf_counter()]
-            for method, path, body in (("POST", "/images/create?fromSrc=-&repo=big&tag=1", tree),
-                                       ("GET", "/images/big:1/get", None), ("DELETE", "/images/big:1", None),
-                                       ("POST", "/images/load", None)):
-                answer = call(method, path, saved if path.endswith("load") else body)
-                saved = answer if method == "GET" else saved
-                at.append(time.perf_counter())
-            call("DELETE", "/images/big:1")
-            daemon.wait_for_removals()
-            found.append([later - earlier for earlier, later in zip(at, at[1:])])
-        found[0].append(daemon.peak() - before)
+    before = [daemon.peak() for daemon in daemons]
+    for daemon, found in [*zip(daemons, times)] * rounds:
+        call, saved, at = daemon.connection.call, b"", [time.perf_counter()]
+        for method, path, body in (("POST", "/images/create?fromSrc=-&repo=big&tag=1", tree),
+                                   ("GET", "/images/big:1/get", None), ("DELETE", "/images/big:1", None),
+                                   ("POST", "/images/load", None)):
+            answer = call(method, path, saved if path.endswith("load") else body)
+            saved = answer if method == "GET" else saved
+            at.append(time.perf_counter())
+        call("DELETE", "/images/big:1")
+        daemon.wait_for_removals()
+        found.append([later - earlier for earlier, later in zip(at, at[1:])])
     for step, name in enumerate(steps):
         yield f"{name} of 314 MB, 21,000 files", "ms", [
             statistics.median(run[step] for run in found) * 1e3 for found in times]
     yield "save, rmi and load together", "ms", [
         statistics.median(sum(run[1:4]) for run in found) * 1e3 for found in times]
-    yield "  growth of the daemon at most", "MiB", [found[0][4] for found in times]
+    yield "  growth of the daemon at most", "MiB", [
+        daemon.peak() - peak for daemon, peak in zip(daemons, before)]
 
 
 def measure_commit(daemons: list[Daemon], rounds: int = 30) -> Rows:
