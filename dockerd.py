@@ -8051,7 +8051,8 @@ class RegistryClient:
 
     def _send(self, method: str, address: str, headers: Optional[dict[str, str]], data: Any) -> Any:
         known = self._authorization if address.startswith(self._origin) else ""
-        return http_request(address, self.timeout, method, headers, data, known, self._context, self.opened)
+        told = {} if method in ("POST", "DELETE") else {"opened": self.opened}  # an upload is begun and ended
+        return http_request(address, self.timeout, method, headers, data, known, self._context, **told)
 
     def fetch(self, address: str, headers: Optional[dict[str, str]] = None, limit: int = MANIFEST_LIMIT) \
             -> tuple[bytes, Any]:
@@ -8545,8 +8546,9 @@ class Registry:
             try:
                 return action(RegistryClient(place, reference.path, credentials, actions, job.hangs_up))
             except DockerError as error:
-                hopeless = job.cancelled.is_set() or number + 1 == len(places)
-                if hopeless or not (place.mirror or isinstance(error, Unreachable)):
+                if job.cancelled.is_set():  # it has hung up: no fault of the registry's
+                    raise Cancelled from None
+                if number + 1 == len(places) or not (place.mirror or isinstance(error, Unreachable)):
                     raise
                 log.info("trying the next endpoint for %s after: %s", reference.familiar, error)
         raise DockerError(f"no endpoint serves {reference.familiar}")
