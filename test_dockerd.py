@@ -7534,6 +7534,30 @@ def test_a_layers_stream_is_rebuilt_byte_for_byte(rig: ImageRig, name: str) -> N
         assert b"".join(iter(stream.read, b"")) == data
 
 
+def test_a_shared_layer_whose_maker_was_killed_is_made_anew(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the containers of an image have in common is not used before it is whole."""
+    rig = ImageRig(str(tmp_path), "overlay2")
+    rig.add("a", "1", tar_of({"f": b"1"}))
+    chain = rig.images.resolve("a:1").chain_id
+
+    def fill(directory: str, content: bytes = b"whole") -> None:
+        Path(directory, "filled").write_bytes(content)
+
+    def kill(cache_id: str) -> None:
+        if cache_id.endswith("-filled"):  # else it is the layer below that is used from now on
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(rig.layers.driver, "_commit", kill)
+        with pytest.raises(KeyboardInterrupt):
+            rig.layers.create_rw("c" * 64, chain, lambda directory: fill(directory, b"half"))
+    shared, = Path(rig.layers.driver.layers()).glob("*-filled")
+    assert not (shared / "committed").exists() and (shared / "diff/filled").read_bytes() == b"half"
+    rig.layers.create_rw("d" * 64, chain, fill)
+    assert (shared / "committed").exists() and (shared / "diff/filled").read_bytes() == b"whole"
+
+
 def test_what_cannot_be_rebuilt_is_told(rig: ImageRig) -> None:
     rig.add("a", archive=tar_of({"f": b"12345", "g": b"6"}))
     layer = rig.layers.get(rig.images.resolve("a").chain_id)
