@@ -25773,8 +25773,7 @@ class ApiServer:
             for listener in self.listeners:
                 listener.socket.close()
             raise
-        make_server = http_server_class()  # now that the sockets listen: the import takes a tenth of a second
-        run_together("accept", [make_server(self, listener).serve for listener in self.listeners])
+        run_together("accept", [functools.partial(self._accept, listener) for listener in self.listeners])
 
     @job("acceptconnections")
     def accept_connections(self, job: Job) -> None:
@@ -25830,6 +25829,22 @@ class ApiServer:
                     os.unlink(listener.path)
 
     # connections
+
+    def _accept(self, listener: Listener) -> None:
+        """Serve each client that comes in a thread of its own until close(), and close the listener."""
+        with listener.socket:
+            while not self.closed:
+                try:
+                    client = listener.socket.accept()[0]
+                    threading.Thread(target=self.serve_connection, args=(client, listener.tls), daemon=True,
+                                     name="connection").start()
+                except OSError as error:
+                    if not self.closed:  # when descriptors have run out, not in a busy loop
+                        log.error("accept: %s", error)
+                        time.sleep(0.1)
+                except RuntimeError as error:  # no thread to be had
+                    log.error("a connection is refused: %s", error)
+                    client.close()
 
     def serve_connection(self, sock: socket.socket, tls: bool) -> None:
         """Serve one client in the calling thread to the connection's end."""
@@ -25972,46 +25987,6 @@ class ApiServer:
         if self._date[0] != now:
             self._date = now, time.strftime("Date: %a, %d %b %Y %H:%M:%S GMT\r\n", time.gmtime(now)).encode()
         return self._date[1]
-
-
-def http_server_class() -> Any:
-    """The class of the accept loops: http.server's, with our connections in place of its request handler."""
-    import http.server
-
-    class Server(http.server.ThreadingHTTPServer):
-        """Accepts on one listener; each connection has a thread of its own."""
-
-        def __init__(self, api: ApiServer, listener: Listener) -> None:
-            super().__init__(("", 0), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
-            self.socket.close()
-            self.socket, self.api, self.tls = listener.socket, api, listener.tls
-
-        def serve(self) -> None:
-            """Accept until the API server is closed, then close the listener."""
-            while not self.api.closed:
-                self.handle_request()
-            self.server_close()
-
-        def get_request(self) -> tuple[socket.socket, Any]:
-            """Accept; when descriptors have run out, not in a busy loop."""
-            try:
-                return self.socket.accept()
-            except OSError as error:
-                if not self.api.closed:
-                    log.error("accept: %s", error)
-                    time.sleep(0.1)
-                raise
-
-        def process_request(self, request: Any, client_address: Any) -> None:
-            """Serve the connection in a thread of its own."""
-            try:
-                threading.Thread(target=self.api.serve_connection, args=(request, self.tls), daemon=True,
-                                 name="connection").start()
-            except RuntimeError as error:  # no thread to be had
-                log.error("a connection is refused: %s", error)
-                request.close()
-
-    return Server
 
 
 # ------------------------------------------------------------------------------------------------------------
