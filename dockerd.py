@@ -4388,18 +4388,21 @@ class StateSync(threading.Thread):
     def _lock(self, path: str) -> threading.Lock:
         return self._locks[hash(path) % len(self._locks)]
 
-    def publish(self, temporary: str, path: str) -> None:
-        """Rename a whole, unsynced file to `path`, keep the version before, and sync it soon."""
+    def publish(self, path: str, temporary: str = "") -> None:
+        """Rename a whole, unsynced file to `path`, where that is none that was just made, keep the version
+        before, and sync it soon."""
         with self._lock(path):
-            if path not in self._pending:
-                with contextlib.suppress(FileNotFoundError, FileExistsError):
-                    os.link(path, path + STATE_PREVIOUS)
-            os.rename(temporary, path)
+            if temporary:
+                if path not in self._pending:
+                    with contextlib.suppress(FileNotFoundError, FileExistsError):
+                        os.link(path, path + STATE_PREVIOUS)
+                os.rename(temporary, path)
             self._pending[path] = next(self._versions)
-        with self._starting:
-            if not self.is_alive():
-                self.start()
-        self._wanted.set()
+        if not self._wanted.is_set():
+            with self._starting:
+                if not self.is_alive():
+                    self.start()
+            self._wanted.set()
 
     def forget(self, path: str, version: Optional[int] = None) -> None:
         """`path` is on the disk as it is, or as it was in `version`: the version before it may go."""
@@ -4446,9 +4449,12 @@ class StateSync(threading.Thread):
                 failpoint("state-sync")
                 syncfs(fd)
         for path, version in pending:
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_dev in devices:
-                    self.forget(path, version)
+            try:
+                synced = os.stat(path).st_dev in devices
+            except FileNotFoundError:  # it went, with its directory
+                synced = True
+            if synced:
+                self.forget(path, version)
 
     @contextlib.contextmanager
     def together(self, directory: str) -> Iterator[None]:
@@ -4457,9 +4463,9 @@ class StateSync(threading.Thread):
         self.here.gathering = True
         try:
             yield
-        finally:
+        finally:  # what a block that failed has written counts as well
             self.here.gathering = False
-        self.sync(directory)
+            self.sync(directory)
 
 
 STATE_SYNC = StateSync()
@@ -4490,7 +4496,7 @@ def write_state(path: str, data: Union[bytes, dict[str, Any], list[Any]], mode: 
         durable = _write_whole(temporary, data, mode, durable)
         failpoint("state-rename")
         if not durable:
-            return STATE_SYNC.publish(temporary, path)
+            return STATE_SYNC.publish(path, temporary)
         os.rename(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -4498,6 +4504,13 @@ def write_state(path: str, data: Union[bytes, dict[str, Any], list[Any]], mode: 
         raise
     _sync_file(directory)
     STATE_SYNC.forget(path)
+
+
+def write_new_state(path: str, data: bytes, mode: int = 0o600) -> None:
+    """Write a state file in a new directory, which nothing names yet: it goes with that when a crash tears
+    it.  It is on the disk within 100 ms."""
+    _write_whole(path, data, mode, False)
+    STATE_SYNC.publish(path)
 
 
 def _write_whole(path: str, data: bytes, mode: int, durable: bool) -> bool:
@@ -4978,7 +4991,7 @@ class Overlay(StorageDriver):
             limit_directory(path, size)
         make_directory(os.path.join(path, "diff"), 0o755, uid, gid)
         short = base64.b32encode(secrets.token_bytes(17)).decode()[:26]
-        write_state(os.path.join(path, "link"), short.encode(), 0o644, durable=False)  # for destroy
+        write_new_state(os.path.join(path, "link"), short.encode(), 0o644)  # for destroy
         os.symlink(f"../{cache_id}/diff", os.path.join(self.home, "l", short))
         if parent is None:
             return
@@ -4987,7 +5000,7 @@ class Overlay(StorageDriver):
         lowers = [f"l/{above}", *self._lowers(parent)]
         if len(lowers) > OVERLAY_DEPTH:
             raise BadParameter("max depth exceeded")
-        write_state(os.path.join(path, "lower"), ":".join(lowers).encode(), 0o644, durable=False)
+        write_new_state(os.path.join(path, "lower"), ":".join(lowers).encode(), 0o644)
         self._commit(parent)
 
     def create_filled(self, cache_id: str, parent: Optional[str], fill: Callable[[str], None]) -> None:
@@ -5660,6 +5673,7 @@ def parse_digest(text: str) -> str:
     return text
 
 
+@functools.lru_cache(4096)  # all of them at each change of one
 def parse_reference(text: str) -> Reference:
     """The reference that a user wrote, made complete with docker.io and library (distribution's
     ParseNormalizedNamed); BadParameter with Docker's text when it is none."""
@@ -6433,8 +6447,9 @@ class LayerStore:
         for path in (self._directory, self._mounts_directory, self.tmp):
             os.makedirs(path, 0o700, exist_ok=True)
         spread_over_disk(self._mounts_directory)
+        spread_over_disk(self.tmp)
         self.retired = {f"sha256:{name[:64]}" for name in os.listdir(self._directory)
-                        if name.endswith("-removing")}  # the chain ids of what an interrupted removal left
+                        if name.endswith("-removing")}  # the chain ids of what a crash left of layers
         self.damages: list[Damage] = []
         self._layers = self._load_layers()
         self._mounts = self._load_mounts()
@@ -6450,6 +6465,12 @@ class LayerStore:
                 self._ignore(name, str(error))
                 continue
             found[layer.chain_id] = layer
+        for name in {name for _, names, files in os.walk(self.tmp) for name in names + files
+                     if name.endswith("-published") and "sha256:" + name[:64] in found}:
+            if self._lost(found["sha256:" + name[:64]]):  # a power cut, and nobody was told of it
+                self.retired.add(found.pop("sha256:" + name[:64]).chain_id)
+                self.damages.append(Damage(f"the layer {name[:64]} did not reach the disk",
+                                           functools.partial(self._discard, name[:64]), True))
         for chain in list(found):  # a layer whose parents are not all there is of no use
             below = chain
             while below in found and found[below].parent:
@@ -6535,9 +6556,14 @@ class LayerStore:
                 yield Damage(f"the writable layer of the container {container} is missing",
                              functools.partial(self.remove_rw, container))
 
+    @property
+    def tells_loss(self) -> bool:
+        """Whether it is seen when a power cut has taken files of a layer: not where each is a whole tree."""
+        return str(self.driver.whiteouts) == "overlay"
+
     def _lost(self, layer: Layer) -> int:
         """How many bytes a layer's files have less than they had, as far as the driver's directory tells."""
-        if self.driver.whiteouts != "overlay":
+        if not self.tells_loss:
             return 0
         files = confined(self.driver.diff_dir(layer.cache_id), _file_sizes)
         return max(layer.size - sum(size for _, size, _ in files), 0)
@@ -6926,10 +6952,12 @@ class LayerTransaction:
 
     def _publish(self, layer: Layer, record: str) -> bool:
         """Write the layer's record and put it into the store; False when its like was there."""
-        write_facts(record, diff=layer.diff_id, size=str(layer.size), cache_id=layer.cache_id,
-                    parent=layer.parent)
+        for name, text in (("diff", layer.diff_id), ("size", str(layer.size)), ("cache-id", layer.cache_id),
+                           ("parent", layer.parent)):
+            if text:
+                write_new_state(os.path.join(record, name), text.encode())
         with contextlib.suppress(FileExistsError):
-            os.mkdir(os.path.join(self._directory, f"{layer.chain_id[7:]}-published"), 0o700)
+            os.symlink(layer.cache_id, os.path.join(self._directory, f"{layer.chain_id[7:]}-published"))
         return self._keep(self.store.publish(layer, record)) is layer
 
     def _keep(self, layer: Layer) -> Layer:
@@ -7036,6 +7064,7 @@ class ImageStore:
         self._metadata = os.path.join(root, "imagedb", "metadata", "sha256")
         for path in (self._content, self._metadata):
             os.makedirs(path, 0o700, exist_ok=True)
+        spread_over_disk(self._metadata)
         self._images: dict[str, Image] = {}
         self.damages: list[Damage] = []
         layers.retained = lambda chain: any(image.chain_id == chain for image in self._images.values())
@@ -7069,7 +7098,8 @@ class ImageStore:
     def _write_fact(self, image_id: str, name: str, value: str) -> None:
         """Note something beside an image; synced in the background, as nothing depends on it."""
         directory = os.path.join(self._metadata, image_id[7:])
-        os.makedirs(directory, 0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
         write_state(os.path.join(directory, name), value.encode(), durable=False)
 
     def create(self, raw: bytes, parent: str = "", saved: bool = True) -> Image:
@@ -7122,6 +7152,10 @@ class ImageStore:
         remove_tree(os.path.join(self._metadata, image_id[7:]))
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(self._content, image_id[7:]))
+
+    def exists(self, image_id: str) -> bool:
+        """Whether an image of this id is there, be it damaged."""
+        return os.path.lexists(os.path.join(self._content, image_id[7:]))
 
     def get(self, image_id: str) -> Optional[Image]:
         """The image of this id, or None."""
@@ -7272,16 +7306,21 @@ class Images:
                         *(damage for directory, _, _ in os.walk(root) for damage in unfinished(directory))]
         if not readonly:
             mend_what_is_safe(self.damages)
+            mend_what_is_safe(self._dangling_tags())
 
     def mismatches(self) -> Iterator[Damage]:
         """What only a check looks for."""
         yield from self.layers.mismatches()
+        yield from self._dangling_tags()
+
+    def _dangling_tags(self) -> Iterator[Damage]:
+        """References to images that are gone: safe to mend, unless one is there and damaged."""
         for image_id in self.tags.images():
             if self.store.get(image_id) is None:
                 references = self.tags.references(image_id)
                 names = ", ".join(reference.familiar for reference in references)
                 yield Damage(f"{names} means the image {image_id}, which is missing",
-                             functools.partial(self.tags.remove, references))
+                             functools.partial(self.tags.remove, references), not self.store.exists(image_id))
 
     def note_blob(self, diff_id: str, digest: str, repository: str) -> None:
         """Remember, as moby does, that a layer is the blob `digest` of a repository."""
@@ -7508,16 +7547,24 @@ class Images:
             yield ProgressReader(body, lambda current: job.progress(
                 status="Importing", progressDetail={"current": current, "total": body.total}))
 
-    def commit(self, transaction: LayerTransaction, container_id: str, parent: Optional[Image],
-               synced: bool = True, **facts: Any) -> Image:
-        """Make an image of what a container has changed of `parent`: its image, or None.
+    def commit(self, container_id: str, parent: Optional[Image], reference: Optional[Reference] = None,
+               unchanged: contextlib.AbstractContextManager[Any] = contextlib.nullcontext(),
+               **facts: Any) -> Image:
+        """Make an image, which `reference` means then, of what a container has changed of its image `parent`,
+        which may be None.
 
-        `facts` are child_document()'s.  Without `synced` the caller syncs the transaction, and the image may
-        be lost in a power cut until then."""
-        diff_id = transaction.commit(container_id)
-        if synced:
-            transaction.sync()
-        return self.store.create(child_document(parent, diff_id, **facts), parent.id if parent else "")
+        The container stays as it is in the block `unchanged`; `facts` are child_document()'s."""
+        with self.layers.transaction() as transaction:
+            with unchanged:
+                diff_id = transaction.commit(container_id)
+            if not self.layers.tells_loss:
+                transaction.sync()
+            with STATE_SYNC.together(self.layers.tmp):
+                image = self.store.create(child_document(parent, diff_id, **facts),
+                                          parent.id if parent else "")
+                if reference is not None:
+                    self.set_tag(reference, image)
+        return image
 
     # Remove
 
@@ -23043,18 +23090,15 @@ class ContainerJobs:
         container, env, comment = self.table.find(job.args[0]), job.env, str(job.env.get("comment") or "")
         reference = parse_repo_tag(env.get("repo") or "", env.get("tag") or "")
         body = env.get_json("body")
-        given = decode_struct(body, "ContainerConfigWrapper") if body else container.config
-        config = apply_changes(given, env.get_list("changes"))
-        _merge_image(config, container.config)
+        config, changes = container.config, env.get_list("changes")
+        if body or changes:
+            config = apply_changes(decode_struct(body, "ContainerConfigWrapper") if body else config, changes)
+            _merge_image(config, container.config)
         parent = self.images.resolve(container.image_id) if container.image_id else None
-        layers = self.images.layers
-        with container.unchanged(env.get_bool("pause")), layers.transaction() as transaction, \
-                STATE_SYNC.together(layers.tmp):
-            image = self.images.commit(
-                transaction, container.id, parent, config=config, container_config=container.config,
-                author=str(env.get("author") or ""), comment=comment, container=container.id)
-            if reference is not None:
-                self.images.set_tag(reference, image)
+        image = self.images.commit(
+            container.id, parent, reference, container.unchanged(env.get_bool("pause")), config=config,
+            container_config=container.config, author=str(env.get("author") or ""), comment=comment,
+            container=container.id)
         name = reference.with_default_tag().familiar if reference else ""
         container.event("commit", comment=comment, imageID=image.id, imageRef=name)
         job.reply({"Id": image.id})

@@ -13093,8 +13093,7 @@ def test_commit_makes_a_layer_of_what_has_changed(rig: ImageRig) -> None:
     rig.add("a", archive=tar_of({"same": b"1", "gone": b"2", "changed": b"3", "d": None, "d/f": b"4"}))
     image = rig.images.resolve("a")
     rig.layers.create_rw("c", image.chain_id, lambda directory: os.mkdir(f"{directory}/dev"))
-    with rig.layers.transaction() as transaction:
-        same = rig.images.commit(transaction, "c", image, config={}, container_config={"Cmd": ["true"]})
+    same = rig.images.commit("c", image, config={}, container_config={"Cmd": ["true"]})
     assert (same.chain_ids, same.parent) == (image.chain_ids, image.id)
     assert same.document["history"][-1].items() >= {"created_by": "true", "empty_layer": True}.items()
     fd = rig.layers.mount_rw("c")
@@ -13105,8 +13104,7 @@ def test_commit_makes_a_layer_of_what_has_changed(rig: ImageRig) -> None:
     (root / "new").mkdir()
     (root / "new" / "file").write_text("6")
     os.close(fd)
-    with rig.layers.transaction() as transaction:
-        made = rig.images.commit(transaction, "c", image, synced=False, config={}, container_config={})
+    made = rig.images.commit("c", image, config={}, container_config={})
     assert made.chain_ids[:-1] == image.chain_ids and rig.layers.get(made.chain_id).size == 2
     rig.layers.remove_rw("c")
     rig.layers.create_rw("c", made.chain_id)
@@ -14184,9 +14182,7 @@ def test_images_that_nobody_uses_go_by_themselves(pull_rig: PullRig, registry: F
     dangling = rig.add(archive=file_tar("dangling"))
     parent = rig.images.resolve(names["parent"])
     rig.layers.create_rw("c", parent.chain_id)
-    with rig.layers.transaction() as transaction:
-        child = rig.images.commit(transaction, "c", parent, config={}, container_config={})
-        rig.images.set_tag(dockerd.parse_reference("child"), child)
+    rig.images.commit("c", parent, dockerd.parse_reference("child"), config={}, container_config={})
     rig.layers.remove_rw("c")
     rig.containers["c"] = (rig.images.resolve(names["used"]).id, False)
     garbage = dockerd.ImageGarbage(config, rig.images)
@@ -14265,9 +14261,7 @@ def act(root, action, source, archive):
         images.layers.create_rw("c", old.chain_id, lambda directory: os.mkdir(directory + "/dev"))
         images.layers.remove_rw("c")
     elif action == "commit":
-        with images.layers.transaction() as transaction:
-            new = images.commit(transaction, "c", old, config={}, container_config={})
-            images.set_tag(dockerd.parse_reference("new"), new)
+        images.commit("c", old, dockerd.parse_reference("new"), config={}, container_config={})
     elif action == "pull":
         engine.job("pull", source).run()
         images.set_tag(dockerd.parse_reference("new"), images.resolve(source))
@@ -14365,6 +14359,28 @@ def test_a_kill_at_every_rename_and_sync_leaves_a_whole_store(
         elif action != "image_delete" and rig.images.tags.get(dockerd.parse_reference("new")):
             rig.assert_bytes("new")
     set_up_crash(rig, "import")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_commit_that_a_power_cut_took_is_gone_whole(pull_rig: PullRig, lost: bool) -> None:
+    """Its one sync had not ended: the names may have reached the disk before the files."""
+    rig = pull_rig
+    set_up_crash(rig, "commit")
+    made = rig.images.commit("c", rig.images.resolve("old"), dockerd.parse_reference("new"), config={},
+                             container_config={})
+    layer, begun = rig.layers.get(made.chain_id), Path(rig.layers.tmp, "begun")
+    begun.mkdir()
+    (begun / f"{layer.chain_id[7:]}-published").symlink_to(layer.cache_id)
+    if lost:
+        os.truncate(Path(rig.layers.driver.diff_dir(layer.cache_id), "old"), 3)
+    rig.restart()
+    assert rig.images.damages
+    assert {name for image in rig.run("images") for name in image["RepoTags"]} == (
+        {"old:latest"} if lost else {"new:latest", "old:latest"})
+    rig.layers.remove_rw("c")
+    rig.assert_whole()
+    rig.restart()
+    assert rig.images.damages == []
 
 
 def test_a_layer_that_has_lost_its_content_is_pulled_again(pull_rig: PullRig,
@@ -14980,8 +14996,7 @@ def two_images(rig: ImageRig) -> list[str]:
     rig.layers.create_rw("c", parent.chain_id)
     with dockerd.closing_fd(rig.layers.mount_rw("c")) as fd:
         Path(f"/proc/self/fd/{fd}/two").write_text("2")
-    with rig.layers.transaction() as transaction:
-        child = rig.images.commit(transaction, "c", parent, config={"Cmd": ["two"]}, container_config={})
+    child = rig.images.commit("c", parent, config={"Cmd": ["two"]}, container_config={})
     rig.layers.remove_rw("c")
     rig.run("tag", child.id, "b", "1")
     return [parent.id, child.id]
@@ -16856,7 +16871,9 @@ def test_what_is_written_together_is_synced_once(tmp_path: Path, monkeypatch: py
     assert synced == [str(tmp_path)] and not dockerd.STATE_SYNC._pending
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
     with pytest.raises(KeyError), dockerd.STATE_SYNC.together(str(tmp_path)):
+        write_state(paths[1], b"newer")
         raise KeyError
+    assert len(synced) == 2 and not dockerd.STATE_SYNC._pending
     write_state(paths[0], b"newest")  # is durable again
     assert not dockerd.STATE_SYNC._pending
 
