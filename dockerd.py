@@ -20177,14 +20177,29 @@ class Container:
     def summary(self, size: bool, image_name: str) -> dict[str, Any]:
         """The container as GET /containers/json of the newest API lists it."""
         record = self.record
+        shown = network_settings(record["NetworkSettings"], self.sandbox, self.state.pid)
+        names = {"Links": None, "Aliases": None, "DNSNames": None}  # which only inspect tells
         command = " ".join(_shell_word(word) for word in [record["Path"], *record["Args"]])
         return {"Id": self.id, "Names": [record["Name"]], "Image": image_name, "ImageID": record["Image"],
-                "Command": command, "Created": parse_timestamp(record["Created"]) // 10**9, "Ports": [],
-                "Labels": self.config.get("Labels") or {}, "State": self.state.status,
-                "Status": status_text(self.state.to_api(), time.time_ns()), **self._sizes(size),
-                "HostConfig": {"NetworkMode": self.host_config["NetworkMode"]},
-                "NetworkSettings": {"Networks": record["NetworkSettings"]["Networks"]},
+                "Command": command, "Created": parse_timestamp(record["Created"]) // 10**9,
+                "Ports": list(_listed_ports(shown["Ports"])), "Labels": self.config.get("Labels") or {},
+                "State": self.state.status, "Status": status_text(self.state.to_api(), time.time_ns()),
+                **self._sizes(size), "HostConfig": {"NetworkMode": self.host_config["NetworkMode"]},
+                "NetworkSettings": {"Networks": {
+                    name: {**endpoint, **names} for name, endpoint in shown["Networks"].items()}},
                 "Mounts": [shown_mount(point) for point in self.points]}
+
+
+def _listed_ports(ports: dict[str, Optional[list[dict[str, str]]]]) -> Iterator[dict[str, Any]]:
+    """What the list of containers shows of inspect's Ports: a line for each place of the host, or for a port
+    that is exposed alone."""
+    for name, places in ports.items():
+        number, _, protocol = name.partition("/")
+        port = {"PrivatePort": int(number), "Type": protocol}
+        if not places:
+            yield port
+        for place in places or ():
+            yield {"IP": place["HostIp"], **port, "PublicPort": int(place["HostPort"])}
 
 
 def selinux_runs(config: Any) -> bool:

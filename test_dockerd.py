@@ -9430,6 +9430,8 @@ def test_a_published_port_is_reached_from_everywhere(networked: Networked) -> No
            *SERVE)
     docker("run", "-d", "--name", "user", "--net", "other", "busybox", "sleep", NEVER)
     own = docker("inspect", "-f", "{{.NetworkSettings.IPAddress}}", "web")
+    assert docker("ps", "--format", "{{.Ports}}", "-f", "name=web") == (
+        "0.0.0.0:8080->80/tcp, 127.0.0.1:8081->80/tcp, [::]:8080->80/tcp")
     assert networked.shell(FETCH.format("127.0.0.1", 8080)) == "web\n"
     assert networked.shell(FETCH.format("127.0.0.1", 8081)) == "web\n"
     assert networked.shell(FETCH.format("::1", 8080)) == "web\n"
@@ -10109,6 +10111,8 @@ def test_links_open_what_icc_closes(busybox: bytes) -> None:
         docker("run", "-d", "--name", "web", "--expose", "80", *SERVE)
         docker("run", "-d", "--name", "user", "--link", "web:db", "busybox", "sleep", NEVER)
         docker("run", "-d", "--name", "stranger", "busybox", "sleep", NEVER)
+        assert docker("ps", "--format", "{{.Names}} {{.Ports}}").splitlines() == [
+            "stranger ", "user ", "web 80/tcp"]
         fetch, own = "nc -w 1 {} 80 < /dev/null", docker("inspect", "-f", "{{.Config.Hostname}}", "web")
         assert docker("exec", "user", "sh", "-c", fetch.format("db")) == own
         assert docker("exec", "user", "sh", "-c", "echo $DB_NAME $DB_PORT_80_TCP_PORT $DB_PORT") == (
