@@ -92,6 +92,7 @@ PROGRAM = os.path.join(HERE, "dockerd.py")
 API = "/v1.51"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOLDER = "ip link set lo up && echo ready && exec cat"
+BEGAN = time.time()
 PATIENCE = int(os.environ.get("DOCKERD_TEST_PATIENCE", "1"))  # how many times longer to wait
 
 
@@ -17023,7 +17024,7 @@ def seen_file(tar: tarfile.TarFile, entry: tarfile.TarInfo) -> Seen:
     if data and len(data) > 200:
         data = hashlib.sha256(data).digest()
     return Seen(entry.type, oct(stat.S_IMODE(entry.mode)), entry.uid, entry.gid, entry.linkname,
-                "now" if abs(time.time() - entry.mtime) < 600 else int(entry.mtime),
+                "now" if BEGAN - 600 < entry.mtime < time.time() + 600 else int(entry.mtime),
                 {key: value for key, value in entry.pax_headers.items() if "xattr" in key}, data)
 
 
