@@ -162,6 +162,7 @@ FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
 FS_TOPDIR_FL = 0x20000
 FS_XFLAG_PROJINHERIT = 0x200
+RENAME_EXCHANGE = 2
 
 # <linux/ioctl.h> families: <asm-generic/ioctls.h>, <linux/sockios.h>
 SIOCGSKNS = 0x894C
@@ -298,9 +299,9 @@ NF_INET_PRE_ROUTING = 0
 # <asm/unistd.h>: system calls that the C library of the oldest host served does not wrap, by machine
 SYSCALLS = {
     "x86_64": {"bpf": 321, "capget": 125, "capset": 126, "getdents64": 217, "keyctl": 250, "pivot_root": 155,
-               "rt_sigaction": 13, "seccomp": 317},
+               "renameat2": 316, "rt_sigaction": 13, "seccomp": 317},
     "aarch64": {"bpf": 280, "capget": 90, "capset": 91, "getdents64": 61, "keyctl": 219, "pivot_root": 41,
-                "rt_sigaction": 134, "seccomp": 277},
+                "renameat2": 276, "rt_sigaction": 134, "seccomp": 277},
 }
 SYSCALL_CLONE3 = 435
 SYSCALL_CLOSE_RANGE = 436
@@ -570,6 +571,11 @@ def directory_types(path: str) -> set[int]:
             types.add(kind)
             at += length
         return types
+
+
+def exchange(one: str, other: str) -> None:
+    """Swap two files or directories of one file system at once; renameat2(2)."""
+    _syscall(_NUMBERS["renameat2"], AT_FDCWD, one, AT_FDCWD, other, RENAME_EXCHANGE, path=one)
 
 
 def fsconfig_create(fd: int) -> None:
@@ -4700,6 +4706,11 @@ class Removals(threading.Thread):
             if not self.is_alive():
                 self.start()
 
+    def wait(self, seconds: float) -> bool:
+        """Wait at most so long for all that was added to be done; whether it is."""
+        with self.waiting.all_tasks_done:
+            return self.waiting.all_tasks_done.wait_for(lambda: not self.waiting.unfinished_tasks, seconds)
+
     def run(self) -> None:
         """The thread."""
         while True:
@@ -5023,6 +5034,7 @@ class Overlay(StorageDriver):
         if not self._is_committed(shared):
             self.remove(shared)  # its maker was killed
             super().create_filled(shared, parent, fill)
+            failpoint("layer-share")
             self._commit(shared)
             with opened(self.home) as fd:
                 syncfs(fd)
@@ -5120,8 +5132,7 @@ class Overlay(StorageDriver):
 
     def restore(self, cache_id: str, source: str) -> None:
         """Give a layer that has lost files the directory of another one with its content."""
-        os.rename(self.diff_dir(cache_id), os.path.join(self._path(source), "lost"))
-        os.rename(self.diff_dir(source), self.diff_dir(cache_id))
+        exchange(self.diff_dir(cache_id), self.diff_dir(source))
 
     @staticmethod
     def _mount_by_options(home: str, target: str, options: str) -> int:
@@ -6582,10 +6593,10 @@ class LayerStore:
         return chain in self._layers
 
     def get(self, chain: str) -> Layer:
-        """The layer of this chain id; DockerError when it does not exist."""
+        """The layer of this chain id; NotFound when it does not exist."""
         layer = self._layers.get(chain)
         if layer is None:
-            raise DockerError(f"layer does not exist: {chain}")
+            raise NotFound(f"layer does not exist: {chain}")
         return layer
 
     def all(self) -> list[Layer]:
@@ -7033,8 +7044,10 @@ class Image:
 
     @property
     def raw(self) -> bytes:
-        """The configuration, byte for byte; DockerError when the file no longer has the image's digest."""
-        raw = self.unsaved or read_state(self._path)
+        """The configuration, byte for byte; DockerError when the file no longer has the image's digest,
+        NotFound when the image has been removed."""
+        with reworded(NotFound, f"No such image: {self.id}", FileNotFoundError):
+            raw = self.unsaved or read_state(self._path)
         if "sha256:" + hashlib.sha256(raw).hexdigest() != self.id:
             raise DockerError(f"failed to verify: {self.id}")
         return raw
@@ -7157,6 +7170,10 @@ class ImageStore:
         """Whether an image of this id is there, be it damaged."""
         return os.path.lexists(os.path.join(self._content, image_id[7:]))
 
+    def has(self, image_id: str) -> bool:
+        """Whether there is an image of this id."""
+        return image_id in self._images
+
     def get(self, image_id: str) -> Optional[Image]:
         """The image of this id, or None."""
         return self._images.get(image_id)
@@ -7207,10 +7224,11 @@ class ImageStore:
 
 class TagStore:
     """repositories.json: which image a reference means.  The table is replaced as a whole when the file is
-    written."""
+    written.  `exists(image_id)` says whether there is such an image; who removes one looks for its references
+    afterwards."""
 
-    def __init__(self, path: str, tables: threading.RLock) -> None:
-        self._path, self._tables, self._writer = path, tables, threading.Lock()
+    def __init__(self, path: str, tables: threading.RLock, exists: Callable[[str], bool]) -> None:
+        self._path, self._tables, self._writer, self._exists = path, tables, threading.Lock(), exists
         try:
             loaded = json.loads(read_state(path))["Repositories"]
             repositories = {name: dict(known) for name, known in (loaded or {}).items() if known}
@@ -7249,11 +7267,14 @@ class TagStore:
         return list(self._references)
 
     def set(self, reference: Reference, image_id: str) -> None:
-        """Let `reference` mean the image, whatever it meant; BadParameter for a name that would be
-        ambiguous."""
+        """Let `reference` mean the image, whatever it meant; BadParameter for a name that would be ambiguous,
+        NotFound when the image is gone."""
         if reference.familiar_name == "sha256":
             raise BadParameter("refusing to create an ambiguous tag using digest algorithm as name")
         self._change({reference.stored(): image_id})
+        if not self._exists(image_id):
+            self.remove([reference])
+            raise NotFound(f"No such image: {image_id}")
 
     def remove(self, references: Iterable[Reference]) -> None:
         """Forget references; those that are not known are passed over."""
@@ -7301,7 +7322,7 @@ class Images:
         self.layers = LayerStore(root, driver, idmap, tables)
         self.layers.limits = UnpackLimits(config.max_layer_entries, 0, config.max_layer_ratio)
         self.store = ImageStore(root, self.layers, tables)
-        self.tags = TagStore(os.path.join(root, "repositories.json"), tables)
+        self.tags = TagStore(os.path.join(root, "repositories.json"), tables, self.store.has)
         self.damages = [*self.layers.damages, *self.store.damages, *self.layers.leftovers(),
                         *(damage for directory, _, _ in os.walk(root) for damage in unfinished(directory))]
         if not readonly:
@@ -7653,6 +7674,7 @@ class Images:
             raise
         self._untag(image, self.tags.references(image.id), records)
         layers = self.store.delete(image)
+        self._untag(image, self.tags.references(image.id), records)  # which it got meanwhile
         self._log("delete", image, image.id)
         records += [{"Deleted": name} for name in (image.id, *(layer.chain_id for layer in layers))]
         parent = self.store.get(image.parent)
@@ -16068,6 +16090,11 @@ class Volume:
         self.active: set[str] = set()
         self.lock = threading.Lock()
 
+    def save(self, path: str = "", durable: bool = True, **more: Any) -> None:
+        """Write down what is known of it, and `more`; in the directory `path` where that is not its own
+        yet."""
+        write_state(os.path.join(path or self.path, "volume.json"), {**self.facts, **more}, durable=durable)
+
     @property
     def data(self) -> str:
         """Where its files are."""
@@ -16160,13 +16187,17 @@ class Volumes:
         self._pruning = threading.Lock()
         self._volumes: dict[str, Volume] = {}
         self.renamed: Callable[[Volume, str], None] = lambda volume, name: None  # changes containers' records
+        self.renames: dict[str, str] = {}  # the new names of those whose old ones they have after a kill
         moby = read_bolt(os.path.join(self.root, MOBY_VOLUMES), b"volumes")
         for name in os.listdir(self.root):
             path = os.path.join(self.root, name)
             if name.startswith("."):  # half-made, or half-removed
                 self._discard(path)
             elif VOLUME_NAME.match(name) and os.path.isdir(os.path.join(path, "_data")):
-                self._volumes[name] = Volume(path, name, self._facts(path, moby.get(name.encode(), b"{}")))
+                facts = self._facts(path, moby.get(name.encode(), b"{}"))
+                if (old := facts.pop("RenamedFrom", name)) != name:
+                    self.renames[old] = name
+                self._volumes[name] = Volume(path, name, facts)
                 self._volumes[name].clear_unfilled()
 
     @staticmethod
@@ -16215,7 +16246,7 @@ class Volumes:
             make_directory(os.path.join(path, "_data"), 0o755, *self.idmap.root)
             if size:
                 limit_directory(os.path.join(path, "_data"), size)
-            write_state(os.path.join(path, "volume.json"), facts)
+            volume.save(path)
             if options:
                 write_state(os.path.join(path, "opts.json"), {
                     "MountType": options.get("type", ""), "MountOpts": options.get("o", ""),
@@ -16347,6 +16378,7 @@ class Volumes:
             if volume.active:
                 users = ", ".join(sorted(volume.active))
                 raise Conflict(f"rename {volume.name}: volume is in use - [{users}]")
+            volume.save(RenamedFrom=volume.name)
             with self._lock:
                 if name in self._volumes:
                     raise Conflict(f"rename {volume.name}: a volume named {name} already exists")
@@ -16354,11 +16386,19 @@ class Volumes:
                     raise NotFound(f"get {volume.name}: no such volume")
                 path = os.path.join(self.root, name)
                 os.rename(volume.path, path)
+                failpoint("volume-rename")
                 self._volumes[name] = self._volumes.pop(volume.name)
                 old, volume.name, volume.path = volume.name, name, path
         _sync_file(self.root)
         self.renamed(volume, old)  # takes the locks of containers, whose starts take the volume's
+        volume.save(durable=False)
         self.event("rename", name, {"driver": "local", "oldName": old})
+
+    def end_renames(self) -> None:
+        """All containers have taken over what a kill had kept from them."""
+        for name in self.renames.values():
+            self.get(name).save(durable=False)
+        self.renames.clear()
 
     @job("volume_prune")
     def prune(self, job: Job) -> None:
@@ -18811,9 +18851,10 @@ class Container:
         with contextlib.ExitStack() as undo:
             undo.callback(remove_tree, directory)
             os.mkdir(directory, 0o710)
-            parts.layers.create_rw(container_id, image.chain_id,
-                                   functools.partial(_fill_init_layer, owner=parts.idmap.root),
-                                   storage_size(host_config.get("StorageOpt") or {}))
+            with reworded(NotFound, f"No such image: {image.id}", NotFound):
+                parts.layers.create_rw(container_id, image.chain_id,
+                                       functools.partial(_fill_init_layer, owner=parts.idmap.root),
+                                       storage_size(host_config.get("StorageOpt") or {}))
             undo.callback(parts.layers.remove_rw, container_id)
             container._make_volumes(undo)
             container._save_host_config()
@@ -18865,6 +18906,8 @@ class Container:
         container.state.from_disk(record["State"])
         for point in container.points:
             if point["Type"] == "volume":
+                if renamed := parts.volumes.renames.get(point["Name"]):
+                    container.volume_renamed(parts.volumes.get(renamed), point["Name"])
                 volume = parts.volumes.create(point["Name"], user=container.id)
                 if container.state.running:
                     volume.active.add(container.id)
@@ -23687,6 +23730,7 @@ class Daemon:
                            self.workers.later, self.networks, self._container_gone, self.containers.find,
                            self.idmap, self.containers.all, self.volumes)
         self._load_containers()
+        self.volumes.end_renames()
         self.networks.begin()
         self.driver.open()
         self._start_wanted()
@@ -23908,6 +23952,8 @@ class Daemon:
         self.cgroups.close()
         self.networks.close()
         self.driver.close()
+        if not REMOVALS.wait(2):
+            log.info("the next start ends the removals that are under way")
         STATE_SYNC.flush()
         os.ftruncate(self._lock_file, 0)
 

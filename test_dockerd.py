@@ -7565,6 +7565,29 @@ def test_a_shared_layer_whose_maker_was_killed_is_made_anew(
     assert (shared / "committed").exists() and (shared / "diff/filled").read_bytes() == b"whole"
 
 
+@pytest.mark.parametrize("point", ["layer-share", "layer-create=kill@2"])
+def test_a_daemon_killed_while_it_fills_a_shared_layer(new_host: Callable[..., Host], busybox: bytes,
+                                                       point: str) -> None:
+    """It is there by half, or whole and used by no container yet: the next ones have all that they need."""
+    host = new_host()
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    host.stop()
+    host.environment["DOCKERD_FAILPOINTS"] = point if "=" in point else f"{point}=kill"
+    host.start()
+    with pytest.raises((OSError, http.client.HTTPException)):
+        host.create("true")
+    del host.environment["DOCKERD_FAILPOINTS"]
+    host.kill()
+    shared = Path(host.data_root, "overlay2").glob("*-filled/committed")
+    assert len(list(shared)) == (point != "layer-share")
+    host.start()
+    for _ in range(2):
+        assert host.run("sh", "-c", "test -f /etc/mtab -o -L /etc/mtab; cat /etc/hostname") [0] == 0
+    assert host.api("GET", "/containers/json?all=1") == []
+    host.stop()
+    assert check(host, "--check") == (0, [])
+
+
 def test_what_cannot_be_rebuilt_is_told(rig: ImageRig) -> None:
     rig.add("a", archive=tar_of({"f": b"12345", "g": b"6"}))
     layer = rig.layers.get(rig.images.resolve("a").chain_id)
@@ -10691,7 +10714,7 @@ def test_binds_volumes_and_tmpfs_inside(host: Host, data_image: str) -> None:
 
 def test_volumes_are_listed_filtered_renamed_pruned_and_survive(new_host: Callable[..., Host],
                                                                 busybox: bytes) -> None:
-    host = new_host()
+    host = new_host(environment={"DOCKERD_FAILPOINTS": "volume-rename=kill"})
     host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
     made = host.api("POST", "/volumes/create", {"Name": "one", "Labels": {"a": "b"}})
     assert (made["Driver"], made["Labels"], made["Scope"]) == ("local", {"a": "b"}, "local")
@@ -10704,10 +10727,23 @@ def test_volumes_are_listed_filtered_renamed_pruned_and_survive(new_host: Callab
     assert host.api("POST", f"/containers/{name}/wait")["StatusCode"] == 0
     data = os.path.join(host.data_root, "volumes", "mem", "_data")
     wait_for(lambda: data not in read_text(f"/proc/{host.process.pid}/mountinfo"))  # type: ignore[union-attr]
-    wait_for(lambda: host.http("POST", f"{API}/volumes/one/rename?name=two").status == 204)  # it is unmounted
+
+    def killed() -> bool:
+        """By the rename, when it is unmounted: between the directory and the containers' records."""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            host.http("POST", f"{API}/volumes/one/rename?name=two")
+        return host.process is not None and host.process.poll() is not None
+
+    wait_for(killed, "the daemon to be killed")
+    del host.environment["DOCKERD_FAILPOINTS"]
     host.kill()
+    for _ in range(2):
+        host.start()
+        assert host.inspect(name)["Mounts"][1]["Name"] == "two"
+        assert {volume["Name"] for volume in host.api("GET", "/volumes")["Volumes"]} == {
+            "two", "mem", anonymous}
+        host.kill()
     host.start()
-    assert host.inspect(name)["Mounts"][1]["Name"] == "two"
     assert archive(host, name, "/one/file") == {"file": b"kept\n"}
     filters = {"label": ["a=b"], "dangling": ["false"]}
     listed = host.api("GET", "/volumes?filters=" + urllib.parse.quote(json.dumps(filters)))
@@ -14366,6 +14402,42 @@ def test_a_kill_at_every_rename_and_sync_leaves_a_whole_store(
     set_up_crash(rig, "import")
 
 
+def test_an_image_that_is_removed_meanwhile_leaves_no_name(rig: ImageRig,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those who ask for it each is told that there is none."""
+    rig.add("a")
+    image, late, remove = rig.images.resolve("a"), dockerd.parse_reference("late"), rig.images.store.delete
+
+    def delete(doomed: Any) -> Any:
+        rig.images.set_tag(late, doomed)
+        return remove(doomed)
+
+    monkeypatch.setattr(rig.images.store, "delete", delete)
+    records = rig.run("image_delete", "a")
+    assert {"Untagged": "late:latest"} in records and rig.images.tags.images() == []
+    for use in (lambda: rig.images.set_tag(late, image), lambda: image.document):
+        with pytest.raises(dockerd.NotFound, match=f"No such image: {image.id}"):
+            use()
+    with pytest.raises(dockerd.NotFound):
+        rig.layers.create_rw("c", image.chain_id)
+    assert rig.images.tags.images() == []
+    rig.assert_whole()
+
+
+def test_a_creation_that_races_with_the_removal_of_its_image(new_host: Callable[..., Host],
+                                                             busybox: bytes) -> None:
+    host = new_host()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for number in range(12):
+            host.import_image("raced", file_tar(str(number)), "CMD true")
+            removed = pool.submit(host.http, "DELETE", f"{API}/images/raced?force=1")
+            answer = host.http("POST", f"{API}/containers/create", {"Image": "raced"})
+            assert removed.result().status in (200, 409)
+            assert answer.status == 201 or (
+                answer.status == 404 and answer.json["message"].startswith("No such image: ")), answer.body
+            host.remove_all()
+
+
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_commit_that_a_power_cut_took_is_gone_whole(pull_rig: PullRig, lost: bool) -> None:
     """Its one sync had not ended: the names may have reached the disk before the files."""
@@ -16640,8 +16712,9 @@ def test_a_large_or_deep_layer_goes_behind_the_answer(driver: dockerd.StorageDri
     assert bool(left()) == (driver.name != "btrfs")  # which removes in one step
     select_driver(os.path.dirname(driver.home), driver.name, [], IdMap())
     assert bool(left()) == (driver.name != "btrfs")
+    assert not dockerd.REMOVALS.wait(0)
     held.set()
-    wait_for(lambda: not left(), "the removals to end")
+    assert dockerd.REMOVALS.wait(60) and not left()
 
 
 def test_remapped_roots_own_their_directories(tmp_path: Path) -> None:
@@ -16697,7 +16770,7 @@ def test_a_layer_that_cannot_be_made_leaves_no_short_name(tmp_path: Path, monkey
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for function in ("dockerd.write_state", "os.symlink"):
+    for function in ("dockerd.write_new_state", "os.symlink"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
             patch.setattr(function, full)
             driver.create(new_id())
