@@ -19695,6 +19695,8 @@ class Container:
         with self.lock:
             if self.process is not process or process.end is None or not self.streams.finished.is_set():
                 return
+            for instance in list(self.execs.values()):
+                instance.settle()
             self.process = None
             state = self.state
             state.oom_killed = self.cgroup.oom_killed()
@@ -20482,6 +20484,7 @@ class ExecInstance:
             self._start()
         except BaseException as error:
             self._set_end(127 if getattr(error, "code", 0) == 127 else 126)
+            self.container.execs.pop(self.id, None)
             raise
 
     def _start(self) -> None:
@@ -20557,15 +20560,22 @@ class ExecInstance:
             self._finish()
 
     def _set_end(self, code: int) -> None:
-        self.container.execs.pop(self.id, None)
         self.ended_at, self.exit_code, self.running = time.monotonic(), code, False
+
+    def settle(self) -> None:
+        """The container has ended: where this has too, wait for the rest of its output, and tell its end."""
+        if self.exit_code is not None:
+            self.streams.finished.wait(self.ended_at + 2 - time.monotonic())
+            self._finish()
 
     def _finish(self) -> None:
         with self._lock:
             process, self._process = self._process, None
+            if process is not None:
+                self.container.execs.pop(self.id, None)
+                self.event("exec_die", exitCode=str(self.exit_code))
         if process is not None:
             self._give_up_timer()
-            self.event("exec_die", exitCode=str(self.exit_code))
             self.streams.close_stdin()
             self.streams.end_subscribers()
             self.container.parts.background(process.forget)

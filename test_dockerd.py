@@ -2372,6 +2372,21 @@ def test_exec_life_events_and_conflicts(host: Host) -> None:
     ]  # fmt: skip
 
 
+def test_execs_end_before_their_container(host: Host) -> None:
+    """Listeners hear of the end of an exec, whose output is still to be read, before the container's."""
+    for _ in range(3):
+        box = Execs(host)
+        since = time.time()
+        with contextlib.ExitStack() as opened:
+            for _ in range(2):
+                stream = opened.enter_context(contextlib.closing(box.start(box.create("yes"))))
+                stream.read_until(b"y\n")
+            host.api("POST", f"/containers/{box.id}/kill")
+            filters = urllib.parse.quote(json.dumps({"container": [box.id], "event": ["exec_die", "die"]}))
+            path = f"{API}/events?since={since}&until={time.time()}&filters={filters}"
+        assert [line["Action"] for line in host.http("GET", path).lines] == ["exec_die", "exec_die", "die"]
+
+
 def test_exec_is_confined_as_its_container_is(host: Host) -> None:
     """Namespaces, cgroups, capabilities, limits, filter and score are the container's, seen from the host."""
     box = Execs(host, User="bob", HostConfig={"CapDrop": ["ALL"], "CapAdd": ["CHOWN"], "OomScoreAdj": 500,
