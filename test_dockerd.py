@@ -93,6 +93,7 @@ API = "/v1.51"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HOLDER = "ip link set lo up && echo ready && exec cat"
 BEGAN = time.time()
+KERNEL_TELLS_EXITS = tuple(map(int, os.uname().release.split(".")[:2])) >= (6, 15)  # of strangers, by pidfd
 PATIENCE = int(os.environ.get("DOCKERD_TEST_PATIENCE", "1"))  # how many times longer to wait
 
 
@@ -2885,9 +2886,10 @@ def test_a_lost_shim_is_survived(new_host: Callable[..., Host], busybox: bytes) 
     host.start()
     stream = host.hijack(f"{API}/containers/running/attach?stdin=1&stdout=1&stream=1")
     stream.send(b"heard\n")
-    assert host.api("POST", "/containers/running/wait")["StatusCode"] == 42
+    assert host.api("POST", "/containers/running/wait")["StatusCode"] == (42 if KERNEL_TELLS_EXITS else 255)
     stream.close()
-    assert log_text(host, "running") == b"heard\n" and host.inspect("running")["State"]["Error"] == ""
+    assert log_text(host, "running") == b"heard\n"
+    assert (host.inspect("running")["State"]["Error"] == "") is KERNEL_TELLS_EXITS
     new, = shims(host)
     assert new != old
     os.kill(new, signal.SIGSTOP)  # it is to see nothing of what follows
@@ -2900,7 +2902,7 @@ def test_a_lost_shim_is_survived(new_host: Callable[..., Host], busybox: bytes) 
     assert (lost["Status"], lost["ExitCode"]) == ("exited", 255) and "is not known" in lost["Error"]
     assert host.inspect("quiet")["State"]["Pid"] == pids[1]
     host.api("POST", "/containers/quiet/stop")
-    assert host.inspect("quiet")["State"]["ExitCode"] == 7
+    assert host.inspect("quiet")["State"]["ExitCode"] == (7 if KERNEL_TELLS_EXITS else 255)
 
 
 def test_a_lost_shims_containers_are_handed_over_before_the_daemon_ends(
@@ -2908,11 +2910,15 @@ def test_a_lost_shims_containers_are_handed_over_before_the_daemon_ends(
     """Nobody else holds their streams then: a container would read the end of its input, and print for
     nobody."""
     driver, order, closing = dockerd.ExecutionDriver(str(tmp_path)), [], threading.Event()
+    lock = driver._handing_over
 
     def opened() -> dockerd.ShimClient:
         closing.wait(10)
-        time.sleep(0.1)
         return driver.shim
+
+    def acquire(timeout: float) -> bool:
+        closing.set()
+        return lock.acquire(timeout=timeout)
 
     monkeypatch.setattr(driver, "open", opened)
     monkeypatch.setattr(driver.shim, "take", lambda process, streams: order.append(process.key))
@@ -2921,14 +2927,15 @@ def test_a_lost_shims_containers_are_handed_over_before_the_daemon_ends(
     lost.processes = {"one": dockerd.Process("one", lost, 1, 0), "given up": dockerd.Process("", lost, 1, -1)}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         handed = pool.submit(lost._gone)
-        wait_for(driver._handing_over.locked)
-        closing.set()
+        wait_for(lock.locked)
+        waited = types.SimpleNamespace(acquire=acquire, release=lock.release)
+        monkeypatch.setattr(driver, "_handing_over", waited)
         driver.close()
         handed.result()
     assert order == ["one", "closed"]
 
 
-LINES = 30000
+LINES = 30000 // PATIENCE  # of which a slow machine prints fewer while no daemon runs
 PRINTS = (f"i=0; while [ $i -lt {LINES} ]; do echo line $i; i=$((i+1)); done; "
           "printf half; read x; echo :$x; exit 5")
 
@@ -4567,27 +4574,15 @@ NORMALISED = [
 DIFFERENCES = [
     (
         "mounts",
-        r"MOUNT 0:N / / r[ow],relatime - overlay overlay rw(,\w+dir=LAYERS){3},uuid=on",
+        r"MOUNT 0:N / / r[ow],relatime - overlay overlay rw(,\w+dir=LAYERS){3}(,uuid=on)?",
         r"MOUNT 0:N / / r[ow],relatime master:\d+ - overlay overlay rw(,\w+dir=LAYERS){3}",
         "private, as nothing of it was ever mounted on the host; the kernel's choice of a file system id",
     ),
     (
         "mounts",
-        r"MOUNT 0:N /null /proc/interrupts rw,nosuid - tmpfs tmpfs rw,size=65536k,mode=755",
+        r"MOUNT 0:N /null /proc/interrupts rw,nosuid - tmpfs tmpfs rw,size=65536k,mode=755(,inode64)?",
         "",
         "masked since Docker 28: it tells about the host",
-    ),
-    (
-        "cgroups",
-        r"drwxr-xr-x   11 root     root           220 DATE /sys/fs/cgroup",
-        r"dr-xr-xr-x   11 root     root           220 DATE /sys/fs/cgroup",
-        "a mode without the owner's w does not bind root, who owns the directory under both",
-    ),
-    (
-        "mounts",
-        r"MOUNT 0:N / /sys/fs/cgroup ro,nosuid,nodev,noexec,relatime - tmpfs tmpfs rw,mode=755",
-        r"MOUNT 0:N / /sys/fs/cgroup rw,nosuid,nodev,noexec,relatime - tmpfs tmpfs rw,mode=755",
-        "nobody has anything to write beside the hierarchies",
     ),
     (
         "network",
@@ -4596,6 +4591,21 @@ DIFFERENCES = [
         "loopback has ::1 since Docker 26, as /etc/hosts says of localhost",
     ),
 ]
+if not os.path.exists("/sys/fs/cgroup/cgroup.controllers"):  # several hierarchies
+    DIFFERENCES += [
+        (
+            "cgroups",
+            r"drwxr-xr-x   11 root     root           220 DATE /sys/fs/cgroup",
+            r"dr-xr-xr-x   11 root     root           220 DATE /sys/fs/cgroup",
+            "a mode without the owner's w does not bind root, who owns the directory under both",
+        ),
+        (
+            "mounts",
+            r"MOUNT 0:N / /sys/fs/cgroup ro,nosuid,nodev,noexec,relatime - tmpfs tmpfs rw,mode=755",
+            r"MOUNT 0:N / /sys/fs/cgroup rw,nosuid,nodev,noexec,relatime - tmpfs tmpfs rw,mode=755",
+            "nobody has anything to write beside the hierarchies",
+        ),
+    ]
 
 # Options of `docker run` under which the inside is compared.
 SITUATIONS = {
