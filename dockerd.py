@@ -42,6 +42,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import heapq
 import io
 import ipaddress
 import itertools
@@ -2950,8 +2951,10 @@ def parse_signal(text: str) -> int:
 # ------------------------------------------------------------------------------------------------------------
 
 CHUNK = 1 << 19  # bytes read or written at a time
+HELD = 1 << 16   # names or the like that are kept in memory
 TAR_BLOCK = 512
 TAR_HEADER = struct.Struct("100s8s8s8s12s12s8s1s100s8s32s32s8s8s155s12s")
+DIRECTORY_TIMES = struct.Struct("=QQH")  # access and modification in ns, the length of the name behind them
 TAR_SPECIAL_LIMIT = 1 << 20  # bytes of an extended header, long name or sparse map, as in Go's archive/tar
 INVALID_TAR_HEADER = "archive/tar: invalid tar header"
 TAR_ZEROES = bytes(TAR_BLOCK)
@@ -3139,6 +3142,88 @@ class Feed:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._queue.get_nowait()
+
+
+def unnamed_file(directory: Optional[int] = None) -> BinaryIO:
+    """A new file that goes when it is closed: in the open `directory` (None: the current one), or in memory
+    where that can have none; O_TMPFILE in open(2), memfd_create(2)."""
+    try:
+        fd = os.open(".", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    except OSError:
+        fd = os.memfd_create("unnamed")
+    return open(fd, "w+b")
+
+
+def sorted_on_disk(items: Iterable[bytes], directory: Optional[int] = None) -> Iterator[bytes]:
+    """`items`, which hold no zero byte, in order: but for the first HELD they wait in files without a name in
+    the open `directory`."""
+    turn, items = bytes.maketrans(b"\n\0", b"\0\n"), iter(items)
+    with contextlib.ExitStack() as held:
+        runs: list[Iterator[bytes]] = []
+        while part := sorted(itertools.islice(items, HELD)):
+            if runs or len(part) == HELD:
+                file = held.enter_context(unnamed_file(directory))
+                file.writelines(item.translate(turn) + b"\n" for item in part)
+                file.seek(0)
+                part = (line[:-1].translate(turn) for line in file)  # type: ignore[assignment]
+            runs.append(iter(part))
+        yield from heapq.merge(*runs)
+
+
+class NameTable:
+    """A value of `width` bytes for each of millions of names, in bounded memory.
+
+    All but the newest HELD stand in a file without a name in the open `directory`: records of the name's
+    keyed hash and the value, each in the first free place from where the hash says, at most half of all."""
+
+    HASH = 16
+
+    def __init__(self, width: int, directory: Optional[int] = None) -> None:
+        self._record, self._directory = self.HASH + width, directory
+        self._newest: dict[bytes, bytes] = {}
+        self._key, self._places, self._taken = secrets.token_bytes(16), 0, 0
+        self._file: BinaryIO = io.BytesIO()
+
+    def get(self, name: bytes) -> Optional[bytes]:
+        """The value of a name, or None."""
+        value = self._newest.get(name)
+        return self._seek(self._hash(name))[1] or None if value is None and self._places else value
+
+    def __setitem__(self, name: bytes, value: bytes) -> None:
+        self._newest[name] = value
+        if len(self._newest) >= HELD:
+            self._write()
+
+    def close(self) -> None:
+        """Give the file up."""
+        self._file.close()
+
+    def _hash(self, name: bytes) -> bytes:
+        return hashlib.blake2b(name, digest_size=self.HASH, key=self._key).digest()
+
+    def _seek(self, key: bytes) -> tuple[int, bytes]:
+        """(where the record of a hash is or may go, its value or b"")."""
+        at = (int.from_bytes(key, "big") * self._places >> 8 * self.HASH) * self._record
+        while any(found := os.pread(self._file.fileno(), self._record, at)):
+            if found.startswith(key):
+                return at, found[self.HASH:]
+            at += self._record
+        return at, b""
+
+    def _write(self) -> None:
+        """Bring the newest to the file: into one twice as large, with all from the old one, where it must be;
+        in the order of the hashes, which is that of their places."""
+        records: Iterable[bytes] = sorted(self._hash(name) + value for name, value in self._newest.items())
+        self._taken += len(self._newest)
+        with contextlib.ExitStack() as held:
+            if 2 * self._taken > self._places:
+                old = held.enter_context(self._file)
+                old.seek(0)
+                self._file, self._places = unnamed_file(self._directory), 4 * self._taken
+                records = itertools.chain(filter(any, iter(lambda: old.read(self._record), b"")), records)
+            for record in records:
+                os.pwrite(self._file.fileno(), record, self._seek(record[:self.HASH])[0])
+        self._newest.clear()
 
 
 def read_chunk(stream: Any, least: int = CHUNK, piece: int = CHUNK, head: bytes = b"") -> bytes:
@@ -3585,14 +3670,14 @@ def unpack_confined(stream: Any, directory: Union[str, int, Callable[[], int]], 
 class Unpacker:
     """Makes the entries of an archive below the current directory of a confined thread.
 
-    `made` holds, where whiteouts are applied, the names that this archive made, with all above them."""
+    `made` tells of the names that this archive has with b"\1", of those above them with b"\0": all of them
+    where whiteouts are applied, the directories where they are overlay's."""
 
     def __init__(self, reader: TarReader, whiteouts: str, idmap: IdMap, limits: UnpackLimits) -> None:
         self.reader, self.whiteouts, self.idmap, self.limits = reader, whiteouts, idmap, limits
         self.size = self.entries = 0
-        self.made: set[bytes] = set()
+        self.made = NameTable(1)
         self.refused: set[str] = set()
-        self._directories: dict[bytes, tuple[int, int]] = {}
         self._makers: dict[int, Callable[[bytes, TarEntry], None]] = {
             REGULAR: self._file, HARD_LINK: self._hard_link, SYMLINK: self._symlink,
             DIRECTORY: self._directory, CHARACTER: self._node, BLOCK: self._node, FIFO: self._node}
@@ -3600,13 +3685,14 @@ class Unpacker:
     def run(self) -> LayerStats:
         """Unpack everything; the modes of what is made are as asked, whatever the daemon's umask is."""
         os.umask(0)  # of this thread alone: confined() has unshared CLONE_FS
-        for entry in self.reader:
-            self._count()
-            try:  # not reworded(), which costs as much as a small file
-                self._unpack(entry)
-            except OSError as error:
-                raise DockerError(f"failed to unpack {quoted(entry.name)}: {reason(error)}") from None
-        self._set_directory_times()
+        with unnamed_file() as self._directories, contextlib.closing(self.made):
+            for entry in self.reader:
+                self._count()
+                try:  # not reworded(), which costs as much as a small file
+                    self._unpack(entry)
+                except OSError as error:
+                    raise DockerError(f"failed to unpack {quoted(entry.name)}: {reason(error)}") from None
+            self._set_directory_times()
         self.reader.drain()
         return LayerStats(self.size, self.entries)
 
@@ -3629,7 +3715,7 @@ class Unpacker:
         if make is None:
             raise BadParameter(f"unhandled tar header type {entry.kind}")
         make(name, entry)
-        if self.whiteouts == "apply":
+        if self.whiteouts == "apply" or self.whiteouts and entry.kind == DIRECTORY:
             self._remember(name)
 
     @staticmethod
@@ -3643,9 +3729,9 @@ class Unpacker:
         return clean
 
     def _remember(self, name: bytes) -> None:
-        while name and name not in self.made:
-            self.made.add(name)
-            name = name.rpartition(b"/")[0]
+        self.made[name] = b"\1"
+        while (name := name.rpartition(b"/")[0]) and self.made.get(name) is None:
+            self.made[name] = b"\0"
 
     # What stands in the way
 
@@ -3658,7 +3744,6 @@ class Unpacker:
             except FileExistsError:
                 with contextlib.suppress(FileNotFoundError):
                     self._refuse_twice(name, os.lstat(name))
-                    self._directories.pop(name, None)
                     remove_entry(name)
             except (FileNotFoundError, NotADirectoryError):
                 self._make_parents(name)
@@ -3667,10 +3752,10 @@ class Unpacker:
     def _refuse_twice(self, name: bytes, known: os.stat_result) -> None:
         """BadParameter where what is at `name` is another entry of this layer, as in Docker: of such a layer
         the archive could not be made again."""
-        if stat.S_ISDIR(known.st_mode):
-            twice = name in self._directories
+        if stat.S_ISDIR(known.st_mode) or self.whiteouts == "apply":
+            twice = self.made.get(name) == b"\1"
         else:
-            twice = name in self.made if self.whiteouts == "apply" else not is_whiteout(known)
+            twice = not is_whiteout(known)
         if twice and self.whiteouts:
             raise BadParameter(f"duplicates of file paths not supported: {quoted(name)}")
 
@@ -3726,7 +3811,7 @@ class Unpacker:
 
     def _hide(self, name: bytes) -> None:
         """Remove what lower layers have at `name`, and keep what this one has made there."""
-        if name not in self.made:
+        if self.made.get(name) is None:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 remove_entry(name)
         elif stat.S_ISDIR(os.lstat(name).st_mode):
@@ -3762,7 +3847,7 @@ class Unpacker:
             os.mkdir(name, entry.mode & 0o777)
         self._attributes(name, entry)
         os.chmod(name, entry.mode)  # also against a setgid bit from the directory above
-        self._directories[name] = self._times(entry)
+        self._directories.write(DIRECTORY_TIMES.pack(*self._times(entry), len(name)) + name)
 
     def _clear_for_directory(self, name: bytes, entry: TarEntry) -> None:
         """Make way for a directory where something is, unless that is one, which is kept."""
@@ -3835,9 +3920,13 @@ class Unpacker:
 
     def _set_directory_times(self) -> None:
         """At the end, because every file made in a directory changes its time."""
-        for name, times in self._directories.items():
+        self._directories.seek(0)
+        while head := self._directories.read(DIRECTORY_TIMES.size):
+            *times, length = DIRECTORY_TIMES.unpack(head)
+            name = self._directories.read(length)
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                os.utime(name, ns=times, follow_symlinks=False)
+                if stat.S_ISDIR(os.lstat(name).st_mode):
+                    os.utime(name, ns=(times[0], times[1]))
 
 
 class Extractor(Unpacker):
@@ -4063,15 +4152,21 @@ class TreePacker:
 
     def run(self) -> None:
         """Pack everything and finish the feed."""
-        self.pack(sorted(os.listdir(b"."), reverse=True))
+        self.pack(os.listdir(b"."))
 
-    def pack(self, names: list[bytes]) -> None:
-        """Pack `names`, the last first, with all below them, and finish the feed."""
-        while names:
-            name = names.pop()
+    def pack(self, names: list[bytes], above: bytes = b"") -> None:
+        """Pack `names`, with all below them, and finish the feed."""
+        names.sort(reverse=True)
+        pending = [(above, names)]
+        while pending:
+            above, names = pending[-1]
+            if not names:
+                pending.pop()
+                continue
+            name = above + names.pop()
             try:  # not suppress(), which costs as much as a system call
                 if self._add(name):
-                    names += [name + b"/" + child for child in sorted(os.listdir(name), reverse=True)]
+                    pending.append((name + b"/", sorted(os.listdir(name), reverse=True)))
             except (FileNotFoundError, NotADirectoryError):  # it vanished meanwhile
                 continue
         self._finish()
@@ -5398,9 +5493,10 @@ class TreeCopier:
                     self.attributes(f"/proc/self/fd/{read}", f"/proc/self/fd/{write}", facts, True)
         elif not stat.S_ISSOCK(facts.st_mode):
             self._clear(target, new, directory=False)
-            known = self._copied.setdefault((facts.st_dev, facts.st_ino), made)
-            if facts.st_nlink > 1 and known != made:
-                return os.link(known, new, dst_dir_fd=target, follow_symlinks=False)
+            if facts.st_nlink > 1:
+                known = self._copied.setdefault((facts.st_dev, facts.st_ino), made)
+                if known != made:
+                    return os.link(known, new, dst_dir_fd=target, follow_symlinks=False)
             self._make(source, name, target, new, facts)
             self.attributes(f"/proc/self/fd/{source}/{name}", f"/proc/self/fd/{target}/{new}", facts, False)
 
@@ -6576,8 +6672,7 @@ class LayerStore:
         """How many bytes a layer's files have less than they had, as far as the driver's directory tells."""
         if not self.tells_loss:
             return 0
-        files = confined(self.driver.diff_dir(layer.cache_id), _file_sizes)
-        return max(layer.size - sum(size for _, size, _ in files), 0)
+        return max(layer.size - written_size(self.driver.diff_dir(layer.cache_id)), 0)
 
     # Read-only layers
 
@@ -6826,27 +6921,36 @@ class LayerStore:
     def rw_size(self, container_id: str) -> tuple[int, int]:
         """(SizeRw, SizeRootFs): the bytes that the container wrote, and those with its image's."""
         mount = self._mount(container_id)
-        files = confined(self.driver.diff_dir(mount.mount_id), _file_sizes)
-        if self.driver.whiteouts != "overlay":  # the directory is a whole tree: take off what lies below
-            below = self._below(mount)
-            files -= confined(self.driver.diff_dir(below), _file_sizes) if below else set()
-        written = sum(size for _, size, _ in files)
+        written = self.written(mount.mount_id, self._below(mount))
         return written, written + self.size(mount.parent)
 
+    def written(self, cache_id: str, below: str) -> int:
+        """The bytes of files in a layer's directory; less what it has of the one `below`, where it is a whole
+        tree."""
+        whole = below and self.driver.whiteouts != "overlay"
+        return written_size(self.driver.diff_dir(cache_id), self.driver.diff_dir(below) if whole else "")
 
-def _file_sizes() -> set[tuple[str, int, int]]:
+
+def _file_sizes() -> Iterator[tuple[str, int, int]]:
     """(path, bytes, mtime in ns) of all that is no directory below the current one, an inode counted once."""
-    pending, files, inodes = ["."], set(), set()
+    pending, linked = ["."], set()
     while pending:
         with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
             for entry in entries:
                 facts = entry.stat(follow_symlinks=False)
                 if stat.S_ISDIR(facts.st_mode):
                     pending.append(entry.path)
-                elif facts.st_ino not in inodes:
-                    inodes.add(facts.st_ino)
-                    files.add((entry.path, facts.st_size, facts.st_mtime_ns))
-    return files
+                elif facts.st_ino not in linked:
+                    if facts.st_nlink > 1:
+                        linked.add(facts.st_ino)
+                    yield entry.path, facts.st_size, facts.st_mtime_ns
+
+
+def written_size(directory: str, below: str = "") -> int:
+    """The bytes of all files in a directory, an inode counted once, but for those which the directory `below`
+    has too."""
+    known = confined(below, lambda: set(_file_sizes())) if below else ()
+    return int(confined(directory, lambda: sum(file[1] for file in _file_sizes() if file not in known)))
 
 
 class LayerTransaction:
@@ -6927,10 +7031,7 @@ class LayerTransaction:
             for entry in archive:
                 archive.copy(nowhere, entry.stored)
             archive.drain()
-        files = confined(driver.diff_dir(cache_id), _file_sizes)
-        if driver.whiteouts != "overlay" and below:
-            files -= confined(driver.diff_dir(below), _file_sizes)
-        return reader.digest, sum(size for _, size, _ in files)
+        return reader.digest, self.store.written(cache_id, below)
 
     def _make(self, parent: str, fill: Callable[[str, str, TarRecord], tuple[str, int]], unwanted: str = "") \
             -> Optional[Layer]:
@@ -16425,7 +16526,7 @@ class Volumes:
 def volume_size(volume: Volume) -> int:
     """The bytes of a volume's files, a hard-linked one counted once; 0 when it has gone meanwhile."""
     with contextlib.suppress(FileNotFoundError):
-        return sum(size for _, size, _ in confined(volume.data, _file_sizes))
+        return written_size(volume.data)
     return 0
 
 
@@ -21158,9 +21259,9 @@ class ContextReader(TarReader):
 
     All is root's, as BuildKit has it: a user namespace may not know the client's users."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, scratch: int) -> None:
         super().__init__(stream, self._observe)
-        self.sums: dict[bytes, bytes] = {}
+        self.sums = NameTable(32, scratch)
         self._sum: Any = None
         self._name = b""
 
@@ -21205,11 +21306,12 @@ class Found(NamedTuple):
 
 class Source:
     """A tree that COPY takes from: its `root` is a path or a descriptor, `sums` are the hashes that an
-    archive brought along, or None where the files are to be read."""
+    archive brought along (a NameTable or a dict), or None where the files are to be read; `scratch` is an
+    open directory for what there is too much of."""
 
-    def __init__(self, root: Union[str, int], sums: Optional[dict[bytes, bytes]] = None) -> None:
-        self.root, self.sums = root, sums
-        self._known: dict[str, str] = {}
+    def __init__(self, root: Union[str, int], scratch: int, sums: Any = None) -> None:
+        self.root, self.scratch, self.sums = root, scratch, sums
+        self._linked = functools.lru_cache(1024)(self._read)
         self._names = [{account.number: os.fsencode(account.name) for account in reversed(_accounts(
             read_text(f"/etc/{file}").encode(), last))} for file, last in (("passwd", 5), ("group", 3))]
 
@@ -21233,7 +21335,8 @@ class Source:
     def _find(self, path: str, matches: Optional[Callable[[str], Any]]) -> list[Found]:
         if matches is None:
             return [self._found(path)]
-        return [self._found(name[1:]) for name in _walk("/") if matches(name)]
+        return [self._found(name[1:]) for name in sorted(filter(matches, _walk("/")), key=lambda name:
+                                                         name.split("/"))]
 
     def _found(self, path: str) -> Found:
         real = os.path.realpath("/" + path)
@@ -21245,18 +21348,23 @@ class Source:
             raise FileNotFoundError(errno.ENOENT, "", path) from None
         if not is_directory:
             return Found(path, real, "file:" + self._hash(real), False, self)
-        hashes = sorted(self._hash(name) for name in _walk(real))
-        return Found(path, real, "dir:" + hashlib.sha256(",".join(hashes).encode()).hexdigest(), True, self)
+        hasher, comma = hashlib.sha256(), b""
+        for digest in sorted_on_disk((os.fsencode(self._hash(name)) for name in _walk(real)), self.scratch):
+            hasher.update(comma + digest)
+            comma = b","
+        return Found(path, real, "dir:" + hasher.hexdigest(), True, self)
 
     def _hash(self, path: str) -> str:
         """The hash of what is at an absolute path; of what a link leads to, as the classic builder has it."""
-        real = os.path.realpath(path) if os.path.islink(path) else path
-        if self.sums is not None:
-            known = self.sums.get(os.fsencode(real[1:] or "."))
-            return known.hex() if known else path[1:]
-        if real not in self._known:
-            self._known[real] = _file_sum(real, self._names)
-        return self._known[real]
+        linked = os.path.islink(path)
+        real = os.path.realpath(path) if linked else path
+        if self.sums is None:
+            return self._linked(real) if linked else self._read(real)
+        known = self.sums.get(os.fsencode(real[1:] or "."))
+        return known.hex() if known else path[1:]
+
+    def _read(self, path: str) -> str:
+        return _file_sum(path, self._names)
 
     def open(self, path: str) -> int:
         """A descriptor of what is at a real path."""
@@ -21264,14 +21372,14 @@ class Source:
 
 
 def _walk(top: str) -> Iterator[str]:
-    """All paths below a directory, in the order of their names, a directory before what is in it."""
+    """All paths below a directory, each directory before what is in it."""
     pending = [top]
     while pending:
-        path = pending.pop()
-        if path != top:
-            yield path
-        if path == top or stat.S_ISDIR(os.lstat(path).st_mode):
-            pending += sorted((os.path.join(path, name) for name in os.listdir(path)), reverse=True)
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                yield entry.path
 
 
 def _file_sum(path: str, names: list[dict[int, bytes]]) -> str:
@@ -21336,10 +21444,16 @@ class IgnoreRules:
 
     def remove_hidden(self) -> None:
         """Remove what is left out below the root of a confined thread, but for what holds something else."""
-        for name in reversed(list(_walk("/"))):
+        directories = []
+        for name in _walk("/"):
             if self.hides(name[1:]):
-                with contextlib.suppress(OSError):
-                    (os.rmdir if stat.S_ISDIR(os.lstat(name).st_mode) else os.unlink)(name)
+                try:
+                    os.unlink(name)
+                except IsADirectoryError:
+                    directories.append(name)
+        for name in reversed(directories):
+            with contextlib.suppress(OSError):
+                os.rmdir(name)
 
 
 def parse_chmod(text: str) -> Callable[[int, bool], int]:
@@ -21895,7 +22009,7 @@ class Stage(Instructions):
         if document.expands:
             text = self.word(text, document=True).expand()
         directory, name = os.path.split(self.build.new_file(document.name, text, 0o644))
-        return Source(directory).find(name, literal=True)
+        return self.build.source(directory).find(name, literal=True)
 
     def _find(self, step: Instruction, source: Source, path: str, to: str) -> list[Found]:
         """What one source of COPY or ADD means."""
@@ -21905,7 +22019,7 @@ class Stage(Instructions):
             return [self.build.download(self.voice, path, to, self.expand(step.flags.get("checksum", "")))]
         if step.name == "add" and is_git(path):
             root = self.build.clone(path, bool(step.flags.get("keep-git-dir")))
-            return Source(root).find(".", literal=True)
+            return self.build.source(root).find(".", literal=True)
         return source.find(path, parents=bool(step.flags.get("parents")))
 
     def _owner(self, root: int, text: str) -> tuple[int, int]:
@@ -22027,7 +22141,6 @@ class Build:
         self.platforms = {
             f"{what}{key}": value for what, it in (("TARGET", platform), ("BUILD", host_platform()))
             for key, value in (("PLATFORM", str(it)), *zip(("OS", "ARCH", "VARIANT"), it))}
-        self.context = Source("/nonexistent", {})
         self.directory = ""
         self.held = contextlib.ExitStack()
         self.spent = 0                  # of BUILD_TEXT
@@ -22104,6 +22217,8 @@ class Build:
             self.directory = os.path.join(parent, f"docker-builder{secrets.token_hex(5)}")
             os.mkdir(self.directory, 0o700)
             held.callback(remove_tree, self.directory)
+            self.scratch_fd = held.enter_context(opened(self.directory))
+            self.context = self.source("/nonexistent", {})
             dockerfile = self._open_context()
             try:
                 image = self._build(dockerfile)
@@ -22292,7 +22407,7 @@ class Build:
             raise BadParameter("experimental session with v1 builder is no longer supported, use builder "
                                "version v2 (BuildKit) instead")
         if is_git(remote):
-            self.context = Source(self.clone(remote))
+            self.context = self.source(self.clone(remote))
             self._leave_out(name, everything=True)
         elif re.match("https?://", remote):
             data = self._download_context(remote)
@@ -22319,11 +22434,12 @@ class Build:
 
     def _unpack_context(self, stream: Any) -> None:
         feed = Feed()
-        reader, root = ContextReader(feed), self.new_directory()
+        reader, root = ContextReader(feed, self.scratch_fd), self.new_directory()
+        self.held.callback(reader.sums.close)
         os.chmod(root, 0o755)
         unpack_confined(decompress(stream), root, Unpacker(reader, "", self.idmap, UnpackLimits()), feed)
         reader.close()
-        self.context = Source(root, reader.sums)
+        self.context = self.source(root, reader.sums)
 
     def _download_context(self, address: str) -> Optional[bytes]:
         """Fetch a remote context; where it is no archive but text, that, as the Dockerfile."""
@@ -22370,7 +22486,6 @@ class Build:
             with contextlib.suppress(BadParameter, OSError):
                 if rules.hides(os.path.normpath(path)):
                     confined(root, os.unlink, f"/{path}")
-                    (self.context.sums or {}).pop(os.fsencode(os.path.normpath(path)), None)
 
     # What stages ask for
 
@@ -22438,11 +22553,15 @@ class Build:
         """The tree of a stage's or an image's files."""
         image = self.image(asking, name, numbers=True)
         if image is None or not image.chain_id:
-            return Source(self.new_directory())
+            return self.source(self.new_directory())
         layers = self.image_jobs.layers
         fd = layers.driver.mount(layers.get(image.chain_id).cache_id, readonly=True)
         self.held.callback(os.close, fd)
-        return Source(fd)
+        return self.source(fd)
+
+    def source(self, root: Union[str, int], sums: Any = None) -> Source:
+        """A tree that COPY takes from."""
+        return Source(root, self.scratch_fd, sums)
 
     def new_directory(self) -> str:
         """An empty directory that goes at the end."""
@@ -22485,7 +22604,7 @@ class Build:
         if checksum and reader.digest != checksum:
             raise DockerError(f"digest mismatch {reader.digest}: {checksum}")
         os.utime(place, (modified, modified))
-        found, = Source(directory).find(os.path.basename(place), literal=True)
+        found, = self.source(directory).find(os.path.basename(place), literal=True)
         return found._replace(hash=found.hash[len("file:"):], plain=True)
 
     def clone(self, address: str, keep: bool = False) -> str:
@@ -22539,7 +22658,7 @@ class Build:
                                                 if os.path.basename(name) == ".git"]):
                 remove_tree(root + path)
         try:
-            found, = Source(root, {}).find(below or ".", literal=True)
+            found, = self.source(root, {}).find(below or ".", literal=True)
         except FileNotFoundError:
             raise DockerError(f"error setting git context, {below} not within git root") from None
         return root + found.real.rstrip("/")
@@ -22679,7 +22798,7 @@ class Builder:
             for name in os.listdir(self.caches) if os.path.isdir(self.caches) else ():
                 if not self.cache_users[name]:
                     path = os.path.join(self.caches, name)
-                    size += sum(size for _, size, _ in confined(path, _file_sizes))
+                    size += written_size(path)
                     remove_tree(path)
                     deleted.append(name)
         job.reply({"CachesDeleted": deleted or None, "SpaceReclaimed": size})

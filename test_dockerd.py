@@ -50,6 +50,7 @@ import tempfile
 import termios
 import threading
 import time
+import tracemalloc
 import types
 import urllib.parse
 import zipfile
@@ -7937,6 +7938,44 @@ def test_a_name_twice_is_refused_as_docker_does(tmp_path: Path, whiteouts: str) 
     unpack(make_tar(file, directory, ("d/f", b"")), tmp_path / "below", "apply")
     unpack(make_tar(again, directory, ("d/f", b"2")), tmp_path / "below", "apply")
     assert (tmp_path / "below/x").read_bytes() == (tmp_path / "below/d/f").read_bytes() == b"2"
+
+
+@pytest.mark.parametrize("directory", ["/tmp", "/proc"])
+def test_names_and_sorted_items_beyond_memory(monkeypatch: pytest.MonkeyPatch, directory: str) -> None:
+    """What a dict and sorted() hold, also where the file system has no files without names."""
+    monkeypatch.setattr(dockerd, "HELD", 50)
+    dice = random.Random(3)
+    with dockerd.opened(directory) as scratch:
+        known: dict[bytes, bytes] = {}
+        with contextlib.closing(dockerd.NameTable(3, scratch)) as table:
+            assert table.get(b"none") is None
+            for _ in range(3000):
+                name, value = b"name%d" % dice.randrange(2000), dice.randbytes(3)
+                known[name] = table[name] = value
+                assert table.get(name) == value
+            for name in (b"name%d" % number for number in range(2100)):
+                assert table.get(name) == known.get(name)
+        for count in (0, 1, 49, 50, 51, 1000):
+            items = [dice.randbytes(3).replace(b"\0", b"\n") for _ in range(count)] + [b"", b"\n", b"\1"]
+            assert list(dockerd.sorted_on_disk(items, scratch)) == sorted(items)
+
+
+@pytest.mark.parametrize("whiteouts", ["overlay", "apply", ""])
+def test_memory_does_not_grow_with_the_entries(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, whiteouts: str
+) -> None:
+    """Of directories, which get their times at the end, and of names that whiteouts may concern."""
+    monkeypatch.setattr(dockerd, "HELD", 50)
+    members = ((f"{number % 20}/{number}", "5", {"mtime": number}) for number in range(4000))
+    data = io.BytesIO(make_tar(*members))
+    unpacker = dockerd.Unpacker(dockerd.TarReader(data), whiteouts, IdMap(), UnpackLimits())
+    tracemalloc.start()
+    try:
+        assert dockerd.confined(str(tmp_path), unpacker.run).entries == 4000
+        assert tracemalloc.get_traced_memory()[1] < 5 * dockerd.CHUNK // 2
+    finally:
+        tracemalloc.stop()
+    assert all(os.stat(tmp_path / f"{number % 20}/{number}").st_mtime == number for number in range(4000))
 
 
 def test_random_damage_never_leaves_the_tree_or_raises_anything_else(tmp_path: Path, outside: Path) -> None:
