@@ -4479,8 +4479,8 @@ class StateSync(threading.Thread):
     def __init__(self) -> None:
         super().__init__(name="state-sync", daemon=True)
         self._locks = [threading.Lock() for _ in range(64)]  # by path: no two records wait for each other
-        self._pending: dict[str, int] = {}
-        self._versions = itertools.count()
+        self._pending: dict[str, int] = {}  # the version of each; 0 of what has reached the disk meanwhile
+        self._versions = itertools.count(1)
         self._wanted = threading.Event()
         self._flushing = threading.Lock()
         self._starting = threading.Lock()
@@ -4494,7 +4494,10 @@ class StateSync(threading.Thread):
         before, and sync it soon."""
         with self._lock(path):
             if temporary:
-                if path not in self._pending:
+                if self._pending.get(path) == 0:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(path + STATE_PREVIOUS)
+                if not self._pending.get(path):
                     with contextlib.suppress(FileNotFoundError, FileExistsError):
                         os.link(path, path + STATE_PREVIOUS)
                 os.rename(temporary, path)
@@ -4531,10 +4534,11 @@ class StateSync(threading.Thread):
         with self._flushing:
             pending = list(self._pending.items())
             directories = set()
-            for path, _ in pending:
+            for path, version in pending:
                 with contextlib.suppress(FileNotFoundError):
-                    _sync_file(path)
-                    directories.add(os.path.dirname(path))
+                    if version:
+                        _sync_file(path)
+                        directories.add(os.path.dirname(path))
             for directory in directories:
                 with contextlib.suppress(FileNotFoundError):
                     _sync_file(directory)
@@ -4542,7 +4546,8 @@ class StateSync(threading.Thread):
                 self.forget(path, version)
 
     def sync(self, *directories: str) -> None:
-        """Bring the file systems of `directories` to the disk as they are: what is pending there is, too."""
+        """Bring the file systems of `directories` to the disk as they are: what is pending there is, too, and
+        the versions before it go behind the caller."""
         pending = list(self._pending.items())
         devices = {os.stat(path).st_dev: path for path in directories}
         for path in devices.values():
@@ -4554,8 +4559,11 @@ class StateSync(threading.Thread):
                 synced = os.stat(path).st_dev in devices
             except FileNotFoundError:  # it went, with its directory
                 synced = True
-            if synced:
-                self.forget(path, version)
+            with self._lock(path):
+                if synced and self._pending.get(path) == version:
+                    self._pending[path] = 0
+        if pending:  # else there is perhaps no thread yet
+            self._wanted.set()
 
     @contextlib.contextmanager
     def together(self, directory: str) -> Iterator[None]:

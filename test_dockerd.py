@@ -17009,7 +17009,8 @@ def test_a_record_that_goes_away_does_not_stop_the_sync(tmp_path: Path) -> None:
 
 
 def test_what_is_written_together_is_synced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the end of the block; until then the version before stays beside it.  Other threads do as ever."""
+    """At the end of the block; until then the version before stays beside it, and goes behind the block: at
+    the latest when there is a newer one.  Other threads do as ever."""
     synced: list[str] = []
     monkeypatch.setattr(dockerd, "STATE_SYNC", dockerd.StateSync())
     monkeypatch.setattr(dockerd, "STATE_SYNC_INTERVAL", 1000)
@@ -17022,12 +17023,20 @@ def test_what_is_written_together_is_synced_once(tmp_path: Path, monkeypatch: py
         dockerd.in_thread(write_state, paths[2], b"new")
         assert sorted(dockerd.STATE_SYNC._pending) == paths[:2] and synced == []
         assert Path(f"{paths[0]}.previous").read_bytes() == b"old"
-    assert synced == [str(tmp_path)] and not dockerd.STATE_SYNC._pending
+    assert synced == [str(tmp_path)]
+    write_state(paths[0], b"newer", durable=False)
+    assert Path(f"{paths[0]}.previous").read_bytes() == b"new"
+    files = list[str]()
+    with monkeypatch.context() as watched:
+        watched.setattr(dockerd, "_sync_file", files.append)
+        dockerd.STATE_SYNC.flush()
+    assert files == [paths[0], str(tmp_path)] and not dockerd.STATE_SYNC._pending
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
     with pytest.raises(KeyError), dockerd.STATE_SYNC.together(str(tmp_path)):
         write_state(paths[1], b"newer")
         raise KeyError
-    assert len(synced) == 2 and not dockerd.STATE_SYNC._pending
+    assert len(synced) == 2 and set(dockerd.STATE_SYNC._pending.values()) == {0}
+    dockerd.STATE_SYNC.flush()
     write_state(paths[0], b"newest")  # is durable again
     assert not dockerd.STATE_SYNC._pending
 
