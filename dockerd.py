@@ -13366,9 +13366,16 @@ class ExecutionDriver:
 
     def _await_execve(self, process: Process, sync: socket.socket, failed: str, tty: bool = False) -> None:
         """Read what the init tells until its end of file: its terminal, without which it was killed before
-        its execve, and perhaps what stood in the way."""
+        its execve, and perhaps what stood in the way.  In a PID namespace that it shares others may stop it,
+        which would hold up whoever waits."""
+        sync.settimeout(1)
         while True:
-            data, fds = receive_fds(sync, SHIM_PACKET, 1)
+            try:
+                data, fds = receive_fds(sync, SHIM_PACKET, 1)
+            except socket.timeout:
+                if read_text(f"/proc/{process.pid}/stat").rpartition(") ")[2].startswith("T"):
+                    raise StartError(failed.format("it was stopped before its execve"), 128)
+                continue
             if not data:
                 break
             message = json.loads(data)

@@ -5267,6 +5267,16 @@ def link(name: str, target: str) -> tarfile.TarInfo:
     return entry
 
 
+def test_a_container_holds_up_nobody_who_joins_it(host: Host) -> None:
+    """A start in the PID namespace of a container that stops all it sees fails, and so does an exec."""
+    box = Execs(host, "sh", "-c", "while :; do kill -STOP -1; done")
+    joins = host.create("true", HostConfig={"PidMode": "container:" + box.id})
+    answer = host.api("POST", f"/containers/{joins}/start", status=500)
+    assert "it was stopped before its execve" in answer["message"], answer
+    assert b"it was stopped before its execve" in box.run("true")[0]
+    assert host.inspect(joins)["State"]["Status"] == "created"
+
+
 @pytest.mark.parametrize("name, odd", [
     ("etc/resolv.conf", link("etc/resolv.conf", "../run/systemd/resolve/stub-resolv.conf")),
     ("etc/hosts", link("etc/hosts", "hosts")), ("etc/hostname", link("etc/hostname", "/dev/null")),
