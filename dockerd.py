@@ -2970,12 +2970,12 @@ UNFOLLOWED = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a file, whatever it 
 
 
 class UnpackLimits(NamedTuple):
-    """What an archive may ask for: `entries` in it, `size` in bytes of the tar stream, `ratio` of that to the
-    compressed one; 0 is no limit."""
+    """What an archive may ask for: `entries` in it, `ratio` of the tar stream to the compressed one (0: no
+    limit), and `size` in bytes of all its files, so that no sum of sizes is beyond a client's integers."""
 
     entries: int = 4_000_000
-    size: int = 0
     ratio: int = 1000
+    size: int = 1 << 50
 
 
 class LayerStats(NamedTuple):
@@ -3250,12 +3250,13 @@ class Decompressor:
     reach honestly)."""
 
     HONEST = 1 << 30
+    FIRST = 1 << 9  # bytes of a member that are offered first, twice as many each time: it may be a short one
 
     def __init__(self, stream: Any, make: Callable[[], Any], ratio: int) -> None:
         self._stream, self._make, self._ratio = stream, make, ratio
         self._decoder = make()
         self._taken = self._given = 0
-        self._left: bytes = b""  # input that the decoder has not taken yet
+        self._input, self._at, self._step = memoryview(b""), 0, self.FIRST
         self._ended = False
 
     def read(self, size: int = CHUNK) -> bytes:
@@ -3270,14 +3271,13 @@ class Decompressor:
         return b""
 
     def _decode(self, size: int) -> bytes:
-        source = self._left
-        if not source and getattr(self._decoder, "needs_input", True):
-            source = self._input()
+        source = self._offer() if getattr(self._decoder, "needs_input", True) else memoryview(b"")
         try:
             data: bytes = self._decoder.decompress(source, size)
         except Exception as error:  # zlib.error, OSError, lzma.LZMAError, by the format
             raise BadParameter(f"the compressed stream is damaged: {error}") from error
-        self._left = getattr(self._decoder, "unconsumed_tail", b"")
+        rest = getattr(self._decoder, "unconsumed_tail", b"") or self._decoder.unused_data
+        self._at += len(source) - len(rest)
         self._given += len(data)
         if self._given > max(self.HONEST, self._taken * self._ratio) and self._ratio:
             raise BadParameter(f"the compressed stream unpacks to more than {self._ratio} times its size")
@@ -3285,22 +3285,25 @@ class Decompressor:
             raise BadParameter("unexpected EOF")
         return data
 
-    def _input(self) -> bytes:
-        data: bytes = self._stream.read(CHUNK)
-        self._taken += len(data)
-        return data
+    def _offer(self) -> memoryview:
+        """The next piece of the input; empty at its end."""
+        if self._at == len(self._input):
+            self._input, self._at = memoryview(self._stream.read(CHUNK)), 0
+            self._taken += len(self._input)
+        piece, self._step = self._input[self._at:self._at + self._step], min(2 * self._step, CHUNK)
+        return piece
 
     def _next_member(self) -> bool:
         """Begin with what follows a complete member: another one, or padding of zeroes and the end."""
-        rest = self._decoder.unused_data.lstrip(b"\0")
-        while not rest:
-            data = self._input()
-            if not data:
-                self._ended = True
-                return False
-            rest = data.lstrip(b"\0")
-        self._decoder, self._left = self._make(), rest
-        return True
+        self._step = self.FIRST
+        while piece := self._offer():
+            padding = len(piece) - len(bytes(piece).lstrip(b"\0"))
+            self._at += padding
+            if padding < len(piece):
+                self._decoder, self._step = self._make(), self.FIRST
+                return True
+        self._ended = True
+        return False
 
 
 class _Prefixed:
@@ -3432,7 +3435,6 @@ class TarReader:
         self._buffer, self._view, self._at = b"", memoryview(b""), 0
         self._entry: Optional[TarEntry] = None
         self._left = self._padding = 0  # of the current entry: what the archive still holds of it
-        self.offset = 0  # bytes of the stream behind us, less what is in the buffer
 
     def __iter__(self) -> Iterator[TarEntry]:
         while True:
@@ -3468,7 +3470,6 @@ class TarReader:
 
     def _fill(self, size: int) -> bool:
         """Have at least `size` bytes in the buffer; False when the stream ends before."""
-        self.offset += self._at
         self._buffer = read_chunk(self._stream, size, head=self._buffer[self._at:])
         self._view, self._at = memoryview(self._buffer), 0
         return len(self._buffer) >= size
@@ -3687,7 +3688,7 @@ class Unpacker:
         os.umask(0)  # of this thread alone: confined() has unshared CLONE_FS
         with unnamed_file() as self._directories, contextlib.closing(self.made):
             for entry in self.reader:
-                self._count()
+                self._count(entry)
                 try:  # not reworded(), which costs as much as a small file
                     self._unpack(entry)
                 except OSError as error:
@@ -3696,12 +3697,12 @@ class Unpacker:
         self.reader.drain()
         return LayerStats(self.size, self.entries)
 
-    def _count(self) -> None:
+    def _count(self, entry: TarEntry) -> None:
         self.entries += 1
         if self.limits.entries and self.entries > self.limits.entries:
             raise BadParameter(f"the archive has more than {self.limits.entries} entries")
-        if self.limits.size and self.reader.offset > self.limits.size:
-            raise BadParameter(f"the archive is longer than {self.limits.size} bytes")
+        if self.size + entry.size > self.limits.size:
+            raise BadParameter(f"the archive's files come to more than {self.limits.size} bytes")
 
     def _unpack(self, entry: TarEntry) -> None:
         name = self._clean(entry.name, "entry name")
@@ -7429,7 +7430,7 @@ class Images:
         self.event, self.users, self._pruning = event, users, threading.Lock()
         self._distribution = os.path.join(root, "distribution")
         self.layers = LayerStore(root, driver, idmap, tables)
-        self.layers.limits = UnpackLimits(config.max_layer_entries, 0, config.max_layer_ratio)
+        self.layers.limits = UnpackLimits(config.max_layer_entries, config.max_layer_ratio)
         self.store = ImageStore(root, self.layers, tables)
         self.tags = TagStore(os.path.join(root, "repositories.json"), tables, self.store.has)
         self.damages = [*self.layers.damages, *self.store.damages, *self.layers.leftovers(),
@@ -22072,8 +22073,9 @@ class Stage(Instructions):
             with closing_fd(place):
                 copier.base = path = f"/proc/self/fd/{place}"
                 if archive:
+                    limits = self.build.image_jobs.layers.limits
                     with open(os.dup(fd), "rb") as file:
-                        apply_layer(decompress(file), place, "", self.build.idmap)
+                        apply_layer(decompress(file, limits.ratio), place, "", self.build.idmap, limits)
                 elif item.directory:
                     copier.below(fd, place, path)
                 else:
@@ -22452,7 +22454,9 @@ class Build:
         reader, root = ContextReader(feed, self.scratch_fd), self.new_directory()
         self.held.callback(reader.sums.close)
         os.chmod(root, 0o755)
-        unpack_confined(decompress(stream), root, Unpacker(reader, "", self.idmap, UnpackLimits()), feed)
+        limits = self.image_jobs.layers.limits
+        unpacker = Unpacker(reader, "", self.idmap, limits)
+        unpack_confined(decompress(stream, limits.ratio), root, unpacker, feed)
         reader.close()
         self.context = self.source(root, reader.sums)
 

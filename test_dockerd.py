@@ -8013,12 +8013,14 @@ def test_limits_and_remapped_owners(tmp_path: Path) -> None:
     many = make_tar(*((f"f{number}", b"") for number in range(20)))
     with pytest.raises(BadParameter, match="more than 10 entries"):
         unpack(many, tmp_path / "t", limits=UnpackLimits(entries=10))
-    with pytest.raises(BadParameter, match="longer than"):
-        unpack(
-            make_tar(*((f"f{n}", b"x" * 600_000) for n in range(9))),
-            tmp_path / "u",
-            limits=UnpackLimits(size=1 << 20),
-        )
+    large = make_tar(*((f"f{n}", b"x" * 600_000) for n in range(9)))
+    with pytest.raises(BadParameter, match="files come to more than 1048576 bytes"):
+        unpack(large, tmp_path / "u", limits=UnpackLimits(size=1 << 20))
+    assert os.listdir(tmp_path / "u") == ["f0"]
+    sparse = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(15 << 40)}
+    with pytest.raises(BadParameter, match="files come to more than"):  # else of all images no list were read
+        unpack(make_tar(*((name, b"x", {"pax_headers": sparse}) for name in map(str, range(70)))),
+               tmp_path / "v")
     ranges = [(0, 100_000, 65536)]
     unpack(
         make_tar(("i/f", b"x", {"uid": 5, "gid": 6}), ("c", "3", {"devmajor": 1, "devminor": 3}), ("p", "6")),
@@ -8100,6 +8102,39 @@ def test_bombs_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadParameter, match="more than 1000 times its size"):
         while stream.read(1 << 20):
             pass
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_members_of_every_length_are_one_stream(kind: str) -> None:
+    """With padding between them, read in pieces of any size."""
+    dice = random.Random(5)
+    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[kind]
+    plain = [dice.randbytes(dice.choice((0, 1, 700, 40_000, 1 << 20))) for _ in range(60)] + [bytes(5 << 20)]
+    dice.shuffle(plain)
+    packed = b"".join(compress(part) + bytes(dice.choice((0, 0, 3, 2000))) for part in plain)
+    stream, found = decompress(io.BytesIO(packed)), bytearray()
+    while data := stream.read(dice.choice((1000, 1 << 17, 1 << 19))):
+        found += data
+    assert found == b"".join(plain)
+
+
+def test_empty_members_cost_no_more_than_their_length() -> None:
+    offered = [0]
+
+    class Counting:
+        def __init__(self) -> None:
+            self.decoder = zlib.decompressobj(31)
+
+        def decompress(self, data: bytes, size: int) -> bytes:
+            offered[0] += len(data)
+            return self.decoder.decompress(data, size)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.decoder, name)
+
+    packed = gzip.compress(b"") * 20_000 + gzip.compress(b"end")
+    assert dockerd.Decompressor(io.BytesIO(packed), Counting, 1000).read() == b"end"
+    assert offered[0] < 64 * len(packed)
 
 
 # Packing
