@@ -21595,6 +21595,11 @@ def parse_run_mount(text: str) -> dict[str, str]:
     return {**found, **given}
 
 
+def cache_name(mount: dict[str, str]) -> str:
+    """What a cache of RUN is known by."""
+    return mount["id"] or mount["target"]
+
+
 def is_git(address: str) -> bool:
     """Whether an address is that of a git repository, as Docker knows them."""
     return bool(re.match(r"git://|git@|github\.com/", address)
@@ -21890,7 +21895,7 @@ class Stage(Instructions):
         with contextlib.ExitStack() as held:
             mounts, told_mounts = self._run_mounts(step, held)
             if step.line.heredocs and words is None:
-                text = self._script(step, mounts)
+                text = self._script(step, mounts, told_mounts)
             command = [*self.shell, *([text] if text else [])] if words is None else words
             env = self.config.get("Env") or []
             arguments = self.build_arguments(env)
@@ -21912,8 +21917,9 @@ class Stage(Instructions):
             self.make_image(self.build.transaction.commit(container.id, not self.build.removes), probe,
                             container.id)
 
-    def _script(self, step: Instruction, mounts: list[dict[str, Any]]) -> str:
-        """The command of a RUN with here-documents; one that names its interpreter becomes a file."""
+    def _script(self, step: Instruction, mounts: list[dict[str, Any]], told: list[str]) -> str:
+        """The command of a RUN with here-documents; one that names its interpreter becomes a file, of which
+        the history is `told` the hash."""
         text, documents = step.arguments[1], step.line.heredocs
         if len(documents) > 1 or HEREDOC.sub("", text, count=1).strip():
             return text + "".join(f"\n{document.text}{document.name}" for document in documents)
@@ -21922,6 +21928,7 @@ class Stage(Instructions):
         path = self.build.new_file(documents[0].name, documents[0].text, 0o755)
         place = f"/dev/pipes/{os.path.basename(path)}"
         mounts.append({"Type": "bind", "Source": path, "Target": place, "ReadOnly": True})
+        told.append(f"<<{documents[0].name}@sha256:{hashlib.sha256(documents[0].text.encode()).hexdigest()}")
         return place
 
     def _run_mounts(self, step: Instruction, held: contextlib.ExitStack) -> tuple[list[Any], list[str]]:
@@ -21933,15 +21940,20 @@ class Stage(Instructions):
         if network not in ("default", "none", "host"):
             raise BadParameter(f"unsupported network mode {go_quote(network)}")
         mounts, told = [], [f"--network={network}"] if "network" in step.flags else []
-        for text in step.flags.get("mount", ()):
-            asked = parse_run_mount(self.expand(text))
-            mount, digest = self._run_mount(asked, held)
+        asked = [parse_run_mount(self.expand(text)) for text in step.flags.get("mount", ())]
+        caches: dict[str, str] = {}
+        in_order = sorted(enumerate(asked), key=lambda pair: cache_name(pair[1]))  # as all steps lock
+        made = {number: self._run_mount(mount, held, caches) for number, mount in in_order}
+        for number, text in enumerate(step.flags.get("mount", ())):
+            mount, digest = made[number]
             mounts += [mount] if mount else []
             told.append(f"--mount={text}" + f"@{digest}" * bool(digest))
         return mounts, told
 
-    def _run_mount(self, asked: dict[str, str], held: contextlib.ExitStack) -> tuple[dict[str, Any], str]:
-        """One member of HostConfig's Mounts ({} for none), and the hash of its content, where it has one."""
+    def _run_mount(self, asked: dict[str, str], held: contextlib.ExitStack, caches: dict[str, str]) \
+            -> tuple[dict[str, Any], str]:
+        """One member of HostConfig's Mounts ({} for none), and the hash of its content, where it has one;
+        `caches` are the directories of those that the step has already."""
         kind, target = asked["type"], asked["target"]
         target = os.path.normpath(os.path.join("/", self.config.get("WorkingDir") or "", target))
         if kind in ("secret", "ssh"):
@@ -21957,7 +21969,9 @@ class Stage(Instructions):
         with reworded(DockerError, f"failed to mount {asked['source']}: not found", FileNotFoundError):
             found, = source.find(asked["source"] or ".", literal=True)
         if kind == "cache":
-            path = self.build.cache_directory(asked, found if asked["from"] else None, held)
+            name = cache_name(asked)
+            path = caches[name] = caches.get(name) or self.build.cache_directory(
+                asked, found if asked["from"] else None, held)
             return {"Type": "bind", "Source": path, "Target": target, "ReadOnly": asked["write"] == "ro"}, ""
         readonly = asked["write"] != "rw"
         return {"Type": "bind", "Source": self.build.bindable(found, readonly), "Target": target,
@@ -21981,17 +21995,18 @@ class Stage(Instructions):
         *paths, to = map(self.expand, step.arguments)
         chown, mode = self.expand(flags.get("chown", "")), self.expand(flags.get("chmod", ""))
         chmod = parse_chmod(mode) if mode else None
-        rules = IgnoreRules(map(self.expand, flags.get("exclude", ())))
+        excluded = [self.expand(rule) for rule in flags.get("exclude", ())]
+        rules = IgnoreRules(excluded)
         found = self._find_all(step, source, paths, to)
         if len(found) > 1 and not to.endswith("/"):
             raise DockerError(f"When using {name} with more than one source file, the destination must be a "
                               "directory and end with a /")
-        hashes = [item.hash for item in found]
+        hashes = [item.hash + f"@{item.kept}" * bool(flags.get("parents")) for item in found]
         digest = hashes[0] if len(hashes) == 1 else "multi:" + hashlib.sha256(
             ",".join(hashes).encode()).hexdigest()
         told = f"--chown={chown}" * bool(chown) + f"--chmod={mode} " * bool(mode) + "".join(
-            [f"--exclude={rule} " for rule in flags.get("exclude", ())] + ["--parents "] * bool(
-                flags.get("parents")))
+            [f"--exclude={rule} " for rule in excluded] + ["--parents "] * bool(flags.get("parents"))
+            + [f"--unpack={flags.get('unpack')} ".lower()] * ("unpack" in flags))
 
         def write(root: int) -> None:
             owner = self._owner(root, chown) if chown else self.build.owner if owned else None
@@ -22029,10 +22044,13 @@ class Stage(Instructions):
 
     def _find(self, step: Instruction, source: Source, path: str, to: str) -> list[Found]:
         """What one source of COPY or ADD means."""
+        checksum = self.expand(step.flags.get("checksum", ""))
         if re.match("https?://", path) and not is_git(path):
             if step.name == "copy":
                 raise DockerError("source can't be a URL for COPY")
-            return [self.build.download(self.voice, path, to, self.expand(step.flags.get("checksum", "")))]
+            return [self.build.download(self.voice, path, to, checksum)]
+        if checksum:
+            raise BadParameter("checksum can't be specified for non-HTTP(S) sources")
         if step.name == "add" and is_git(path):
             root = self.build.clone(path, bool(step.flags.get("keep-git-dir")))
             return self.build.source(root).find(".", literal=True)
@@ -22699,7 +22717,7 @@ class Build:
                         held: contextlib.ExitStack) -> str:
         """The directory of a cache of RUN, made if it is new and filled with what is `found`; `held` gives it
         back where only one step at a time may have it."""
-        name, users = asked["id"] or asked["target"], self.builder.cache_users
+        name, users = cache_name(asked), self.builder.cache_users
         changed = self.builder.cache_changed
         keys = (hashlib.sha256(f"{name}\0{number}".encode() if number else name.encode()).hexdigest()
                 for number in itertools.count())

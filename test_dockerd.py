@@ -8108,10 +8108,11 @@ def test_bombs_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_members_of_every_length_are_one_stream(kind: str) -> None:
     """With padding between them, read in pieces of any size."""
     dice = random.Random(5)
-    compress = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}[kind]
+    compressors: dict[str, Callable[[bytes], bytes]] = {
+        "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
     plain = [dice.randbytes(dice.choice((0, 1, 700, 40_000, 1 << 20))) for _ in range(60)] + [bytes(5 << 20)]
     dice.shuffle(plain)
-    packed = b"".join(compress(part) + bytes(dice.choice((0, 0, 3, 2000))) for part in plain)
+    packed = b"".join(compressors[kind](part) + bytes(dice.choice((0, 0, 3, 2000))) for part in plain)
     stream, found = decompress(io.BytesIO(packed)), bytearray()
     while data := stream.read(dice.choice((1000, 1 << 17, 1 << 19))):
         found += data
@@ -17731,6 +17732,7 @@ REFERENCE: dict[str, tuple[Build, str, dict[str, Any]]] = {
     "checksum-wrong": (based(f"ADD --checksum={sha256(b'other')} http://127.0.0.1:8000/dir/file.txt /x"),
         "digest", {}),
     "checksum-bad": (based("ADD --checksum=md5:1 http://127.0.0.1:8000/dir/file.txt /x"), "md5", {}),
+    "checksum-local": (based(f"ADD --checksum={sha256(b'other')} a /x", LISTED), "checksum", {}),
     "unpack": (based("ADD --unpack=false t.tar /x/\nADD --unpack=true http://127.0.0.1:8000/t.tar /y/",
         {"t.tar": TREE_TAR}), "",
         {"x/t.tar": hashlib.sha256(TREE_TAR).digest(), "x/f": None, "y/f": b"f", "y/d/x": (b"x", 0o755)}),
@@ -17748,6 +17750,8 @@ REFERENCE: dict[str, tuple[Build, str, dict[str, Any]]] = {
         "c/f": None}),
     "mount-cache-from": (based("RUN --mount=type=cache,target=/c,from=busybox,source=/etc cat /c/plain"),
         "not a program", {}),
+    "mount-cache-twice": (based("RUN --mount=type=cache,id=l,target=/c,sharing=locked "
+        "--mount=type=cache,id=l,target=/e,sharing=locked echo 1 >/c/f; cat /e/f >/x"), "", {"x": b"1\n"}),
     "mount-tmpfs": (based("RUN --mount=type=tmpfs,target=/t,size=1m echo 1 >/t/f && df -k /t | tail -n 1"),
         "1024", {"t/f": None}),
     "mount-secret": (based("RUN --mount=type=secret,id=s cat /run/secrets/s || echo no secret"), "no secret",
@@ -17804,7 +17808,7 @@ REFERENCE: dict[str, tuple[Build, str, dict[str, Any]]] = {
 }
 REFERENCE_FAILS = (
     "url-cut-off variable-grows pattern-slow heredoc-open chmod-bad checksum-wrong checksum-bad "
-    "mount-secret-required mount-unknown network-unknown security-insecure modifier-required "
+    "checksum-local mount-secret-required mount-unknown network-unknown security-insecure modifier-required "
     "stage-named-later typing-error tag version entry-up hard-link-out url-without-name "
     "url-redirected-to-file").split()
 
@@ -17872,6 +17876,32 @@ def write_context(directory: Path, files: dict[str, Any]) -> str:
             place.write_bytes(data)
             place.chmod(mode)
     return str(directory)
+
+
+@pytest.mark.parametrize("first, second, files", [
+    ("ADD t.tar /x/", "ADD --unpack=false t.tar /x/", {"x/t.tar": TREE_TAR, "x/f": None}),
+    ("COPY --parents d/./e/f /x/", "COPY --parents d/e/./f /x/", {"x/f": b"F", "x/e": None}),
+    ("ARG v\nCOPY --exclude=$v . /x/", "ARG v\nCOPY --exclude=$v . /x/", {"x/a": b"A", "x/b.txt": None}),
+    ("RUN <<EOF\n#!/bin/sh\necho 1 >/x\nEOF", "RUN <<EOF\n#!/bin/sh\necho 2 >/x\nEOF", {"x": b"2\n"}),
+])
+def test_the_cache_tells_apart_what_only_buildkit_has(
+    builder: Host, first: str, second: str, files: dict[str, Optional[bytes]]
+) -> None:
+    for dockerfile, value in ((first, "a"), (second, "b.txt")):
+        context = context_of(f"FROM busybox\n{dockerfile}", {**LISTED, "t.tar": TREE_TAR})
+        answer = post_build(builder, context, {"t": "apart", "buildargs": {"v": value}})
+        assert b"Successfully tagged apart" in answer.body
+    for path, content in files.items():
+        code, found = builder.run("cat", f"/{path}", image="apart")
+        assert (code, found) == (0, content) if content is not None else code == 1
+
+
+def test_steps_that_lock_caches_in_any_order_all_end(builder: Host) -> None:
+    mounts = [f"--mount=type=cache,id={name},target=/{name},sharing=locked" for name in "pq"]
+    stages = [f"FROM busybox AS s{number}\n" + f"RUN {' '.join(order)} echo {number}\n" * 4
+              for number, order in enumerate((mounts, mounts[::-1]))]
+    context = context_of("".join(stages) + "FROM s0\nCOPY --from=s1 /etc/plain /x", {})
+    assert b"Successfully built" in post_build(builder, context, {"nocache": "1"}).body
 
 
 def test_the_cli_builds(clis: list[Docker], tmp_path: Path) -> None:
