@@ -400,15 +400,21 @@ def reason(error: BaseException) -> str:
     return (getattr(error, "strerror", None) or "").lower() or str(error)
 
 
-@contextlib.contextmanager
-def reworded(kind: Optional[Callable[[str], Exception]], text: str,
-             *errors: type[Exception]) -> Iterator[None]:
+class reworded:
     """Any of `errors` (OSError where none is named) that the block raises becomes `kind`, or stays of its
     own, with this text; one that ends with a blank, or is empty, is followed by the error's reason."""
-    try:
-        yield
-    except (errors or OSError) as error:  # noqa: B030
-        raise (kind or type(error))(text + reason(error) if text[-1:] in (" ", "") else text) from None
+
+    def __init__(self, kind: Optional[Callable[[str], Exception]], text: str,
+                 *errors: type[Exception]) -> None:
+        self._kind, self._text, self._errors = kind, text, errors or (OSError,)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Optional[BaseException], trace: Any) -> None:
+        if isinstance(error, self._errors):
+            text = self._text + reason(error) if self._text[-1:] in (" ", "") else self._text
+            raise (self._kind or type(error))(text) from None
 
 
 @contextlib.contextmanager
@@ -463,8 +469,6 @@ def defended(name: str) -> bool:
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc_with_gil = ctypes.PyDLL(None, use_errno=True)
-_syscall_function = _libc.syscall
-_syscall_function.restype = ctypes.c_long
 _MACHINE = os.uname().machine
 _NUMBERS = SYSCALLS.get(_MACHINE, SYSCALLS["x86_64"])
 
@@ -477,19 +481,20 @@ def _check(result: int, path: Union[str, bytes, int, None] = None) -> int:
     return result
 
 
-def _pointer(value: Any) -> Any:
-    """One argument of a raw system call as ctypes wants it: str and bytes by address, None as NULL, int as
-    long."""
-    if isinstance(value, int):
-        return ctypes.c_long(value)
-    if isinstance(value, str):
-        return ctypes.c_char_p(os.fsencode(value))
-    return ctypes.c_char_p(value) if isinstance(value, bytes) else value
+@functools.cache
+def _syscall_of(*kinds: type) -> Any:
+    """syscall(2) for arguments of these types: int as long, the others by address, None as NULL."""
+    function = _libc["syscall"]
+    function.restype = ctypes.c_long
+    function.argtypes = [ctypes.c_long if issubclass(kind, int) else ctypes.c_void_p
+                         for kind in (int, *kinds)]
+    return function
 
 
 def _syscall(number: int, *arguments: Any, path: Union[str, bytes, int, None] = None) -> int:
     """syscall(2): the result, or OSError naming `path`."""
-    return _check(_syscall_function(ctypes.c_long(number), *map(_pointer, arguments)), path)
+    values = [os.fsencode(each) if type(each) is str else each for each in arguments]
+    return _check(_syscall_of(*map(type, values))(number, *values), path)
 
 
 def bpf(command: int, attributes: bytes) -> int:
@@ -4006,6 +4011,8 @@ def _remove_below(directory: int, name: Any, depth: int, top: int, moved: list[A
         raise Unhurried
     with contextlib.suppress(IsADirectoryError):
         return _forcing(directory, name, lambda: os.unlink(name, dir_fd=directory))
+    with contextlib.suppress(OSError):  # one that is empty
+        return os.rmdir(name, dir_fd=directory)
     if depth > 40:
         if until < math.inf:  # who ends it later looks for all of it in its place
             raise Unhurried
@@ -4626,9 +4633,10 @@ def write_new_state(path: str, data: bytes, mode: int = 0o600) -> None:
 def _write_whole(path: str, data: bytes, mode: int, durable: bool) -> bool:
     """Write a new file; whether it is on the disk, as it must be where a checksum cannot be kept with it."""
     with opened(path, NEW_FILE, mode) as fd:
-        write_all(fd, data[:len(data) // 2])
+        half = len(data) // 2 if FAILPOINTS else 0
+        write_all(fd, data[:half])
         failpoint("state-write")
-        write_all(fd, data[len(data) // 2:])
+        write_all(fd, data[half:])
         os.fchmod(fd, mode)
         if not durable:
             try:
@@ -5110,7 +5118,8 @@ class Overlay(StorageDriver):
         os.symlink(f"../{cache_id}/diff", os.path.join(self.home, "l", short))
         if parent is None:
             return
-        make_directory(os.path.join(path, "work"), 0o700, uid, gid)
+        if not parent.endswith(self.FILLED):  # what stands on it is not mounted by itself
+            make_directory(os.path.join(path, "work"), 0o700, uid, gid)
         above = read_state(os.path.join(self._path(parent), "link")).decode()
         lowers = [f"l/{above}", *self._lowers(parent)]
         if len(lowers) > OVERLAY_DEPTH:
@@ -12371,14 +12380,15 @@ class Shim(HelperProcess):
     def _clone(flags: int, cgroup: Optional[int], processes: Optional[int]) -> tuple[int, int]:
         """clone3, into the PID namespace behind the descriptor `processes` where there is one: joining it
         counts for children, and the shim itself stays where it is."""
+        if processes is None:
+            return clone3(flags, cgroup)
         own, pid = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC), -1
         try:
-            if processes is not None:
-                setns(processes, CLONE_NEWPID)
+            setns(processes, CLONE_NEWPID)
             pid, pidfd = clone3(flags, cgroup)
             return pid, pidfd
         finally:
-            if processes is not None and pid:
+            if pid:
                 setns(own, CLONE_NEWPID)
             os.close(own)
 
@@ -12465,8 +12475,8 @@ def helper_main(listener_fd: int, role: str) -> None:
 SHIM_SECTIONS = ("Constants", "Errors", "Kernel calls", "Netlink", "Execution driver: shim and init",
                  "Network driver: the proxy")
 SHIM_HEAD = (
-    "from __future__ import annotations\nimport _thread, contextlib, ctypes, errno, fcntl, json, os, select, "
-    "signal, socket, stat, struct, sys, time"
+    "from __future__ import annotations\nimport _thread, contextlib, ctypes, errno, fcntl, functools, json, "
+    "os, select, signal, socket, stat, struct, sys, time"
 )
 SHIM_TIMEOUT = 10               # seconds that a shim has to take a request and to answer it
 JOINED_NAMESPACES = (       # of a further process: all that its container has, shared with the host or not
@@ -13487,8 +13497,8 @@ def _is_loopback(address: str) -> bool:
 
 def write_setting(path: str, value: str) -> None:
     """Write one of the kernel's settings where it is there and may be written."""
-    with contextlib.suppress(OSError), open(path, "w") as file:
-        file.write(value)
+    with contextlib.suppress(OSError), opened(path, os.O_WRONLY) as fd:
+        os.write(fd, value.encode())
 
 
 # Address pools
@@ -14956,15 +14966,15 @@ class Sandbox:
 
     # The namespace
 
-    def enter(self, pid: int, servers: list[str], from_host: bool) -> None:
+    def enter(self, pid: int, name_servers: Callable[[], tuple[list[str], bool]]) -> None:
         """Make everything in the network namespace of `pid`: rules first, then links.  A container on a user
-        network gets the resolver, which asks `servers` for other names, from the host's network when they are
-        the host's own."""
+        network gets the resolver, which asks `name_servers` for other names, from the host's network when
+        they are the host's own."""
         self.namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._prepared()
         self._make_links(list(self.endpoints.values()), first=True)
         if self.has_resolver:
-            self.open_resolver(servers, from_host)
+            self.open_resolver(*name_servers())
 
     def prepare(self) -> None:
         """Begin with the rules while the container's process is being made; `enter` waits for them."""
@@ -18237,7 +18247,10 @@ _STRUCTS = {
         AttachStdout bool  Detach bool  DetachKeys string  Env []string  WorkingDir string  Cmd []string""",
     "ExecStartCheck": "Detach bool  Tty bool  ConsoleSize *[2]uint",
 }
-STRUCTS = {name: dict(zip(text.split()[::2], text.split()[1::2])) for name, text in _STRUCTS.items()}
+# (member, in small letters, type, whether it is left out where it is empty)
+STRUCTS = {name: [(key, key.lower(), kind.rstrip("?"), kind[-1] == "?")
+                  for key, kind in zip(text.split()[::2], text.split()[1::2])]
+           for name, text in _STRUCTS.items()}
 _INTEGERS: dict[str, tuple[int, int]] = {
     "int": (-1 << 63, 1 << 63), "int64": (-1 << 63, 1 << 63), "uint": (0, 1 << 64), "uint16": (0, 1 << 16),
     "uint32": (0, 1 << 32),
@@ -18254,9 +18267,13 @@ def decode_struct(value: Any, name: str, path: str = "") -> dict[str, Any]:
         raise _wrong_type(value, name, path)
     given = {key.lower(): member for key, member in (value or {}).items()}
     decoded = {}
-    for key, kind in STRUCTS[name].items():
-        member = _decode(given.get(key.lower()), kind.rstrip("?"), f"{path or name}.{key}")
-        if member or not kind.endswith("?") or kind.startswith("*") and member is not None:
+    for key, lower, kind, omitted in STRUCTS[name]:
+        member = given.get(lower)
+        if member is not None or kind in STRUCTS:
+            member = _decode(member, kind, f"{path or name}.{key}")
+        elif kind in _SCALARS:
+            member = _SCALARS[kind][1]
+        if member or not omitted or kind[0] == "*" and member is not None:
             decoded[key] = member
     return decoded
 
@@ -18973,8 +18990,8 @@ class Container:
                                        functools.partial(_fill_init_layer, owner=parts.idmap.root),
                                        storage_size(host_config.get("StorageOpt") or {}))
             undo.callback(parts.layers.remove_rw, container_id)
-            container._make_volumes(undo)
             container._save_host_config()
+            container._make_volumes(undo)
             container.save(needed=True)
             undo.pop_all()
         return container
@@ -19224,13 +19241,12 @@ class Container:
     def _enter_network(self, pid: int) -> None:
         """Make the network in the namespace of the process, which waits for that."""
         assert self.sandbox is not None
-        servers, of_host = self._name_servers()
-        self.sandbox.enter(pid, servers or list(DEFAULT_NAME_SERVERS), of_host)
+        self.sandbox.enter(pid, self._name_servers)
 
     def _name_servers(self) -> tuple[list[str], bool]:
         """The name servers that it was given, or those of the host, and whether they are."""
         own = self.host_config.get("Dns") or self.parts.config.dns
-        return own or host_resolv()["nameserver"], not own
+        return own or host_resolv()["nameserver"] or list(DEFAULT_NAME_SERVERS), not own
 
     def _record_ports(self) -> None:
         exposed: dict[str, Any] = dict.fromkeys(self.config.get("ExposedPorts") or {})
@@ -19540,8 +19556,9 @@ class Container:
         ipc = self.host_config["IpcMode"].partition(":")[0]
         shm = {"host": [{"from": "/dev/shm", "to": "/dev/shm"}],
                "container": [{"shared": "/dev/shm", "to": "/dev/shm"}]}.get(ipc, [])
-        init = [{"from": init_program(self.parts.config), "to": INIT_PLACE, "attributes": MOUNT_ATTR_RDONLY}]
-        return shm + (init if self._has_init and init[0]["from"] else []) + self._edits.mounts + files
+        program = init_program(self.parts.config) if self._has_init else ""
+        init = [{"from": program, "to": INIT_PLACE, "attributes": MOUNT_ATTR_RDONLY}]
+        return shm + (init if program else []) + self._edits.mounts + files
 
     @property
     def _has_init(self) -> bool:
