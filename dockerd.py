@@ -821,6 +821,21 @@ def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
     return start_thread(function, *arguments)()
 
 
+class in_turn:
+    """One thread at a time for the block, for work of many system calls that do not wait: at each of them the
+    interpreter changes hands, and with many at such work that costs more than it brings.  Who has waited for
+    a second goes on without."""
+
+    _turn = _thread.allocate_lock()
+
+    def __enter__(self) -> None:
+        self._mine = self._turn.acquire(timeout=1)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._mine:
+            self._turn.release()
+
+
 def start_confined(root: Union[str, int, Callable[[], int]], function: Callable[..., Any], *arguments: Any,
                    failed: Callable[[BaseException], Any] = lambda error: None) -> Callable[[], Any]:
     """start_thread() with `root` as the thread's root: a path, a descriptor, or what makes one in the thread.
@@ -18984,13 +18999,14 @@ class Container:
         record["ProcessLabel"], record["MountLabel"] = container._selinux_labels()
         with contextlib.ExitStack() as undo:
             undo.callback(remove_tree, directory)
-            os.mkdir(directory, 0o710)
-            with reworded(NotFound, f"No such image: {image.id}", NotFound):
-                parts.layers.create_rw(container_id, image.chain_id,
-                                       functools.partial(_fill_init_layer, owner=parts.idmap.root),
-                                       storage_size(host_config.get("StorageOpt") or {}))
-            undo.callback(parts.layers.remove_rw, container_id)
-            container._save_host_config()
+            with in_turn():
+                os.mkdir(directory, 0o710)
+                with reworded(NotFound, f"No such image: {image.id}", NotFound):
+                    parts.layers.create_rw(container_id, image.chain_id,
+                                           functools.partial(_fill_init_layer, owner=parts.idmap.root),
+                                           storage_size(host_config.get("StorageOpt") or {}))
+                undo.callback(parts.layers.remove_rw, container_id)
+                container._save_host_config()
             container._make_volumes(undo)
             container.save(needed=True)
             undo.pop_all()
@@ -19112,13 +19128,14 @@ class Container:
             undo.callback(self._close_sandbox)
             self._open_sandbox()
             self._write_network_files()
-            self._root_fd = parts.layers.mount_rw(self.id, label=self.record["MountLabel"])
-            undo.callback(self._close_root)
-            user = self._user()
-            self._edits = requested_devices(
-                self.host_config.get("DeviceRequests"), parts.config.cdi_spec_dirs or CDI_DIRECTORIES)
-            self.cgroup = parts.cgroups.create(self.id, self._with_devices())
-            undo.callback(self.cgroup.remove)
+            with in_turn():
+                self._root_fd = parts.layers.mount_rw(self.id, label=self.record["MountLabel"])
+                undo.callback(self._close_root)
+                user = self._user()
+                self._edits = requested_devices(
+                    self.host_config.get("DeviceRequests"), parts.config.cdi_spec_dirs or CDI_DIRECTORIES)
+                self.cgroup = parts.cgroups.create(self.id, self._with_devices())
+                undo.callback(self.cgroup.remove)
             self._open_log()
             if self.streams.driver is not None:
                 undo.callback(self.streams.driver.close)
