@@ -4815,7 +4815,7 @@ def unlimit_directory(path: str) -> None:
 
 
 class Removals(threading.Thread):
-    """Ends the removals of large layers, one after another, behind those who asked for them.
+    """Ends what may go behind those who asked for it, above all the removals of large layers, in turn.
 
     What the daemon's end interrupts stays under a name that the next start knows."""
 
@@ -7128,7 +7128,7 @@ class LayerTransaction:
             self.store.release(chain)
         for chain in reversed(self._chains):
             self.store.collect(chain)
-        remove_tree(self._directory)
+        REMOVALS.add(functools.partial(remove_tree, self._directory))  # right after a sync it takes its time
 
 
 # Members of an image's Config by their type, where they are there (OCI image specification, config.md)
