@@ -1393,7 +1393,10 @@ def parse_size(text: str, base: int = 1024) -> int:
     if not re.fullmatch(r"b?|[kmgtp](i?b)?", suffix):
         raise BadParameter(f"invalid suffix: '{suffix}'")
     exponent = " kmgtp".find(suffix[:1]) if suffix not in ("", "b") else 0
-    return int(float(match.group(1)) * base ** exponent)
+    size = float(match.group(1)) * base ** exponent
+    if size >= 1 << 63:
+        raise BadParameter(f'strconv.ParseFloat: parsing "{match.group(1)[:40]}": value out of range')
+    return int(size)
 
 
 def human_size(size: float) -> str:
@@ -16942,19 +16945,12 @@ class Rotation(NamedTuple):
     compress: bool
 
 
-def parse_count(text: str) -> int:
-    """A decimal integer (Go: strconv.Atoi); BadParameter for all else."""
-    if not re.fullmatch(r"[+-]?[0-9]{1,18}", text, re.ASCII):
-        raise BadParameter(f'strconv.Atoi: parsing "{text}": invalid syntax')
-    return int(text)
-
-
 def json_file_rotation(options: dict[str, str]) -> Rotation:
     """json-file's options; without max-size a log is bounded all the same, as Docker's is not."""
     size = -1 if options.get("max-size") == "-1" else parse_size(options.get("max-size", "100m"), 1000)
     if not size:
         raise DockerError("max-size must be a positive number")
-    files = parse_count(options.get("max-file", "1" if "max-size" in options else "2"))
+    files = parse_atoi(options.get("max-file", "1" if "max-size" in options else "2"))
     if files < 1:
         raise DockerError("max-file cannot be less than 1")
     compress = parse_bool(options.get("compress", "false"))
@@ -16966,7 +16962,7 @@ def json_file_rotation(options: dict[str, str]) -> Rotation:
 # local's options: (name, parser, default, what is wrong with a text)
 _LOCAL_OPTIONS: tuple[tuple[str, Callable[[str], Any], str, str], ...] = (
     ("max-size", parse_size, "20m", "invalid value for max-size: {}: {}"),
-    ("max-file", parse_count, "5", "invalid value for max-file: {}: {}"),
+    ("max-file", parse_atoi, "5", "invalid value for max-file: {}: {}"),
     ("compress", parse_bool, "true", "error reading compress log option: {1}"))
 
 
@@ -17248,7 +17244,7 @@ def host_and_port(address: str, default: Optional[int] = None) -> tuple[str, int
     match = re.fullmatch(r"(\[[^\]]*\]|[^:]*)(?::(.*))?", address)
     if not match or (not match[2] and default is None):
         raise BadParameter(f"address {address}: missing port in address")
-    return match[1].strip("[]"), parse_count(match[2]) if match[2] else default or 0
+    return match[1].strip("[]"), parse_atoi(match[2]) if match[2] else default or 0
 
 
 def dial(protocol: str, address: Any) -> socket.socket:
@@ -26345,24 +26341,15 @@ class LogFormatter(logging.Formatter):
 
 
 def hold_pidfile(path: str) -> None:
-    """Write our pid to `path`; DockerError when the process that it names is a daemon that runs."""
-    try:
-        with open(path, encoding="ascii", errors="replace") as file:
-            pid = file.read().strip()
-        if (pid.isdigit() and int(pid) != os.getpid() and os.path.exists(f"/proc/{pid}")
-                and _is_daemon(int(pid))):
-            raise DockerError(
-                f"process with PID {pid} is still running: is another daemon using the pid file {path}?")
-    except FileNotFoundError:
-        pass
+    """Write our pid to `path`; DockerError when the process that it names is a daemon that runs: a pid may
+    have been given to another program since."""
+    pid = read_text(path).strip()
+    if pid.isdecimal() and pid != str(os.getpid()) and "docker" in read_text(f"/proc/{pid}/cmdline"):
+        raise DockerError(
+            f"process with PID {pid} is still running: is another daemon using the pid file {path}?")
     with reworded(DockerError, f"failed to start daemon, ensure docker is not running or delete {path}: "):
         os.makedirs(os.path.dirname(os.path.abspath(path)), 0o755, exist_ok=True)
         write_state(path, b"%d" % os.getpid(), mode=0o644, durable=False)
-
-
-def _is_daemon(pid: int) -> bool:
-    """Whether the process is a Docker daemon: a pid may have been given to another program since."""
-    return "docker" in read_text(f"/proc/{pid}/cmdline")
 
 
 def load_daemon(config: Config, engine: Engine) -> None:

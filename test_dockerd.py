@@ -5741,6 +5741,7 @@ def test_the_directories_of_a_start(host: Host) -> None:
 @pytest.mark.parametrize("change, text", [
     (["-p", "{pidfile}", "-g", "{other}"], "is still running: is another daemon using the pid file"),
     (["-p", "{other}.pid", "-g", "{data}"], "is in use by another daemon"),
+    (["-p", "{data}", "-g", "{other}"], "ensure docker is not running or delete {data}: "),
 ])
 def test_a_second_daemon_is_refused_by_name(host: Host, tmp_path: Any, change: list[str], text: str) -> None:
     places = {"pidfile": host.path("docker.pid"), "data": host.path("data"), "other": str(tmp_path / "other")}
@@ -5758,7 +5759,7 @@ def test_a_second_daemon_is_refused_by_name(host: Host, tmp_path: Any, change: l
         stderr=subprocess.STDOUT,
     )
     output = second.communicate(timeout=60)[0].decode()
-    assert second.returncode == 1 and text in output
+    assert second.returncode == 1 and text.format(**places) in output
     assert host.http("GET", "/_ping").status == 200
 
 
@@ -15542,6 +15543,11 @@ def test_sizes_as_go_units_reads_them(text, size):
                          ["", "M", "x", "-1", "1x", "1mib b", "1ki", "1bb", "1e400m", "\u0661m", "1  k"])
 def test_bad_sizes(text):
     assert "invalid s" in failure(dockerd.BadParameter, dockerd.parse_size, text)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "8" * 25, "9999999999g"])
+def test_sizes_that_no_number_holds(text):
+    assert "value out of range" in failure(dockerd.BadParameter, dockerd.parse_size, text)
 
 
 def test_booleans_as_go_reads_them():
