@@ -2518,6 +2518,11 @@ class Env(dict):
         except (TypeError, ValueError):
             return default
 
+    def get_time(self, key: str) -> int:
+        """The nanoseconds since 1970 of a time as the API takes it, 0 for none; BadParameter."""
+        value = self.get(key)
+        return parse_timestamp(str(value)) if value not in (None, "", "0", 0) else 0
+
     def get_list(self, key: str) -> list[Any]:
         """A list: of a list, of a JSON list in a string, or of the single other value; [] where absent."""
         value = self.get_json(key)
@@ -2653,6 +2658,14 @@ class Job:
         if self.cancelled.is_set():
             callback()
 
+    def wakes(self, condition: threading.Condition) -> None:
+        """Notify who waits on `condition` when the job is cancelled."""
+        def wake() -> None:
+            with condition:
+                condition.notify_all()
+
+        self.on_cancel(wake)
+
     def hangs_up(self, connection: socket.socket) -> None:
         """Have a connection end when the job is cancelled, also for the thread that reads from it."""
         def end() -> None:
@@ -2667,7 +2680,7 @@ Handler = Callable[[Job], Optional[int]]
 
 # How a member of a job's env becomes an argument of the method that handles the job
 _ARGUMENTS: dict[str, Callable[[Env, str], Any]] = {
-    "": lambda env, name: env.get(name) or "", "bool": Env.get_bool,
+    "": lambda env, name: env.get(name) or "", "bool": Env.get_bool, "list": Env.get_list,
     "int": lambda env, name: env.get_int(name, 0), "int?": lambda env, name: env.get_int(name, None),
     "signal?": lambda env, name: parse_signal(env[name]) if env.get(name) else None,
 }
@@ -2732,13 +2745,12 @@ class Engine:
                 self.register(method.job[0], functools.partial(self._act, part, find, method))
 
     @staticmethod
-    def _act(part: Any, find: Optional[Callable[[str], Any]], method: Any, job: Job) -> Any:
+    def _act(part: Any, find: Optional[Callable[[str], Any]], method: Any, job: Job) -> None:
         values = [_ARGUMENTS[kind](job.env, name) if name[0] != "." else
                   operator.attrgetter(name[1:])(job) if name[1:] else job for name, _, kind in method.job[1]]
         result = method(find("".join(job.args[:1])) if find else part, *values)
-        if find and result is not None:
+        if result is not None:
             job.reply(result)
-        return None if find else result
 
     def handler(self, name: str) -> Optional[Handler]:
         """The handler of the job `name`, the catch-all, or None; an empty name has none."""
@@ -17119,11 +17131,6 @@ class FileLog:
                 os.close(fd)
             self.condition.notify_all()
 
-    def wake(self) -> None:
-        """Let readers that wait look whether they have been cancelled."""
-        with self.condition:
-            self.condition.notify_all()
-
     def files(self) -> list[tuple[int, str]]:
         """(number, path) of the files that there are, the oldest first; the one that is written is 0."""
         directory, base = os.path.split(self.path)
@@ -18289,7 +18296,11 @@ def decode_struct(value: Any, name: str, path: str = "") -> dict[str, Any]:
     return decoded
 
 
-_ARGUMENTS["UpdateConfig"] = lambda env, name: decode_struct(env.get(name), "UpdateConfig")
+def _decode_member(struct: str, env: Env, name: str) -> dict[str, Any]:
+    return decode_struct(env.get(name), struct)
+
+
+_ARGUMENTS.update((struct, functools.partial(_decode_member, struct)) for struct in STRUCTS)
 
 
 def _decode(value: Any, kind: str, path: str) -> Any:
@@ -18714,14 +18725,21 @@ _FILTER_VALUES = {"health": ("|".join(HEALTH_STATES), "unrecognized filter value
                   "status": ("|".join(CONTAINER_STATES), "invalid filter 'status={value}'")}
 
 
+def matches_filters(filters: dict[str, list[str]], matches: dict[str, Callable[..., bool]],
+                    labels: Optional[dict[str, str]], *subject: Any) -> bool:
+    """Whether `labels` are those asked for and, of each filter in `matches`, one of its values holds of
+    the `subject`."""
+    return matches_labels(filters, labels) and all(
+        any(holds(*subject, value) for value in filters[name])
+        for name, holds in matches.items() if filters.get(name))
+
+
 def container_matches(container: Any, filters: dict[str, list[str]], images: Any) -> bool:
     """Whether `container` is among those that `filters` ask for; `images` resolves the names of ancestors."""
     ancestors = filters.get("ancestor")
     if ancestors and not any(_descends(container, value, images) for value in ancestors):
         return False
-    return matches_labels(filters, container.config.get("Labels")) and all(
-        any(matches(container, value) for value in filters[name])
-        for name, matches in CONTAINER_MATCHES.items() if filters.get(name))
+    return matches_filters(filters, CONTAINER_MATCHES, container.config.get("Labels"), container)
 
 
 def _tries(pattern: str) -> float:
@@ -19715,6 +19733,14 @@ class Container:
                 write(data)
         self.event("archive-path")
 
+    @job("container_copy", "body .args .stdout.write")
+    def copy_resource(self, body: Any, args: list[str], write: Callable[[bytes], Any]) -> None:
+        """Write what is at the body's `Resource` as a tar stream, as before API 1.20."""
+        resource = str((body or {}).get("Resource") or "")
+        if not resource:
+            raise BadParameter("Path cannot be empty")
+        self.copy_out(resource, args, lambda **facts: None, write)
+
     @job("archive_put", "path .args .stdin noOverwriteDirNonDir:bool copyUIDGID:bool")
     def copy_in(self, path: str, args: list[str], stream: Any, keep_kind: bool, own: bool) -> None:
         """Unpack a tar stream, perhaps compressed, into the directory `path`; with `own` all becomes the
@@ -20218,9 +20244,12 @@ class Container:
 
     # Remove
 
-    def remove(self, force: bool = False, volumes: bool = False) -> None:
+    @job("delete", "force:bool v:bool link:bool")
+    def remove(self, force: bool = False, volumes: bool = False, link: bool = False) -> None:
         """Remove the container and all that belongs to it, with `volumes` its anonymous ones; Conflict when
-        it runs and `force` is not given."""
+        it runs and `force` is not given, or where a `link` of Docker 1.2.0's is meant."""
+        if link:
+            raise Conflict("Conflict, cannot remove the default link name of the container")
         with self.lock:
             if self.state.removing:
                 raise Conflict(f"removal of container {self.name} is already in progress")
@@ -20278,9 +20307,8 @@ class Container:
         file = self.streams.driver.file if self.streams.driver is not None else None
         if file is None:
             raise NotSupported("configured logging driver does not support reading")
-        since, until = (parse_timestamp(str(env[key])) if env.get(key) not in (None, "", "0", 0) else 0
-                        for key in ("since", "until"))
-        job.on_cancel(file.wake)
+        since, until = env.get_time("since"), env.get_time("until")
+        job.wakes(file.condition)
         job.ready(tty=self.config["Tty"])
         tail = env.get("tail", "all")
         count = int(tail) if re.fullmatch(r"\d{1,18}", str(tail), re.ASCII) else -1
@@ -22966,7 +22994,7 @@ class Events:
     def __init__(self) -> None:
         self._lock = threading.Condition()
         self._past: collections.deque[dict[str, Any]] = collections.deque(maxlen=EVENTS_KEPT)
-        self._listeners: list[collections.deque[dict[str, Any]]] = []
+        self._listeners: dict[int, collections.deque[dict[str, Any]]] = {}  # by identity
 
     def publish(self, kind: str, action: str, actor: str, attributes: dict[str, str]) -> None:
         """Record one event of the API's newest shape and hand it to the listeners."""
@@ -22979,9 +23007,10 @@ class Events:
                      **({"from": attributes["image"]} if "image" in attributes else {}), **event}
         with self._lock:
             self._past.append(event)
-            for listener in self._listeners:
+            for key, listener in list(self._listeners.items()):
                 listener.append(event)
-            self._listeners = [listener for listener in self._listeners if len(listener) <= EVENT_BACKLOG]
+                if len(listener) > EVENT_BACKLOG:
+                    del self._listeners[key]
             self._lock.notify_all()
 
     def network_event(self, action: str, network: Network, **attributes: str) -> None:
@@ -22999,7 +23028,7 @@ class Events:
     @job("events")
     def get(self, job: Job) -> None:
         """Past events from `since`, then new ones as they come, until `until` or the client goes."""
-        since, until = (self._time(job.env.get(key)) for key in ("since", "until"))
+        since, until = job.env.get_time("since"), job.env.get_time("until")
         filters = parse_filters(job.env.get("filters"))
         if until and since > until:
             raise BadParameter(f"`since` time ({since // 10**9}) cannot be after `until` time "
@@ -23007,9 +23036,9 @@ class Events:
         listener: collections.deque[dict[str, Any]] = collections.deque()
         with self._lock:
             past = [event for event in self._past if since and event["timeNano"] >= since]
-            self._listeners.append(listener)
+            self._listeners[id(listener)] = listener
         try:
-            job.on_cancel(self._wake)
+            job.wakes(self._lock)
             job.ready()
             for event in itertools.chain(past, self._follow(listener, until, job.cancelled)):
                 if until and event["timeNano"] > until:
@@ -23018,46 +23047,37 @@ class Events:
                     job.stdout.write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
         finally:
             with self._lock:
-                self._listeners = [other for other in self._listeners if other is not listener]
-
-    @staticmethod
-    def _time(value: Any) -> int:
-        return parse_timestamp(str(value)) if value not in (None, "", "0", 0) else 0
-
-    def _wake(self) -> None:
-        with self._lock:
-            self._lock.notify_all()
-
-    def _listens(self, listener: collections.deque[dict[str, Any]]) -> bool:
-        return any(other is listener for other in self._listeners)
+                self._listeners.pop(id(listener), None)
 
     def _follow(self, listener: collections.deque[dict[str, Any]], until: int,
                 cancelled: threading.Event) -> Iterator[dict[str, Any]]:
         """Events as they come, in batches that are taken under the lock and sent without it."""
+        def is_over() -> bool:
+            return cancelled.is_set() or id(listener) not in self._listeners
+
         while True:
             with self._lock:
                 left = min(threading.TIMEOUT_MAX / 2, max(0.0, (until - time.time_ns()) / 1e9))
-                self._lock.wait_for(lambda: listener or cancelled.is_set() or not self._listens(listener),
-                                    left if until else None)
+                self._lock.wait_for(lambda: listener or is_over(), left if until else None)
                 batch = list(listener)
                 listener.clear()
-                over = cancelled.is_set() or not self._listens(listener)
+                over = is_over()
             yield from batch
             if over or (until and time.time_ns() >= until):
                 return
 
-    @job("log")
-    def log(self, job: Job) -> None:
+    @job("log", ".args")
+    def log(self, args: list[str]) -> None:
         """Publish an event from outside: args are action, id and where it comes from, as in Docker 1.2.0."""
-        if len(job.args) != 3:
-            raise BadParameter(f"usage: {job.name} ACTION ID FROM")
-        action, actor, image = job.args
+        if len(args) != 3:
+            raise BadParameter("usage: log ACTION ID FROM")
+        action, actor, image = args
         self.publish("container", action, actor, {"image": image})
 
-    @job("subscribers_count")
-    def subscribers_count(self, job: Job) -> None:
+    @job("subscribers_count", "")
+    def subscribers_count(self) -> dict[str, int]:
         """How many listeners there are now."""
-        job.reply({"Count": self.count})
+        return {"Count": self.count}
 
     @property
     def count(self) -> int:
@@ -23084,8 +23104,7 @@ def event_matches(event: dict[str, Any], filters: dict[str, list[str]]) -> bool:
         "image": lambda value: kind in ("container", "image") and value in (actor, image, untagged),
         "scope": lambda value: value == event["scope"], "type": lambda value: value == kind,
         **{key: of_kind(key) for key in ("container", "network", "volume")}}
-    return matches_labels(filters, attributes) and all(
-        any(map(one, filters[key])) for key, one in matches.items() if filters.get(key))
+    return matches_filters(filters, matches, attributes)
 
 
 class ContainerTable:
@@ -23126,8 +23145,12 @@ class ContainerTable:
         with self._lock:
             self._names.pop(name, None)
 
-    def rename(self, container: Container, name: str) -> None:
-        """Give it another name; Conflict when that is taken."""
+    @job("rename", ".args name")
+    def rename(self, args: list[str], name: str) -> None:
+        """Give the container that the argument names another name; Conflict when that is taken."""
+        if not name:
+            raise BadParameter("Neither old nor new names may be empty")
+        container, name = self.find(args[0]), name[name.startswith("/"):]
         with container.lock:
             old = container.name
             if container.state.removing or container.state.dead:
@@ -23290,20 +23313,12 @@ class ContainerJobs:
                 self.table.reserve(name, container_id)
                 return name
 
-    @job("kill")
-    def kill(self, job: Job) -> None:
+    @job("kill", ".args")
+    def kill(self, args: list[str]) -> None:
         """Send it a signal: the second argument, by default KILL."""
-        with reworded(None, f"Cannot kill container: {job.args[0]}: ", DockerError):
-            number = parse_signal(job.args[1] if len(job.args) > 1 and job.args[1] else "KILL")
-            self.table.find(job.args[0]).kill(number)
-
-    @job("rename")
-    def rename(self, job: Job) -> None:
-        """Give it env `name`."""
-        name = job.env.get("name") or ""
-        if not name:
-            raise BadParameter("Neither old nor new names may be empty")
-        self.table.rename(self.table.find(job.args[0]), name[name.startswith("/"):])
+        with reworded(None, f"Cannot kill container: {args[0]}: ", DockerError):
+            number = parse_signal("".join(args[1:2]) or "KILL")
+            self.table.find(args[0]).kill(number)
 
     @job("container_prune")
     def prune(self, job: Job) -> None:
@@ -23329,14 +23344,6 @@ class ContainerJobs:
         self.events.publish("container", "prune", "", {"reclaimed": str(reclaimed)})
         job.reply({"ContainersDeleted": deleted or None, "SpaceReclaimed": reclaimed})
 
-    @job("container_copy")
-    def copy(self, job: Job) -> None:
-        """Write what is at `Resource` of env `body` to stdout as a tar stream, as before API 1.20."""
-        resource = str((job.env.get("body") or {}).get("Resource") or "")
-        if not resource:
-            raise BadParameter("Path cannot be empty")
-        self.table.find(job.args[0]).copy_out(resource, job.args, lambda **facts: None, job.stdout.write)
-
     @job("commit")
     def commit(self, job: Job) -> None:
         """Make an image of it.  env: repo, tag, author, comment, changes, pause; `body` is a configuration in
@@ -23356,14 +23363,6 @@ class ContainerJobs:
         name = reference.with_default_tag().familiar if reference else ""
         container.event("commit", comment=comment, imageID=image.id, imageRef=name)
         job.reply({"Id": image.id})
-
-    @job("delete")
-    def delete(self, job: Job) -> None:
-        """Remove it: env `force`, `v`, `link`."""
-        container = self.table.find(job.args[0])
-        if job.env.get_bool("link"):
-            raise Conflict("Conflict, cannot remove the default link name of the container")
-        container.remove(job.env.get_bool("force"), job.env.get_bool("v"))
 
     @job("containers")
     def containers(self, job: Job) -> None:
@@ -23414,7 +23413,7 @@ class Statistics:
         if once or not (stream or container.state.running):
             self._write(job, container.usage(system_cpu()), {})
             return
-        job.on_cancel(self._wake)
+        job.wakes(self._changed)
         if stream:
             job.ready()
         before: dict[str, Any] = {}
@@ -23435,10 +23434,10 @@ class Statistics:
     @contextlib.contextmanager
     def _listening(self, container: Container) -> Iterator[None]:
         with self._changed:
-            self._listened[container] += 1
             if not self._sampling:
-                self._sampling = True
                 threading.Thread(target=self._sample, name="stats", daemon=True).start()
+                self._sampling = True
+            self._listened[container] += 1
         try:
             yield
         finally:
@@ -23458,10 +23457,6 @@ class Statistics:
             if cancelled.is_set() or container.state.removed:
                 return
             yield seen
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
 
     def _sample(self) -> None:
         while True:
@@ -23504,17 +23499,16 @@ class ExecJobs:
             raise NotFound(f"No such exec instance: {name}")
         return found
 
-    @job("exec_create")
-    def create(self, job: Job) -> None:
-        """Make an instance of env `body`, an ExecConfig, in the container named by the argument."""
-        config = decode_struct(job.env.get("body"), "ExecConfig")
+    @job("exec_create", ".args body:ExecConfig")
+    def create(self, args: list[str], config: dict[str, Any]) -> dict[str, Any]:
+        """Make an instance of this configuration in the container named by the argument."""
         if not config["Cmd"]:
             raise BadParameter("No exec command specified")
-        container = self.table.find(job.args[0])
+        container = self.table.find(args[0])
         config["User"] = config["User"] or container.config.get("User") or ""
         instance = ExecInstance(container, config)
         with container.lock:
-            container.require_exec(job.args[0])
+            container.require_exec(args[0])
             container.execs[instance.id] = instance
         with self._lock:
             if len(self._by_id) >= self._full:  # not at each: that would cost the more the more there are
@@ -23522,12 +23516,12 @@ class ExecJobs:
                 self._full = 2 * len(self._by_id) + 64
             self._by_id[instance.id] = instance
         instance.event("exec_create: " + instance.command)
-        job.reply({"Id": instance.id})
+        return {"Id": instance.id}
 
-    @job("exec_start")
-    def start(self, job: Job) -> None:
-        """Start it as env `body`, an ExecStartCheck, says: detached, or with job.hijacked as its streams."""
-        instance, check = self.find(job.args[0]), decode_struct(job.env.get("body"), "ExecStartCheck")
+    @job("exec_start", ". body:ExecStartCheck")
+    def start(self, job: Job, check: dict[str, Any]) -> None:
+        """Start it as `check` says: detached, or with job.hijacked as its streams."""
+        instance = self.find(job.args[0])
         with instance.container.lock:
             instance.container.require_exec(instance.container.id)
         if check["Tty"] and check["ConsoleSize"]:
@@ -23556,47 +23550,43 @@ class NetworkJobs:
     def __init__(self, networks: Networks, table: ContainerTable, events: Events) -> None:
         self.networks, self.table, self.events = networks, table, events
 
-    @job("networks")
-    def networks_list(self, job: Job) -> None:
-        """The networks that match env `filters`."""
-        filters = parse_filters(job.env.get("filters"), (*NETWORK_FILTERS, "label"))
+    @job("networks", "filters")
+    def networks_list(self, given: Any) -> list[dict[str, Any]]:
+        """The networks that match the filters `given`."""
+        filters = parse_filters(given, (*NETWORK_FILTERS, "label"))
         for value in filters.get("type", []):
             if value not in ("custom", "builtin"):
                 raise BadParameter(f"invalid filter 'type={value}'")
-        found = [network for network in self.networks.all()
-                 if matches_labels(filters, network.record["Labels"]) and all(
-                     any(matches(network, value) for value in filters[name])
-                     for name, matches in NETWORK_FILTERS.items() if filters.get(name))]
-        job.reply([network.to_api(containers=False) for network in found])
+        return [network.to_api(containers=False) for network in self.networks.all()
+                if matches_filters(filters, NETWORK_FILTERS, network.record["Labels"], network)]
 
-    @job("network_inspect")
-    def inspect(self, job: Job) -> None:
-        """One network; env `scope`."""
-        if job.env.get("scope") not in (None, "", "local"):
-            raise NotFound(f"network {job.args[0]} not found")
-        job.reply(self.networks.find(job.args[0]).to_api())
+    @job("network_inspect", ".args scope")
+    def inspect(self, args: list[str], scope: str) -> dict[str, Any]:
+        """One network, if it is of this scope."""
+        if scope not in ("", "local"):
+            raise NotFound(f"network {args[0]} not found")
+        return self.networks.find(args[0]).to_api()
 
-    @job("network_create")
-    def create(self, job: Job) -> None:
-        """Make a network of env `body`."""
-        body = decode_struct(job.env.get("body"), "NetworkCreate")
+    @job("network_create", "body:NetworkCreate")
+    def create(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Make a network."""
         if body["Ingress"] or body["Scope"] == "swarm" or body["ConfigOnly"]:
             raise Unavailable(NO_MANAGER)
         network = self.networks.create(body)
         self.events.network_event("create", network)
-        job.reply({"Id": network.id, "Warning": ""})
+        return {"Id": network.id, "Warning": ""}
 
-    @job("network_delete")
-    def delete(self, job: Job) -> None:
+    @job("network_delete", ".args")
+    def delete(self, args: list[str]) -> None:
         """Remove a network."""
-        network = self.networks.find(job.args[0])
+        network = self.networks.find(args[0])
         self.networks.remove(network)
         self.events.network_event("destroy", network)
 
-    @job("network_prune")
-    def prune(self, job: Job) -> None:
-        """Remove the networks that no container is on and that match env `filters`."""
-        filters = parse_filters(job.env.get("filters"), ("label", "label!", "until"))
+    @job("network_prune", "filters")
+    def prune(self, given: Any) -> dict[str, Any]:
+        """Remove the networks that no container is on and that match the filters `given`."""
+        filters = parse_filters(given, ("label", "label!", "until"))
         latest, deleted = until_filter(filters), []
         named = {name for container in self.table.all()
                  for name in container.record["NetworkSettings"]["Networks"]}
@@ -23609,20 +23599,18 @@ class NetworkJobs:
                     self.events.network_event("destroy", network)
                     deleted.append(network.name)
         self.events.publish("network", "prune", "", {"reclaimed": "0"})
-        job.reply({"NetworksDeleted": deleted or None})
+        return {"NetworksDeleted": deleted or None}
 
-    @job("network_connect")
-    def connect(self, job: Job) -> None:
-        """Put the container of env `body` on the network."""
-        body = decode_struct(job.env.get("body"), "NetworkConnect")
-        network = self.networks.find(job.args[0])
+    @job("network_connect", ".args body:NetworkConnect")
+    def connect(self, args: list[str], body: dict[str, Any]) -> None:
+        """Put the container that `body` names on the network."""
+        network = self.networks.find(args[0])
         self.table.find(body["Container"]).connect(network, body["EndpointConfig"])
 
-    @job("network_disconnect")
-    def disconnect(self, job: Job) -> None:
-        """Take the container of env `body` off the network."""
-        body = decode_struct(job.env.get("body"), "NetworkDisconnect")
-        network = self.networks.find(job.args[0])
+    @job("network_disconnect", ".args body:NetworkDisconnect")
+    def disconnect(self, args: list[str], body: dict[str, Any]) -> None:
+        """Take the container that `body` names off the network."""
+        network = self.networks.find(args[0])
         try:
             container = self.table.find(body["Container"])
         except NotFound:
@@ -23654,8 +23642,8 @@ class SystemJobs:
     def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
 
-    @job("info")
-    def info(self, job: Job) -> None:
+    @job("info", "")
+    def info(self) -> dict[str, Any]:
         """GET /info of the newest API."""
         daemon = self.daemon
         config, uname = daemon.config, os.uname()
@@ -23665,7 +23653,7 @@ class SystemJobs:
         cdi_directories = config.cdi_spec_dirs or CDI_DIRECTORIES
         forwards = read_text("/proc/sys/net/ipv4/ip_forward").strip() == "1"
         stopped = len(states) - states.count("running") - states.count("paused")
-        job.reply({
+        return {
             **INFO, **{name: getattr(config, attribute) for name, attribute in INFO_OF_CONFIG.items()},
             **daemon.cgroups.info(), "ID": daemon.id, "Containers": len(containers),
             "ContainersRunning": states.count("running"), "ContainersPaused": states.count("paused"),
@@ -23686,33 +23674,33 @@ class SystemJobs:
             "FirewallBackend": {"Driver": daemon.networks.firewall.name},
             "DiscoveredDevices": [{"Source": "cdi", "ID": name} for name in cdi_devices(cdi_directories)],
             "Warnings": daemon.cgroups.warnings() + (
-                [] if forwards else ["WARNING: IPv4 forwarding is disabled"])})
+                [] if forwards else ["WARNING: IPv4 forwarding is disabled"])}
 
-    @job("system_df")
-    def disk_usage(self, job: Job) -> None:
-        """What takes space: env `type` is a list of container, image, volume, build-cache; without, all."""
+    @job("system_df", "type:list")
+    def disk_usage(self, kinds: list[str]) -> dict[str, Any]:
+        """What takes space: `kinds` are of container, image, volume, build-cache; none stands for all."""
         daemon, run = self.daemon, self.daemon.engine.job
         found: dict[str, dict[str, Callable[[], Any]]] = {
             "image": {"LayersSize": lambda: sum(daemon.layers.sizes().values()),
                       "Images": lambda: run("images", **{"shared-size": True}).run()},
             "container": {"Containers": lambda: run("containers", all=True, size=True).run()},
             "volume": {"Volumes": daemon.volumes.usage}, "build-cache": {"BuildCache": list}}
-        wanted = job.env.get_list("type") or list(found)
+        wanted = kinds or list(found)
         unknown = [kind for kind in wanted if kind not in found]
         if unknown:
             raise BadParameter(f"unknown object type: {unknown[0]}")
-        job.reply({name: measure() if kind in wanted else 0 if name == "LayersSize" else None
-                   for kind, parts in found.items() for name, measure in parts.items()})
+        return {name: measure() if kind in wanted else 0 if name == "LayersSize" else None
+                for kind, parts in found.items() for name, measure in parts.items()}
 
-    @job("version")
-    def version(self, job: Job) -> None:
+    @job("version", "")
+    def version(self) -> dict[str, Any]:
         """GET /version of the newest API; Docker 1.2.0's fields are among them."""
         uname = os.uname()
         both = {"ApiVersion": API_VERSION, "Arch": _go_architecture(), "BuildTime": "", "Os": "linux",
                 "GitCommit": GIT_COMMIT, "GoVersion": _runtime_version(), "KernelVersion": uname.release,
                 "MinAPIVersion": MIN_API_VERSION}
         engine = {"Name": "Engine", "Version": VERSION, "Details": {**both, "Experimental": "false"}}
-        job.reply({**both, "Platform": {"Name": "dockerd.py"}, "Components": [engine], "Version": VERSION})
+        return {**both, "Platform": {"Name": "dockerd.py"}, "Components": [engine], "Version": VERSION}
 
 
 def _runtime_version() -> str:
@@ -23936,7 +23924,7 @@ class Daemon:
     def install(self) -> None:
         """Register every part's jobs with the engine, and leave the daemon where old parts look for it."""
         registry, execs = Registry(self.config), ExecJobs(self.containers)
-        for part in (self.events, self.images, self.volumes,
+        for part in (self.events, self.images, self.volumes, self.containers,
                      ContainerJobs(self.parts, self.images, self.containers, self.events),
                      NetworkJobs(self.networks, self.containers, self.events), Statistics(self.containers),
                      execs, SystemJobs(self), Pulls(registry, self.images), Pushes(registry, self.images),
@@ -24764,18 +24752,19 @@ class DisconnectWatcher:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._epoll: Any = None
+        self._epoll = select.epoll()
+        self._running = False
         self._callbacks: dict[int, Callable[[], None]] = {}
 
     @contextlib.contextmanager
     def watching(self, fd: int, callback: Callable[[], None]) -> Iterator[None]:
         """While the block runs, `callback` is called once if the other side of the socket `fd` closes."""
         with self._lock:
-            if self._epoll is None:
-                self._epoll = select.epoll()
+            if not self._running:
                 threading.Thread(target=self._run, name="disconnects", daemon=True).start()
-            self._callbacks[fd] = callback
+                self._running = True
             self._epoll.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
+            self._callbacks[fd] = callback
         try:
             yield
         finally:

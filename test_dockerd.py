@@ -57,6 +57,7 @@ import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple, Optional
+from unittest.mock import Mock
 
 import docker as docker_py
 import pytest
@@ -6914,11 +6915,33 @@ def test_no_job_is_cancelled_for_who_had_its_descriptor_before() -> None:
             assert not called
         return [(ours.fileno(), select.EPOLLRDHUP)]
 
-    watcher._epoll = types.SimpleNamespace(poll=poll, register=lambda *each: None, unregister=lambda fd: None)
+    watcher._epoll = Mock(poll=poll)
+    watcher._running = True
     with ours, watcher.watching(ours.fileno(), lambda: called.append(f"with {next(turns, 'none')} to come")):
         with pytest.raises(StopIteration):
             watcher._run()
     assert called == ["with none to come"]
+
+
+def test_a_thread_that_was_refused_is_started_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the host has no thread to give, one client fails; the next has its samples and is watched."""
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    watcher, statistics, gone = dockerd.DisconnectWatcher(), dockerd.Statistics(Mock()), threading.Event()
+    container = Mock(state=Mock(removed=False), usage=lambda system: {"read": "now"})
+    ours, theirs = socket.socketpair()
+    begin = [lambda: watcher.watching(ours.fileno(), gone.set), lambda: statistics._listening(container)]
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for each in begin:
+            with pytest.raises(RuntimeError), each():
+                pass
+    with ours, begin[0](), begin[1]():
+        assert next(statistics._follow(container, threading.Event())) == {"read": "now"}
+        theirs.close()
+        assert gone.wait(20)
+    wait_for(lambda: not statistics._sampling)
 
 
 def test_events_have_the_client_s_shape(fake_api: FakeApi, raw: Raw) -> None:
