@@ -17817,6 +17817,11 @@ def container_log(log_config: dict[str, Any], directory: str, container_id: str)
 # The streams of a run
 
 
+def stream_frame(number: int, data: bytes) -> bytes:
+    """`data` as a frame of a multiplexed stream: 0 stdin, 1 stdout, 2 stderr, 3 an error of the daemon's."""
+    return struct.pack(">BxxxL", number, len(data)) + data
+
+
 class Subscriber:
     """An attached client's share of the output: chunks that wait for it, and a descriptor that tells of
     them.  For one that reads slowly they wait in an unlinked file beside the log: the log itself would not
@@ -18816,7 +18821,7 @@ class Parts(NamedTuple):
 
 
 class State:
-    """A container's state as moby keeps it; `changed` is notified at every change."""
+    """A container's state as moby keeps it; the container's `changed` is notified at every change."""
 
     # what inspect shows and config.v2.json keeps
     FIELDS = {"Running": "running", "Paused": "paused", "Restarting": "restarting", "Dead": "dead",
@@ -18825,14 +18830,11 @@ class State:
     # the words for a state: the first that is true tells
     WORDS = ("removing", "dead", "restarting", "paused", "running")
 
-    def __init__(self, changed: threading.Condition) -> None:
-        self.changed = changed
+    def __init__(self) -> None:
         self.running = self.paused = self.restarting = self.oom_killed = self.removing = self.dead = False
         self.removed = False
-        self.pid = 0
-        self.exit_code = 0
-        self.error = ""
-        self.removal_error = ""
+        self.pid = self.exit_code = 0
+        self.error = self.removal_error = ""
         self.started_at = self.finished_at = ZERO_TIME
         self.health: Any = None  # as inspect shows it; replaced, never changed
         self.runs = 0   # ends seen so far: a waiter for the next exit compares it
@@ -18970,7 +18972,7 @@ class Container:
         self.idmap = IdMap() if host_config["UsernsMode"] == "host" else parts.idmap
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
-        self.state = State(self.changed)
+        self.state = State()
         self.process: Optional[Process] = None
         self.cgroup: Any = None
         self._root_fd = -1
@@ -19530,14 +19532,15 @@ class Container:
             process.send_signal(0)  # it has not ended meanwhile: the pid was its own
         return fds
 
-    def _seccomp(self, options: SecurityOptions, capabilities: set[int]) -> tuple[bytes, int]:
-        """The filter's program and flags: the container's own profile, else the daemon's; none when
-        privileged."""
-        profile = self.parts.seccomp_profile if options.seccomp is None else options.seccomp
-        if self.host_config["Privileged"] or profile == "unconfined":
-            return b"", 0
-        names = {CAPABILITIES[number] for number in capabilities}
-        return compile_seccomp(profile, names), seccomp_flags(profile)
+    def _seccomp_profile(self, options: SecurityOptions) -> Any:
+        """The container's own profile, else the daemon's; "unconfined" when privileged."""
+        own = "unconfined" if self.host_config["Privileged"] else options.seccomp
+        return self.parts.seccomp_profile if own is None else own
+
+    def _capabilities(self) -> set[int]:
+        host = self.host_config
+        return capability_sets(host.get("CapAdd") or [], host.get("CapDrop") or [], host["Privileged"],
+                               bounding_capabilities())
 
     def _selinux_labels(self) -> tuple[str, str]:
         """The contexts of its processes and files: those of a container whose namespaces it joins, else some
@@ -19602,13 +19605,13 @@ class Container:
         host = self.host_config
         uid, gid, groups, _ = user
         options = parse_security_options(host.get("SecurityOpt") or [])
-        capabilities = capability_sets(
-            host.get("CapAdd") or [], host.get("CapDrop") or [], host["Privileged"], bounding_capabilities())
-        seccomp, seccomp_mode = self._seccomp(options, capabilities)
+        capabilities, profile = self._capabilities(), self._seccomp_profile(options)
+        names, confined = {CAPABILITIES[number] for number in capabilities}, profile != "unconfined"
         return {"uid": uid, "gid": gid, "groups": groups + self._edits.groups, "capabilities": capabilities,
                 "root_fd": self._root_fd, "cgroup_join": self.cgroup.join, "labels": self._labels(options),
-                "cgroup_fd": self.cgroup.directory_fd, "idmap": self.idmap, "seccomp": seccomp,
-                "seccomp_flags": seccomp_mode,
+                "cgroup_fd": self.cgroup.directory_fd, "idmap": self.idmap,
+                "seccomp": compile_seccomp(profile, names) if confined else b"",
+                "seccomp_flags": seccomp_flags(profile) if confined else 0,
                 "no_new_privileges": options.no_new_privileges or self.parts.config.no_new_privileges,
                 "rlimits": container_limits(host, self.parts.config),
                 "oom_score_adj": host["OomScoreAdj"] or default_oom_score()}
@@ -19632,12 +19635,9 @@ class Container:
                   for name, values in groups.items()}
         linux: dict[str, Any] = {"cgroupsPath": self.cgroup.path, "resources": {
             "devices": devices, **{name: values for name, values in limits.items() if values}}}
-        options = parse_security_options(host.get("SecurityOpt") or [])
-        profile = self.parts.seccomp_profile if options.seccomp is None else options.seccomp
-        if not host["Privileged"] and profile != "unconfined":
-            given = capability_sets(host.get("CapAdd") or [], host.get("CapDrop") or [], False,
-                                    bounding_capabilities())
-            linux["seccomp"] = oci_seccomp(profile, [CAPABILITIES[number] for number in given])
+        profile = self._seccomp_profile(parse_security_options(host.get("SecurityOpt") or []))
+        if profile != "unconfined":
+            linux["seccomp"] = oci_seccomp(profile, [CAPABILITIES[number] for number in self._capabilities()])
         return linux
 
     @contextlib.contextmanager
@@ -20201,9 +20201,11 @@ class Container:
                 "removed": lambda: self.state.removed or bool(self.state.removal_error)}
             if condition not in conditions:
                 raise BadParameter(f"invalid condition: \"{condition}\"")
-            job.on_cancel(lambda: self.parts.background(self._notify))  # who calls must not wait for a start
-            job.ready()
-            self.changed.wait_for(lambda: conditions[condition]() or job.cancelled.is_set())
+            over = conditions[condition]()
+        job.on_cancel(lambda: self.parts.background(self._notify))  # who calls must not wait for a start
+        job.ready()  # without the lock: the client may be slow
+        with self.lock:
+            self.changed.wait_for(lambda: over or conditions[condition]() or job.cancelled.is_set())
             error = {"Message": self.state.removal_error} if self.state.removal_error else None
             return {"Error": error, "StatusCode": self.state.exit_code}
 
@@ -20626,6 +20628,7 @@ class ExecInstance:
         self.key = f"{container.id}/{self.id}"  # what names it towards the shim
         self.container, self.config = container, config
         self.command = " ".join([config["Cmd"][0], " ".join(config["Cmd"][1:])])
+        self.outputs = {number for number, name in STREAM_NAMES.items() if config["Attach" + name.title()]}
         self.keys = parse_detach_keys(config["DetachKeys"] or DETACH_KEYS, "escape")
         self.streams = Streams(container.parts.pump, None)
         self.streams.on_finished = self._streams_finished
@@ -20676,8 +20679,7 @@ class ExecInstance:
                     cgroup = os.dup(spec.cgroup_fd)
                     held.callback(os.close, cgroup)
                     spec = spec._replace(cgroup_fd=cgroup)
-            wanted = {number for number, name in STREAM_NAMES.items() if self.config["Attach" + name.title()]}
-            process, ours = launch(parts.driver, spec, self.config["AttachStdin"], wanted, target)
+            process, ours = launch(parts.driver, spec, self.config["AttachStdin"], self.outputs, target)
         self._process, self.pid = process, process.pid
         self.streams.connect(ours)
         process.streams = self.streams.copies
@@ -20697,8 +20699,7 @@ class ExecInstance:
         """Start the process with the client's connection as its streams; what keeps it from starting is told
         there."""
         config = self.config
-        subscriber = self.streams.subscribe(
-            {number for number, name in STREAM_NAMES.items() if config["Attach" + name.title()]})
+        subscriber = self.streams.subscribe(self.outputs)
         attachment = Attachment(self.streams, job, subscriber, raw, self.keys if config["Tty"] else b"")
         try:
             try:
@@ -21106,10 +21107,8 @@ class Attachment:
         job.on_cancel(subscriber.wake)
 
     def queue(self, stream: int, data: bytes) -> None:
-        """Frame `data` for the client: raw with a terminal, else behind the 8-byte stream header."""
-        if not self.raw:
-            self.output += struct.pack(">BxxxI", stream, len(data))
-        self.output += data
+        """Have the client get `data`: as it is with a terminal, else as a frame."""
+        self.output += data if self.raw else stream_frame(stream, data)
 
     def run(self, stdin: bool, close_stdin: Optional[Callable[[], None]],
             past: Iterable[tuple[int, bytes]] = ()) -> None:
@@ -23757,7 +23756,7 @@ class Survey:
             self.damages += unfinished(directory)
             record, host_config = (json.loads(read_state(os.path.join(directory, file)))
                                    for file in ("config.v2.json", "hostconfig.json"))
-            State(threading.Condition()).from_disk(record["State"])
+            State().from_disk(record["State"])
             if (record["ID"], type(record["Config"]), type(host_config)) != (name, dict, dict):
                 raise ValueError("it is not this container's")
             self.records[name] = record, host_config
@@ -24394,11 +24393,6 @@ def to_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
 
 
-def stream_frame(number: int, data: bytes) -> bytes:
-    """`data` as a frame of a multiplexed stream: 0 stdin, 1 stdout, 2 stderr, 3 an error of the daemon's."""
-    return struct.pack(">BxxxL", number, len(data)) + data
-
-
 class Frames:
     """A destination of a job's output that writes it to `stream` in frames of the given number."""
 
@@ -24629,11 +24623,6 @@ class HijackedStream:
                 self._sock.unwrap()
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._sock, socket.SHUT_WR)  # SSLSocket's would drop the TLS layer
-
-    def close(self) -> None:
-        """End both sides; the descriptor itself is closed with the connection's thread."""
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
 
 
 class WebSocketStream:
@@ -24901,6 +24890,17 @@ class Request:
             raise NotSupported(f"{name.replace('_', ' ')}: this feature is not supported by this daemon")
         return engine.job(name, *arguments, **env)
 
+    def task(self, name: str, /, names: Iterable[str] = (), parameters: str = "", arguments: str = "",
+             auth: str = "", **env: Any) -> Job:
+        """The job of that name: its arguments are `names` and the query's parameters `arguments`, "" for an
+        absent one; its environment `env`, the query's `parameters` and the credentials of the header
+        `auth`."""
+        env.update(self.parameters(parameters))
+        if auth:
+            env["authConfig"] = self.header_json(auth)
+        given = self.parameters(arguments)
+        return self.job(name, *names, *(given.get(key, "") for key in arguments.split()), **env)
+
     def reshape(self, value: Any) -> Any:
         """`value`, an object or a list of them of the newest API's shape, in that of the client's version.
 
@@ -25089,18 +25089,15 @@ def find_route(method: str, path: str) -> Optional[tuple[Route, tuple[str, ...]]
 
 
 def runs(job: str, parameters: str = "", status: int = 200, body: bool = False, reply: bool = True,
-         stdin: bool = False, auth: str = "") -> Callable[..., Any]:
-    """The handler of a route that is one job: the path's names are its arguments, the query's `parameters`
-    and, with `body`, the JSON body are its env, with `stdin` the body is its stdin, `auth` is a header with
-    credentials.  Its reply is sent with `status`; 204 and reply=False send none."""
+         stdin: bool = False, **further: Any) -> Callable[..., Any]:
+    """The handler of a route that is one job, which Request.task makes of `parameters` and what is `further`;
+    with `body` the JSON body is in its env, with `stdin` the body is its stdin.  Its reply is sent with
+    `status`; 204 and reply=False send none."""
 
     def handler(request: Request, *names: str) -> Response:
-        env = request.parameters(parameters)
+        task = request.task(job, names, parameters, **further)
         if body:
-            env["body"] = request.object
-        if auth:
-            env["authConfig"] = request.header_json(auth)
-        task = request.job(job, *names, **env)
+            task.env["body"] = request.object
         if stdin:
             task.stdin = request.body
         result = task.run()
@@ -25113,19 +25110,18 @@ def downloads(job: str, content_type: str, parameters: str = "") -> Callable[...
     """The handler of a route whose response is what one job writes."""
 
     def handler(request: Request, *names: str) -> None:
-        names = names or tuple(request.query.get("names", ()))
-        task = request.job(job, *names, **request.parameters(parameters))
+        task = request.task(job, names or request.query.get("names", ()), parameters)
         task.stdout.add(request.stream(content_type))
         request.run(task)
 
     return handler
 
 
-def follows(job: str, parameters: str, **defaults: Any) -> Callable[..., Any]:
+def follows(job: str, parameters: str, **further: Any) -> Callable[..., Any]:
     """The handler of a route whose response is JSON lines for as long as one job and the client last."""
 
     def handler(request: Request, *names: str) -> None:
-        task = request.job(job, *names, **{**defaults, **request.parameters(parameters)})
+        task = request.task(job, names, parameters, **further)
         stream = request.stream()
         task.stdout.add(Lines(request, stream))
         task.on_ready = lambda facts: stream.start()
@@ -25134,17 +25130,9 @@ def follows(job: str, parameters: str, **defaults: Any) -> Callable[..., Any]:
     return handler
 
 
-def progresses(job: str, parameters: str, auth: str = "", **defaults: Any) -> Callable[..., Any]:
-    """The handler of a route that shows one job's progress; the body is its stdin, `auth` a header with
-    credentials."""
-
-    def handler(request: Request, *names: str) -> None:
-        env = {**defaults, **request.parameters(parameters)}
-        if auth:
-            env["authConfig"] = request.header_json(auth)
-        request.progress(request.job(job, *names, **env))
-
-    return handler
+def progresses(job: str, parameters: str, **further: Any) -> Callable[..., Any]:
+    """The handler of a route that shows one job's progress; the body is its stdin."""
+    return lambda request, *names: request.progress(request.task(job, names, parameters, **further))
 
 
 def resizes(job: str) -> Callable[..., Any]:
@@ -25564,6 +25552,8 @@ PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
         until("1.42", without("ConsoleSize"))),
     ("POST", "/containers/prune", runs("container_prune", "filters")),
     ("DELETE", "/containers/{name}", runs("delete", "v:bool link:bool force:bool", 204)),
+    ("POST", "/commit", runs("commit", "repo tag author comment changes:list pause:bool", 201, body=True,
+                             arguments="container", pause=True), until("1.13", pause_is_off)),
     ("GET", "/exec/{id}/json", runs("exec_inspect")),
     ("POST", "/exec/{id}/resize", resizes("exec_resize")),
     ("GET", "/images/json", runs("images", "all:bool filters shared-size:bool manifests:bool"),
@@ -25584,17 +25574,18 @@ PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
         shape_until("1.15", exactly(IMAGE_1_14))),
     ("GET", "/images/{name}/history", runs("history", "platform:json"), ANY_PLATFORM,
         shape_until("1.22", plain_ids), shape_until("1.19", exactly(HISTORY_1_14))),
+    ("POST", "/images/{name}/tag", runs("tag", status=201, reply=False, arguments="repo tag")),
     ("GET", "/images/{name}/get", downloads("image_export", TAR, "platform:json"), ANY_PLATFORM),
     ("GET", "/images/get", downloads("image_export", TAR, "platform:json"), ANY_PLATFORM),
     ("GET", "/images/search", runs("search", "term limit:int filters", auth="x-registry-auth")),
     ("GET", "/distribution/{name}/json", runs("distribution_inspect", auth="x-registry-auth")),
-    ("POST", "/images/{name}/push", progresses("push", "tag platform:json", "x-registry-auth"),
+    ("POST", "/images/{name}/push", progresses("push", "tag platform:json", auth="x-registry-auth"),
         until("1.46", ignores("platform"))),
     ("POST", "/images/load", progresses("load", "quiet:bool platform:json", quiet=True), ANY_PLATFORM),
     ("POST", "/images/prune", runs("image_prune", "filters")),
     ("DELETE", "/images/{name}", runs("image_delete", "force:bool noprune:bool platforms:list"),
         shape_until("1.22", plain_ids)),
-    ("POST", "/build", progresses("build", BUILD_PARAMETERS, "x-registry-config", rm=True),
+    ("POST", "/build", progresses("build", BUILD_PARAMETERS, auth="x-registry-config", rm=True),
         until("1.40", ignores("outputs")), until("1.32", ignores("platform")),
         until("1.30", asks(withoutaux="1"))),
     ("POST", "/build/prune", runs("build_prune", "all:bool filters keep-storage:int reserved-space:int "
@@ -25688,8 +25679,8 @@ def container_create(request: Request) -> Response:
     asked_host_config(request)
     if request.object.keys() <= {"HostConfig", "NetworkingConfig"}:
         raise BadParameter("config cannot be empty in order to create a container")
-    env = request.parameters("name platform defaultReadOnlyNonRecursive:bool")
-    return Response(201, request.job("create", env.pop("name", ""), body=request.object, **env).run())
+    job = request.task("create", (), "platform defaultReadOnlyNonRecursive:bool", "name", body=request.object)
+    return Response(201, job.run())
 
 
 @route("POST", "/containers/{name}/start", until("1.24", takes_host_config))
@@ -25711,7 +25702,7 @@ def container_start(request: Request, name: str) -> Response:
 def container_kill(request: Request, name: str) -> Response:
     """Send a signal."""
     try:
-        request.job("kill", name, *request.parameters("signal").values()).run()
+        request.task("kill", (name,), arguments="signal").run()
     except Conflict:
         if not request.forgiving:
             raise
@@ -25722,7 +25713,7 @@ def container_kill(request: Request, name: str) -> Response:
        shape_until("1.34", no_error_no_answer), shape_until("1.30", drops("Error")))
 def container_wait(request: Request, name: str) -> None:
     """The exit code, when there is one; the headers go out as soon as nothing can be missed."""
-    job = request.job("wait", name, **request.parameters("condition"))
+    job = request.task("wait", (name,), "condition")
     stream = request.stream()
     if request.early:
         job.on_ready = lambda facts: stream.start()
@@ -25736,7 +25727,7 @@ ATTACH_FLAGS = "logs:bool stream:bool stdin:bool stdout:bool stderr:bool detachK
 @route("POST", "/containers/{name}/attach")
 def container_attach(request: Request, name: str) -> None:
     """Attach: the connection becomes the container's streams."""
-    request.hijack(request.job("attach", name, **request.parameters(ATTACH_FLAGS)))
+    request.hijack(request.task("attach", (name,), ATTACH_FLAGS))
 
 
 @route("GET", "/containers/{name}/attach/ws", until("1.42", all_streams))
@@ -25749,7 +25740,7 @@ def container_attach_ws(request: Request, name: str) -> None:
     if (origin and origin.partition("://")[2] != headers.get("host")
             and request.server.cors not in ("*", origin)):
         raise Forbidden(f"a page of {origin} may not attach: CORS is not enabled for it")
-    job = request.job("attach", name, raw=True, **request.parameters(ATTACH_FLAGS))
+    job = request.task("attach", (name,), ATTACH_FLAGS, raw=True)
 
     def ready(facts: dict[str, Any]) -> None:
         key = headers["sec-websocket-key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -25858,43 +25849,26 @@ def path_stat(facts: Any) -> dict[str, str]:
 @route("HEAD", "/containers/{name}/archive")
 def archive_stat(request: Request, name: str) -> Response:
     """What is at a path in a container."""
-    reply = request.job("archive_stat", name, **request.parameters("path")).run()
+    reply = request.task("archive_stat", (name,), "path").run()
     return Response(200, b"", tuple(path_stat(reply).items()))
 
 
 @route("GET", "/containers/{name}/archive")
 def archive_get(request: Request, name: str) -> None:
     """A file or directory of a container as a tar stream; the job is ready(stat=...)."""
-    job = request.job("archive_get", name, **request.parameters("path"))
+    job = request.task("archive_get", (name,), "path")
     job.on_ready = lambda facts: job.stdout.add(request.stream(TAR, **path_stat(facts["stat"])))
     request.run(job)
-
-
-@route("POST", "/commit", until("1.13", pause_is_off))
-def container_commit(request: Request) -> Response:
-    """Make an image of a container."""
-    env = {"pause": True, **request.parameters("container repo tag author comment changes:list pause:bool")}
-    return Response(201, request.job("commit", env.pop("container", ""), body=request.object, **env).run())
 
 
 @route("POST", "/images/create", until("1.32", ignores("platform")))
 def image_create(request: Request) -> None:
     """Pull an image, or import one: from the body (fromSrc=-) or an URL."""
-    env = request.parameters("fromImage fromSrc repo tag message changes:list platform")
-    image, source, repository, tag = (env.pop(name, "") for name in ("fromImage", "fromSrc", "repo", "tag"))
-    if image:
-        env["authConfig"] = request.header_json("x-registry-auth")
-        request.progress(request.job("pull", image, tag, **env))
+    if request.query.get("fromImage", [""])[0]:
+        job = request.task("pull", (), "platform", "fromImage tag", "x-registry-auth")
     else:
-        request.progress(request.job("import", source, repository, tag, **env))
-
-
-@route("POST", "/images/{name}/tag")
-def image_tag(request: Request, name: str) -> Response:
-    """Give an image another name."""
-    given = request.parameters("repo tag")
-    request.job("tag", name, given.get("repo", ""), given.get("tag", "")).run()
-    return Response(201)
+        job = request.task("import", (), "message changes:list platform", "fromSrc repo tag")
+    request.progress(job)
 
 
 # -- the server

@@ -2251,7 +2251,7 @@ def test_who_gives_up_waiting_waits_for_no_lock() -> None:
     engine, container = Engine(), dockerd.Container.__new__(dockerd.Container)
     container.changed = threading.Condition()
     container.lock = container.changed  # type: ignore[assignment]
-    container.state = dockerd.State(container.changed)
+    container.state = dockerd.State()
     container.state.running = True
     container.parts = types.SimpleNamespace(background=dockerd.Workers(1).submit)  # type: ignore[assignment]
     job, ready = engine.job("wait"), threading.Event()
