@@ -2247,7 +2247,8 @@ def test_raw_wait_answers_its_headers_at_once(host: Host) -> None:
 
 
 def test_who_gives_up_waiting_waits_for_no_lock() -> None:
-    """One thread watches all clients: it must not wait until a container has been started."""
+    """One thread watches all clients: it must not wait until a container has been started.  And a client that
+    does not read its headers keeps nobody from the container."""
     engine, container = Engine(), dockerd.Container.__new__(dockerd.Container)
     container.changed = threading.Condition()
     container.lock = container.changed  # type: ignore[assignment]
@@ -2255,7 +2256,15 @@ def test_who_gives_up_waiting_waits_for_no_lock() -> None:
     container.state.running = True
     container.parts = types.SimpleNamespace(background=dockerd.Workers(1).submit)  # type: ignore[assignment]
     job, ready = engine.job("wait"), threading.Event()
-    job.on_ready = lambda facts: ready.set()
+
+    def send_headers(facts: Any) -> None:
+        other = threading.Thread(target=container._notify, daemon=True)
+        other.start()
+        other.join(10)
+        if not other.is_alive():
+            ready.set()
+
+    job.on_ready = send_headers
     waiting = threading.Thread(target=container.wait, args=(job, ""))
     waiting.start()
     assert ready.wait(20)
