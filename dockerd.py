@@ -19023,7 +19023,7 @@ class Container:
                                            storage_size(host_config.get("StorageOpt") or {}))
                 undo.callback(parts.layers.remove_rw, container_id)
                 container._save_host_config()
-            container._make_volumes(undo)
+            container._make_volumes(undo, container.points)
             container.save(needed=True)
             undo.pop_all()
         return container
@@ -19034,11 +19034,29 @@ class Container:
         points = (self.record.get("MountPoints") or {}).values()
         return sorted(points, key=lambda point: (point["Destination"].count("/"), point["Destination"]))
 
-    def _make_volumes(self, undo: contextlib.ExitStack) -> None:
-        """Have every volume among the mount points, and in those that are empty what the image has there."""
+    def configure(self, host_config: dict[str, Any], networks: dict[str, dict[str, Any]],
+                  points: list[dict[str, Any]]) -> None:
+        """Take another host configuration, with its networks and the mount points that it adds, before a
+        start; the lock is held."""
+        before = self.record.get("MountPoints") or {}
+        added = {point["Destination"]: point for point in points}
+        with contextlib.ExitStack() as undo:
+            self._make_volumes(undo, points)
+            undo.pop_all()
+        for place in before.keys() & added.keys():
+            if before[place]["Type"] == "volume" and before[place]["Name"] != added[place].get("Name"):
+                self.parts.volumes.release(before[place]["Name"], self.id, False)
+        self.record["MountPoints"] = {**before, **added}
+        self.record["NetworkSettings"]["Networks"] = networks
+        self.host_config = host_config
+        self._save_host_config()
+        self.save(needed=True)
+
+    def _make_volumes(self, undo: contextlib.ExitStack, points: list[dict[str, Any]]) -> None:
+        """Have every volume among mount points, and in those that are empty what the image has there."""
         table, root = self.parts.volumes, -1
         with contextlib.ExitStack() as held:
-            for point in self.points:
+            for point in points:
                 if point["Type"] != "volume":
                     continue
                 options = point["Spec"].get("VolumeOptions") or {}
@@ -19104,7 +19122,6 @@ class Container:
 
     # Start
 
-    @job("start", "")
     def start(self) -> None:
         """Start the container; returns when its execve has succeeded.
 
@@ -23202,16 +23219,7 @@ class ContainerJobs:
         name = job.args[0] if job.args else ""
         asked = decode_struct(body, "ContainerConfigWrapper")["Image"]
         image = self.images.resolve(asked or "", job.env.get("platform") or "")
-        config, host_config, networking, warnings = container_config(body, image.config, self.parts.config)
-        oci_runtime(self.parts.config, host_config["Runtime"])
-        if self.parts.idmap and host_config["UsernsMode"] != "host":
-            check_rules(USERNS_RULES, host_config)
-        warnings = warnings + self.parts.cgroups.adapt(host_config)
-        for key in ("IpcMode", "NetworkMode", "PidMode"):
-            kind, _, other = host_config[key].partition(":")
-            if other:
-                with reworded(BadParameter, "", NotFound):
-                    host_config[key] = f"{kind}:{self.table.find(other).id}"
+        config, host_config, networking, warnings = self._configuration(body, image.config)
         points = self._mount_points(config, host_config, job.env.get_bool("defaultReadOnlyNonRecursive"))
         container_id = secrets.token_hex(32)
         if not config.get("Hostname"):
@@ -23229,6 +23237,42 @@ class ContainerJobs:
         self.table.add(container)
         container.event("create")
         job.reply({"Id": container_id, "Warnings": warnings})
+
+    def _configuration(self, body: dict[str, Any], image_config: Optional[dict[str, Any]]) -> Any:
+        """As container_config(), checked and adapted to this host, with the ids of other containers."""
+        config, host_config, networking, warnings = container_config(body, image_config, self.parts.config)
+        oci_runtime(self.parts.config, host_config["Runtime"])
+        if self.parts.idmap and host_config["UsernsMode"] != "host":
+            check_rules(USERNS_RULES, host_config)
+        warnings = warnings + self.parts.cgroups.adapt(host_config)
+        for key in ("IpcMode", "NetworkMode", "PidMode"):
+            kind, _, other = host_config[key].partition(":")
+            if other:
+                with reworded(BadParameter, "", NotFound):
+                    host_config[key] = f"{kind}:{self.table.find(other).id}"
+        return config, host_config, networking, warnings
+
+    @job("start", ".args hostconfig")
+    def start(self, args: list[str], host_config: Any) -> None:
+        """Start it; a host configuration that comes with that takes the place of the one that it has."""
+        container = self.table.find(args[0])
+        with container.lock:
+            if host_config and not container.state.running:
+                self._configure(container, host_config)
+            container.start()
+
+    def _configure(self, container: Container, given: dict[str, Any]) -> None:
+        """Docker before 1.3 sent the host configuration with the start.  Mounts and networks that it does not
+        speak of stay, and so does the log."""
+        old, networks = container.host_config, container.record["NetworkSettings"]["Networks"]
+        asked = {**{key: old[key] for key in ("CgroupnsMode", "IpcMode", "NetworkMode")}, **given}
+        config, host, _, _ = self._configuration(
+            {**container.config, "Hostname": "", "Volumes": None, "HostConfig": asked}, None)
+        self._check_links(host, container.name)
+        if host["NetworkMode"] != old["NetworkMode"]:
+            networks = container_networks(host["NetworkMode"], {}, "", self.parts.networks)
+        container.configure({**host, "LogConfig": old["LogConfig"]}, networks,
+                            self._mount_points(config, host, False))
 
     def _check_links(self, host_config: dict[str, Any], name: str) -> None:
         """Write links as inspect shows them; BadParameter for one whose target there is not."""

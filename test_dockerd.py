@@ -2276,6 +2276,28 @@ def test_who_gives_up_waiting_waits_for_no_lock() -> None:
     waiting.join()
 
 
+def test_a_host_config_may_come_with_the_start(host: Host, peer: Host, tmp_path: Path) -> None:
+    """As clients of Docker 1.2.0 send it, which give create none; as the real daemon takes it."""
+    (tmp_path / "file").write_text("bound\n")
+    answers = []
+    for daemon in (host, peer):
+        script = "cat /data/file; ls /kept; grep ^CapBnd /proc/self/status; touch /data/x"
+        body = {"Image": "busybox", "Cmd": ["sh", "-c", script], "Volumes": {"/kept": {}}}
+        identity = daemon.http("POST", "/v1.14/containers/create", body).json["Id"]
+        config = {"Binds": [f"{tmp_path}:/data:ro"], "NetworkMode": "none", "CapDrop": ["ALL"]}
+        assert daemon.http("POST", f"/v1.14/containers/{identity}/start", config).status == 204
+        daemon.http("POST", f"/v1.41/containers/{identity}/wait")
+        shown = daemon.http("GET", f"/v1.41/containers/{identity}/json").json
+        answers.append((
+            daemon.http("GET", f"/v1.41/containers/{identity}/logs?stdout=1").body,
+            sorted((mount["Type"], mount["Destination"], mount["RW"]) for mount in shown["Mounts"]),
+            list(shown["NetworkSettings"]["Networks"]), shown["HostConfig"]["Binds"],
+            shown["State"]["ExitCode"]))
+        assert daemon.http("POST", f"/v1.14/containers/{identity}/start", {"Links": ["nosuch"]}).status == 400
+        assert daemon.http("DELETE", f"/v1.41/containers/{identity}?v=1").status == 204
+    assert answers[0] == answers[1] and b"bound\n" in answers[0][0] and answers[0][4] == 1
+
+
 def test_raw_wait_for_removal(host: Host) -> None:
     identity = host.create("sh", "-c", "exit 3", HostConfig={"AutoRemove": True})
     waiting = host.hijack(f"{API}/containers/{identity}/wait?condition=removed", upgrade=False)
