@@ -23593,14 +23593,14 @@ class NetworkJobs:
     def __init__(self, networks: Networks, table: ContainerTable, events: Events) -> None:
         self.networks, self.table, self.events = networks, table, events
 
-    @job("networks", "filters")
-    def networks_list(self, given: Any) -> list[dict[str, Any]]:
-        """The networks that match the filters `given`."""
+    @job("networks", "filters detailed:bool")
+    def networks_list(self, given: Any, detailed: bool) -> list[dict[str, Any]]:
+        """The networks that match the filters `given`, with their containers where it is to be `detailed`."""
         filters = parse_filters(given, (*NETWORK_FILTERS, "label"))
         for value in filters.get("type", []):
             if value not in ("custom", "builtin"):
                 raise BadParameter(f"invalid filter 'type={value}'")
-        return [network.to_api(containers=False) for network in self.networks.all()
+        return [network.to_api(detailed) for network in self.networks.all()
                 if matches_filters(filters, NETWORK_FILTERS, network.record["Labels"], network)]
 
     @job("network_inspect", ".args scope")

@@ -9633,6 +9633,10 @@ def test_a_published_port_is_reached_from_everywhere(networked: Networked) -> No
     own = docker("inspect", "-f", "{{.NetworkSettings.IPAddress}}", "web")
     assert docker("ps", "--format", "{{.Ports}}", "-f", "name=web") == (
         "0.0.0.0:8080->80/tcp, 127.0.0.1:8081->80/tcp, [::]:8080->80/tcp")
+    for version, listed in (("v1.27", ["user"]), ("v1.28", [])):  # since then only inspect has containers
+        other = next(network for network in networked.host.http("GET", f"/{version}/networks").json
+                     if network["Name"] == "other")
+        assert [container["Name"] for container in other["Containers"].values()] == listed
     assert networked.shell(FETCH.format("127.0.0.1", 8080)) == "web\n"
     assert networked.shell(FETCH.format("127.0.0.1", 8081)) == "web\n"
     assert networked.shell(FETCH.format("::1", 8080)) == "web\n"
