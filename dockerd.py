@@ -26431,6 +26431,11 @@ def reload_configuration(config: Config, engine: Engine) -> None:
         setattr(config, name, value)
     set_up_logging(config)
     log.info("reloaded the configuration: %s", ", ".join(sorted(changes)) or "nothing has changed")
+    daemon = engine.variables.get("httpapi.daemon")
+    if daemon is not None:
+        values = {row.name: getattr(config, row.attribute) for row in OPTIONS if row.reload}
+        daemon.events.publish("daemon", "reload", daemon.id, {"name": os.uname().nodename, **{
+            name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}})
 
 
 def start_watchdog() -> None:

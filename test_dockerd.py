@@ -5890,7 +5890,14 @@ def test_sighup_reloads_and_the_watchdog_is_fed(new_host: Callable[..., Host], t
         assert host.process
         host.process.send_signal(signal.SIGHUP)
         wait_for(lambda: "reloaded the configuration: debug, labels" in host.log())
-        assert host.api("GET", "/info")["Labels"] == ["a=b"]
+        info = host.api("GET", "/info")
+        assert info["Labels"] == ["a=b"]
+        path = f"{API}/events?since=1&until={int(time.time()) + 1}&filters=" + urllib.parse.quote(
+            json.dumps({"type": ["daemon"], "event": ["reload"], "daemon": [info["Name"]]}))
+        told = wait_for(lambda: host.http("GET", path).lines)[0]["Actor"]
+        assert told["ID"] == info["ID"]
+        assert {"debug": "true", "labels": '["a=b"]', "live-restore": "false", "default-runtime": "runc",
+                "default-shm-size": "67108864", "name": info["Name"]}.items() <= told["Attributes"].items()
         file.write_text("{")
         host.process.send_signal(signal.SIGHUP)
         wait_for(lambda: "the configuration is not reloaded" in host.log())
