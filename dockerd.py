@@ -1843,9 +1843,9 @@ OPTIONS = (
            _choice('invalid firewall-backend "{}": use auto, iptables, nftables or none',
                    "auto", "", "iptables", "nftables", "none")),
     Option("allow-direct-routing", "--allow-direct-routing", "bool", "Allow remote access to published ports "
-           "on container IP addresses"),
+           "on container IP addresses", status=("unlanded", "direct routing to all containers")),
     Option("bridge-accept-fwmark", "--bridge-accept-fwmark", "string", "In bridge networks, accept packets "
-           "with this firewall mark/mask"),
+           "with this firewall mark/mask", status=("unlanded", "firewall marks")),
     Option("ipv6", "--ipv6", "bool", "Enable IPv6 networking for the default bridge network"),
     Option("mtu", "--mtu", "int", "Set the MTU of the default bridge network; 0 for the default route's", 0,
            functools.partial(_at_least_zero, "default MTU")),
@@ -23615,7 +23615,8 @@ class NetworkJobs:
         """Make a network."""
         if body["Ingress"] or body["Scope"] == "swarm" or body["ConfigOnly"]:
             raise Unavailable(NO_MANAGER)
-        network = self.networks.create(body)
+        defaults = self.networks.config.default_network_opts.get(body["Driver"] or "bridge", {})
+        network = self.networks.create({**body, "Options": {**defaults, **(body["Options"] or {})}})
         self.events.network_event("create", network)
         return {"Id": network.id, "Warning": ""}
 

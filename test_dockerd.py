@@ -10315,11 +10315,16 @@ def test_compose_with_two_networks(networked: Networked, version: int) -> None:
 
 def test_links_open_what_icc_closes(busybox: bytes) -> None:
     """With --icc=false only a linked container reaches another, by the variables and names it is given; a
-    restart of the target is followed."""
-    networked = Networked("--icc=false")
+    restart of the target is followed.  And networks have the daemon's default options."""
+    mtu = "com.docker.network.driver.mtu"
+    networked = Networked("--icc=false", "--default-network-opt", f"bridge={mtu}=1234")
     docker = networked.docker
     try:
         networked.host.start().import_image("busybox", busybox, *BUSYBOX_CHANGES)
+        for option, shown in ((), f"map[{mtu}:1234]"), (("-o", f"{mtu}=1400"), f"map[{mtu}:1400]"):
+            docker("network", "create", *option, "other")
+            assert docker("network", "inspect", "-f", "{{.Options}}", "other") == shown
+            docker("network", "rm", "other")
         docker("run", "-d", "--name", "web", "--expose", "80", *SERVE)
         docker("run", "-d", "--name", "user", "--link", "web:db", "busybox", "sleep", NEVER)
         docker("run", "-d", "--name", "stranger", "busybox", "sleep", NEVER)
@@ -15664,6 +15669,15 @@ def test_every_flag_and_key_stands_once_in_the_table():
         assert option.kind in dockerd.KINDS and option.help
         assert option.status[0] in ("served", "ignored", "refused", "unlanded")
         assert option.status[0] == "served" or option.status[1], f"{option.name} has no reason"
+
+
+def test_every_option_that_is_served_is_looked_at():
+    """But for two that have done their work when they are parsed: the logs have neither colours nor short
+    times."""
+    source = read_text(PROGRAM)
+    unread = [option.name for option in dockerd.OPTIONS if option.status[0] == "served"
+              and not re.search(rf'\.{option.attribute}\b|"{option.attribute}"', source)]
+    assert unread == ["config-file", "raw-logs"]
 
 
 FLAGS_OF_1_2_0 = """
