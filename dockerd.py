@@ -23363,15 +23363,15 @@ class ContainerJobs:
             number = parse_signal("".join(args[1:2]) or "KILL")
             self.table.find(args[0]).kill(number)
 
-    @job("container_prune")
-    def prune(self, job: Job) -> None:
-        """Remove what does not run and matches env `filters`: until, label, label!."""
-        filters = parse_filters(job.env.get("filters"), ("label", "label!", "until"))
+    @job("container_prune", "filters .cancelled")
+    def prune(self, given: Any, cancelled: threading.Event) -> dict[str, Any]:
+        """Remove what does not run and matches the filters `given`: until, label, label!."""
+        filters = parse_filters(given, ("label", "label!", "until"))
         latest = until_filter(filters)
         deleted, reclaimed = [], 0
         with pruning(self._pruning):
             for container in self.table.all():
-                if job.cancelled.is_set():
+                if cancelled.is_set():
                     break
                 if container.state.running or parse_timestamp(container.record["Created"]) > latest \
                         or not container_matches(container, filters, self.images):
@@ -23385,7 +23385,7 @@ class ContainerJobs:
                 deleted.append(container.id)
                 reclaimed += size
         self.events.publish("container", "prune", "", {"reclaimed": str(reclaimed)})
-        job.reply({"ContainersDeleted": deleted or None, "SpaceReclaimed": reclaimed})
+        return {"ContainersDeleted": deleted or None, "SpaceReclaimed": reclaimed}
 
     @job("commit")
     def commit(self, job: Job) -> None:
@@ -23407,13 +23407,12 @@ class ContainerJobs:
         container.event("commit", comment=comment, imageID=image.id, imageRef=name)
         job.reply({"Id": image.id})
 
-    @job("containers")
-    def containers(self, job: Job) -> None:
-        """The list of containers: env all, limit, size, filters."""
-        env = job.env
-        filters = check_container_filters(parse_filters(env.get("filters") or {}, CONTAINER_FILTERS))
-        limit = env.get_int("limit", 0)
-        everything = env.get_bool("all") or limit > 0 or "status" in filters
+    @job("containers", "filters limit:int all:bool size:bool")
+    def containers(self, given: Any, limit: int, everything: bool, size: bool) -> list[dict[str, Any]]:
+        """The list of containers: those that match the filters `given`, the newest `limit`, those that run or
+        `everything`, with their `size`."""
+        filters = check_container_filters(parse_filters(given, CONTAINER_FILTERS))
+        everything = everything or limit > 0 or "status" in filters
         bounds = {key: max(self.table.find(name).record["Created"] for name in filters.pop(key))
                   for key in ("since", "before") if key in filters}
         listed = [container for container in self.table.all()
@@ -23422,10 +23421,9 @@ class ContainerJobs:
                   and ("before" not in bounds or container.record["Created"] < bounds["before"])
                   and (not filters or container_matches(container, filters, self.images))]
         meant = functools.lru_cache(maxsize=None)(self._image_meant)  # many have one image
-        job.reply([container.summary(
-            env.get_bool("size"), name if meant(name) == container.image_id else container.image_id)
-            for container in listed[:limit if limit > 0 else None]
-            for name in [container.config.get("Image") or ""]])
+        return [container.summary(size, name if meant(name) == container.image_id else container.image_id)
+                for container in listed[:limit if limit > 0 else None]
+                for name in [container.config.get("Image") or ""]]
 
     def _image_meant(self, name: str) -> str:
         """The id of the image that a name means by now, "" for none."""
