@@ -25904,6 +25904,16 @@ def archive_get(request: Request, name: str) -> None:
     request.run(job)
 
 
+@route("POST", "/containers/{name}/copy", until("1.24", asks(copies="1")))
+def container_copy(request: Request, name: str) -> None:
+    """A file or directory as clients of Docker before 1.8 ask for it; from 1.24 on there is no such path."""
+    if "copies" not in request.query:
+        raise NotFound("page not found")
+    job = request.task("container_copy", (name,), body=request.object)
+    job.stdout.add(request.stream(TAR))
+    request.run(job)
+
+
 @route("POST", "/images/create", until("1.32", ignores("platform")))
 def image_create(request: Request) -> None:
     """Pull an image, or import one: from the body (fromSrc=-) or an URL."""

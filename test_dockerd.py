@@ -2298,6 +2298,28 @@ def test_a_host_config_may_come_with_the_start(host: Host, peer: Host, tmp_path:
     assert answers[0] == answers[1] and b"bound\n" in answers[0][0] and answers[0][4] == 1
 
 
+def test_copies_of_docker_1_2(host: Host, peer: Host) -> None:
+    """Before API 1.20 `docker cp` was a request of its own, which the real daemon still answers; a directory
+    came under its name."""
+    answers = []
+    for daemon in (host, peer):
+        daemon.http("POST", "/v1.41/containers/create?name=old", {
+            "Image": "busybox", "Cmd": ["true"], "HostConfig": {"NetworkMode": "none"}})
+        path = "containers/old/copy"
+        taken = daemon.http("POST", f"/v1.14/{path}", {"Resource": "etc/passwd"})
+        answers.append((
+            taken.status, taken.headers["Content-Type"],
+            tarfile.open(fileobj=io.BytesIO(taken.body)).getnames(),
+            daemon.http("POST", f"/v1.14/{path}", {"Resource": ""}).status,
+            daemon.http("POST", f"/v1.24/{path}", {"Resource": "/etc"}).status,
+            daemon.http("POST", f"/v1.14/{path}", {"Resource": "/nosuch"}).status))
+        if daemon is host:
+            taken = daemon.http("POST", f"/v1.14/{path}", {"Resource": "/etc"})
+            assert "etc/passwd" in tarfile.open(fileobj=io.BytesIO(taken.body)).getnames()
+        daemon.http("DELETE", "/v1.41/containers/old")
+    assert answers[0] == answers[1]
+
+
 def test_raw_wait_for_removal(host: Host) -> None:
     identity = host.create("sh", "-c", "exit 3", HostConfig={"AutoRemove": True})
     waiting = host.hijack(f"{API}/containers/{identity}/wait?condition=removed", upgrade=False)
