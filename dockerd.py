@@ -21582,7 +21582,7 @@ class StepCopier(TreeCopier):
 
     def entry(self, source: int, name: str, target: int, new: str, path: str) -> None:
         """Copy one, unless it is left out."""
-        inside = f"{path}/{new}"[len(self.base) + 1:] if self.base else ""
+        inside = f"{path}/{name}"[len(self.base) + 1:] if self.base else ""
         if not (inside and self.rules.rules and self.rules.hides(inside)):
             super().entry(source, name, target, new, path)
 

@@ -17833,9 +17833,9 @@ REFERENCE: dict[str, tuple[Build, str, dict[str, Any]]] = {
         "COPY --parents d/**/*.txt /z/", LISTED), "", {"x/a": b"A", "x/d/e/f": b"F",
         "x/d/c.txt": None, "y/e/f": b"F", "y/d": None, "z/d/c.txt": b"C", "z/d/e": None}),
     "exclude": (based("COPY --exclude=*.txt --exclude=d/e . /x/\nADD --exclude=d . /y/\n"
-        "COPY --exclude=**/*.txt . /z/", LISTED), "",
+        "COPY --exclude=**/*.txt . /z/\nCOPY --exclude=w a /w", LISTED), "",
         {"x/a": b"A", "x/b.txt": None, "x/d/c.txt": b"C", "x/d/e": None,
-        "y/a": b"A", "y/d": None, "z/d/c.txt": None, "z/d/e/f": b"F"}),
+        "y/a": b"A", "y/d": None, "z/d/c.txt": None, "z/d/e/f": b"F", "w": b"A"}),
     "checksum": (based(f"ADD --checksum={sha256(b'text')} http://127.0.0.1:8000/dir/file.txt /x"), "",
         {"x": (b"text", 0o600)}),
     "checksum-wrong": (based(f"ADD --checksum={sha256(b'other')} http://127.0.0.1:8000/dir/file.txt /x"),
