@@ -5055,6 +5055,30 @@ def test_masks_of_a_container_with_its_own_dev_cve_2025_31133(
 
 
 @OFF_AND_ON
+def test_a_mount_place_flipped_into_proc_cve_2019_19921(new_host: Callable[..., Host], busybox: bytes,
+                                                        defended: bool) -> None:
+    """In a shared volume somebody exchanges another mount's place for a link to what labels processes."""
+    host = new_host(environment=switched("proc-cover", defended))
+    host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
+    name = host.create("true", HostConfig={"Binds": ["shared:/v"]})
+    assert put(host, name, "/v", {"d": None, "link": link_entry("link", "/proc/1/attr")}).status == 200
+    places, seen, made, refused = f"{host.data_root}/volumes/shared/_data/", 0, 0, 0
+    with flipping(places + "d", places + "link"):
+        while min(made, refused) < 3 if defended else not seen and made < 300:
+            name = host.create("grep", "-c", " /proc/1/attr ", "/proc/self/mountinfo",
+                               HostConfig={"Binds": ["shared:/v:nocopy", "other:/v/d:nocopy"]})
+            answer = host.http("POST", f"{API}/containers/{name}/start")
+            if answer.status == 204:
+                made += 1
+                seen += host.api("POST", f"/containers/{name}/wait")["StatusCode"] == 0
+            else:
+                assert "cannot be mounted because it is inside /proc" in answer.json["message"]
+                refused += 1
+            host.api("DELETE", f"/containers/{name}?force=1")
+    assert bool(seen) != defended
+
+
+@OFF_AND_ON
 def test_links_flipped_during_cp_cve_2018_15664_2021_41089_2026_41568_2026_42306(
     new_host: Callable[..., Host], busybox: bytes, defended: bool, tmp_path: Path
 ) -> None:
