@@ -13329,8 +13329,8 @@ class ExecutionDriver:
                 with listener.accept()[0] as connection:
                     process.console, = receive_fds(connection, 4096, 1)[1]
                 shim.call("keep", {"console": process.console}, key=spec.key)
-            if spec.network_enter:
-                spec.network_enter(pid)
+            for enter in filter(None, (spec.cgroup_enter, spec.network_enter)):
+                enter(pid)
             code, error = self._runtime(spec.key, "start", spec.key)
             if code:
                 self._refuse(error)

@@ -9224,18 +9224,20 @@ def test_systemd_where_it_does_not_run(parent: str, text: str, monkeypatch: pyte
 
 @pytest.mark.booted
 def test_containers_are_scopes(new_host: Callable[..., Host], busybox: bytes) -> None:
-    """Under systemd, as by default with cgroup v2: limits are the kernel's and systemd's, before and after an
-    update and a reload; a container started again finds its name free, and nothing stays of it.  It is not
-    spared by the kernel's killer as the daemon is by its unit."""
+    """Under systemd, as by default with cgroup v2, also with an OCI runtime: limits are the kernel's and
+    systemd's, before and after an update and a reload; a container started again finds its name free, and
+    nothing stays of it.  It is not spared by the kernel's killer as the daemon is by its unit."""
     score = Path("/proc/self/oom_score_adj")
     score.write_text("-500")
-    host = new_host(cgroup_parent="")
+    host = new_host("--add-runtime", f"other={shutil.which('runc')}", cgroup_parent="")
     score.write_text("0")
     host.import_image("busybox", busybox, *BUSYBOX_CHANGES)
     assert host.api("GET", "/info")["CgroupDriver"] == "systemd"
     limits = {"Memory": 64 << 20, "CpuShares": 512, "CpuPeriod": 50000, "CpuQuota": 25000, "PidsLimit": 33}
-    for parent, place in (("", "/system.slice"), ("t-u.slice", "/t.slice/t-u.slice")):
-        identity = host.create("sleep", NEVER, HostConfig={**limits, "CgroupParent": parent})
+    for runtime, parent, place in (("", "", "/system.slice"), ("", "t-u.slice", "/t.slice/t-u.slice"),
+                                   ("other", "", "/system.slice")):
+        identity = host.create("sleep", NEVER, HostConfig={
+            **limits, "CgroupParent": parent, "Runtime": runtime})
         host.api("POST", f"/containers/{identity}/start")
         pid = host.inspect(identity)["State"]["Pid"]
         cgroup = read_text(f"/proc/{pid}/cgroup").strip()
