@@ -167,6 +167,7 @@ RENAME_EXCHANGE = 2
 
 # <linux/ioctl.h> families: <asm-generic/ioctls.h>, <linux/sockios.h>
 SIOCGSKNS = 0x894C
+SIOCOUTQ = 0x5411
 TIOCGPTPEER = 0x5441
 TIOCSCTTY = 0x540E
 TIOCSWINSZ = 0x5414
@@ -24245,6 +24246,7 @@ def check_host_system() -> None:
 # What a client may cost: sizes in bytes, times in seconds.
 HEAD_BYTES = 64 * 1024
 HEAD_FIELDS = 200
+HEAD_READ_SECONDS = 2.0
 HEAD_SECONDS = 30.0
 JSON_BYTES = 4 * 1024 * 1024
 JSON_SECONDS = 60.0
@@ -24622,6 +24624,7 @@ class HijackedStream:
     def __init__(self, connection: Connection) -> None:
         self._buffer, self._sock = connection.buffer, connection.sock
         self._pending = getattr(connection.sock, "pending", lambda: 0)
+        self._head_read = self._sock.family != socket.AF_UNIX  # where the kernel tells
 
     def fileno(self) -> int:
         """The descriptor to poll; ask pending() first, since poll sees neither buffer nor TLS record."""
@@ -24657,7 +24660,17 @@ class HijackedStream:
         """Send a first part of `data` and return its size, 0 when the client does not read; ClientGone.
 
         TLS wants a write that was put off repeated with the same bytes in front."""
+        self._await_head()
         return self._attempt(self._sock.send, data[:16384], 0)
+
+    def _await_head(self) -> None:
+        """Wait until the client has read the response's head: docker-py does it through a buffer, and loses
+        what it finds there behind it."""
+        deadline = time.monotonic() + HEAD_READ_SECONDS
+        while not self._head_read:
+            unread, = struct.unpack("i", fcntl.ioctl(self._sock, SIOCOUTQ, bytes(4)))
+            self._head_read = not unread or time.monotonic() > deadline
+            time.sleep(0 if self._head_read else 0.0005)
 
     def close_write(self) -> None:
         """End our side: FIN, under TLS close_notify before it.  Reading goes on."""
