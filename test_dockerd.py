@@ -2954,10 +2954,11 @@ def test_a_lost_shim_is_survived(new_host: Callable[..., Host], busybox: bytes) 
     host.start()
     stream = host.hijack(f"{API}/containers/running/attach?stdin=1&stdout=1&stream=1")
     stream.send(b"heard\n")
-    assert host.api("POST", "/containers/running/wait")["StatusCode"] == (42 if KERNEL_TELLS_EXITS else 255)
+    code = host.api("POST", "/containers/running/wait")["StatusCode"]
+    assert code == 42 or code == 255 and not KERNEL_TELLS_EXITS
     stream.close()
     assert log_text(host, "running") == b"heard\n"
-    assert (host.inspect("running")["State"]["Error"] == "") is KERNEL_TELLS_EXITS
+    assert ("is not known" in host.inspect("running")["State"]["Error"]) is (code == 255)
     new, = shims(host)
     assert new != old
     os.kill(new, signal.SIGSTOP)  # it is to see nothing of what follows
@@ -2970,7 +2971,8 @@ def test_a_lost_shim_is_survived(new_host: Callable[..., Host], busybox: bytes) 
     assert (lost["Status"], lost["ExitCode"]) == ("exited", 255) and "is not known" in lost["Error"]
     assert host.inspect("quiet")["State"]["Pid"] == pids[1]
     host.api("POST", "/containers/quiet/stop")
-    assert host.inspect("quiet")["State"]["ExitCode"] == (7 if KERNEL_TELLS_EXITS else 255)
+    code = host.inspect("quiet")["State"]["ExitCode"]
+    assert code == 7 or code == 255 and not KERNEL_TELLS_EXITS
 
 
 def test_a_lost_shims_containers_are_handed_over_before_the_daemon_ends(
@@ -5359,8 +5361,10 @@ def link(name: str, target: str) -> tarfile.TarInfo:
 
 
 def test_a_container_holds_up_nobody_who_joins_it(host: Host) -> None:
-    """A start in the PID namespace of a container that stops all it sees fails, and so does an exec."""
-    box = Execs(host, "sh", "-c", "while :; do kill -STOP -1; done")
+    """A start in the PID namespace of a container that stops all it sees fails, and so does an exec.
+    AppArmor's docker-default keeps it from doing so."""
+    box = Execs(host, "sh", "-c", "while :; do kill -STOP -1; done",
+                HostConfig={"SecurityOpt": ["apparmor=unconfined"]})
     joins = host.create("true", HostConfig={"PidMode": "container:" + box.id})
     answer = host.api("POST", f"/containers/{joins}/start", status=500)
     assert "it was stopped before its execve" in answer["message"], answer
