@@ -14315,7 +14315,7 @@ DNS_SERVFAIL = 2
 DNS_TTL = 600  # seconds, as Docker's
 DNS_UDP_SIZE = 512
 DNS_TIMEOUT = 4.0  # seconds that an upstream has to answer
-DNS_PENDING = 512  # questions of one container that upstreams have not answered
+DNS_PENDING = 128  # questions of one container that upstreams have not answered
 DNS_TCP_SLOTS = 16  # connections of one container
 
 
@@ -14352,15 +14352,17 @@ def dns_name(name: str) -> bytes:
     return b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
 
 
-def upstream_socket() -> socket.socket:
-    """A socket that asks servers of both IP versions, from this thread's namespace."""
-    family = socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET
-    try:
-        upstream = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-    except OSError:
-        upstream = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-    if upstream.family == socket.AF_INET6:
-        upstream.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+def upstream_socket(server: str = "", kind: int = socket.SOCK_DGRAM) -> socket.socket:
+    """A socket of this thread's namespace that asks the server, from a port that nobody can foretell: of what
+    comes, it takes only what this server sends (RFC 5452).  Without one, it stands for the namespace."""
+    upstream = socket.socket(ip_family(6 if ":" in server else 4), kind | socket.SOCK_CLOEXEC)
+    if server:
+        try:
+            upstream.settimeout(DNS_TIMEOUT if kind == socket.SOCK_STREAM else 0)
+            upstream.connect((server, 53))
+        except OSError:
+            upstream.close()
+            raise
     return upstream
 
 
@@ -14369,13 +14371,14 @@ class Forward(NamedTuple):
     query: Query
     client: Any
     servers: list[str]   # those not yet asked
-    deadline: float
+    deadline: float = 0.0
+    number: bytes = b""  # that it was asked under
 
 
 class ResolverSeat:
-    """The resolver's place in one container: sockets at 127.0.0.11 in its network namespace, one to ask the
-    servers by, which are those of now, and how names are found.  The shim keeps the sockets as SOCKETS, so
-    that what is asked while no daemon runs is answered by the next."""
+    """The resolver's place in one container: sockets at 127.0.0.11 in its network namespace, one of that from
+    where the servers are asked, which are those of now, and how names are found.  The shim keeps the sockets
+    as SOCKETS, so that what is asked while no daemon runs is answered by the next."""
 
     SOCKETS = ("resolver-udp", "resolver-tcp", "resolver-upstream")
 
@@ -14385,7 +14388,7 @@ class ResolverSeat:
         self.udp, self.tcp, self.upstream = self.sockets
         for each in self.sockets:
             each.setblocking(False)
-        self.pending: dict[bytes, Forward] = {}  # by the number asked under
+        self.pending: dict[socket.socket, Forward] = {}  # by what the server is asked by
         self.tcp_slots = threading.BoundedSemaphore(DNS_TCP_SLOTS)
 
     @staticmethod
@@ -14397,6 +14400,12 @@ class ResolverSeat:
             if kind == socket.SOCK_STREAM:
                 server.listen(64)
             yield server
+
+    def ask(self, server: str, kind: int = socket.SOCK_DGRAM) -> socket.socket:
+        """upstream_socket() in the namespace from where servers are asked."""
+        with closing_fd(fcntl.ioctl(self.upstream, SIOCGSKNS)) as namespace:
+            upstream: socket.socket = in_network(namespace, upstream_socket, server, kind)
+            return upstream
 
     def copies(self) -> dict[str, int]:
         """Duplicates of its descriptors, for a shim."""
@@ -14445,18 +14454,24 @@ class Resolver:
     def add(self, seat: ResolverSeat) -> None:
         """Serve the seat."""
         with self.lock:
-            for each, serve in zip(seat.sockets, (self._serve_udp, self._serve_tcp, self._serve_upstream)):
-                self.seats[each.fileno()] = seat, serve
-                self.poll.register(each, select.EPOLLIN)
+            for each, serve in zip(seat.sockets, (self._serve_udp, self._serve_tcp)):
+                self._watch(seat, each, serve)
 
     def remove(self, seat: ResolverSeat) -> None:
         """The container is gone."""
         with self.lock:
-            for each in seat.sockets:
-                if self.seats.pop(each.fileno(), None):
-                    self.poll.unregister(each)
-                each.close()
+            for each in (*seat.sockets, *seat.pending):
+                self._close(each)
             self.asking.discard(seat)
+
+    def _watch(self, seat: ResolverSeat, each: socket.socket, serve: Callable[[ResolverSeat], None]) -> None:
+        self.seats[each.fileno()] = seat, serve
+        self.poll.register(each, select.EPOLLIN)
+
+    def _close(self, each: socket.socket) -> None:
+        if self.seats.pop(each.fileno(), None):
+            self.poll.unregister(each)
+        each.close()
 
     def _run(self) -> None:
         while True:  # one question of each that asks, so that nobody has to wait for one who asks much
@@ -14479,36 +14494,44 @@ class Resolver:
         if found is not None:
             seat.udp.sendto(_cut(query, dns_answer(query, found)), client)
         else:
-            self._forward(seat, Forward(query, client, seat.servers(), 0))
+            self._forward(seat, Forward(query, client, seat.servers()))
 
     def _forward(self, seat: ResolverSeat, forward: Forward) -> None:
-        """Ask the next upstream, under a number of our own; without one, say that it failed."""
+        """Ask the next upstream, from a port and under a number of our own; without one, say that it
+        failed."""
         servers = list(forward.servers)
         while servers and len(seat.pending) < DNS_PENDING:
-            server = servers.pop(0)
-            number = next(number for number in iter(lambda: secrets.token_bytes(2), None)
-                          if number not in seat.pending)
-            with contextlib.suppress(OSError):
-                mapped = "." in server and seat.upstream.family == socket.AF_INET6
-                place = (f"::ffff:{server}" if mapped else server, 53)
-                seat.upstream.sendto(number + forward.query.message[2:], place)
-                deadline = time.monotonic() + DNS_TIMEOUT
-                seat.pending[number] = forward._replace(servers=servers, deadline=deadline)
+            with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
+                asked, number = undo.enter_context(seat.ask(servers.pop(0))), secrets.token_bytes(2)
+                asked.send(number + forward.query.message[2:])
+                self._watch(seat, asked, functools.partial(self._serve_upstream, asked))
+                undo.pop_all()
+                seat.pending[asked] = forward._replace(
+                    servers=servers, deadline=time.monotonic() + DNS_TIMEOUT, number=number)
                 self.asking.add(seat)
                 return
         with contextlib.suppress(OSError):
             seat.udp.sendto(dns_answer(forward.query, code=DNS_SERVFAIL), forward.client)
 
-    def _serve_upstream(self, seat: ResolverSeat) -> None:
-        message, (address, port, *_) = seat.upstream.recvfrom(65535)
-        server = address[7:] if address.startswith("::ffff:") else address
-        forward = seat.pending.get(message[:2])
-        asked = forward and forward.query.message[12:forward.query.end].lower()
-        if forward is None or port != 53 or server not in seat.servers() or len(message) < 12 or (
-                message[12:forward.query.end].lower() != asked):
+    def _end(self, seat: ResolverSeat, asked: socket.socket) -> Forward:
+        """No answer is awaited from `asked` any more."""
+        self._close(asked)
+        return seat.pending.pop(asked)
+
+    def _serve_upstream(self, asked: socket.socket, seat: ResolverSeat) -> None:
+        forward = seat.pending[asked]
+        try:
+            message = asked.recv(65535)
+        except BlockingIOError:
             return
-        del seat.pending[message[:2]]
-        if message[3] & 0x0F in (DNS_SERVFAIL, 5) and forward.servers:  # failed, refused: the next may know
+        except OSError:  # nobody is there
+            message = b""
+        question = slice(12, forward.query.end)
+        if message and (len(message) < 12 or message[:2] != forward.number or not message[2] & 0x80 or (
+                message[question].lower() != forward.query.message[question].lower())):
+            return
+        self._end(seat, asked)
+        if not message or message[3] & 0x0F in (DNS_SERVFAIL, 5) and forward.servers:  # the next may know
             self._forward(seat, forward)
         else:
             seat.udp.sendto(forward.query.message[:2] + message[2:], forward.client)
@@ -14516,9 +14539,8 @@ class Resolver:
     def _retry(self, now: float) -> None:
         with self.lock:
             for seat in list(self.asking):
-                late = [number for number, forward in seat.pending.items() if forward.deadline <= now]
-                for forward in [seat.pending.pop(number) for number in late]:
-                    self._forward(seat, forward)
+                for asked in [asked for asked, forward in seat.pending.items() if forward.deadline <= now]:
+                    self._forward(seat, self._end(seat, asked))
                 if not seat.pending:
                     self.asking.discard(seat)
 
@@ -14548,19 +14570,11 @@ class Resolver:
     @staticmethod
     def _ask_tcp(seat: ResolverSeat, query: Query) -> bytes:
         """The first upstream's answer, by TCP, from the container's namespace."""
-        def ask(server: str) -> bytes:
-            with socket.create_connection((server, 53), DNS_TIMEOUT) as upstream:
+        for server in seat.servers():
+            with contextlib.suppress(OSError, ValueError), seat.ask(server, socket.SOCK_STREAM) as upstream:
                 upstream.sendall(struct.pack(">H", len(query.message)) + query.message)
                 with upstream.makefile("rb") as file:
                     return _read_framed(file)
-
-        for server in seat.servers():
-            with contextlib.suppress(OSError, ValueError):
-                namespace = fcntl.ioctl(seat.upstream, SIOCGSKNS)
-                try:
-                    return in_network(namespace, ask, server)
-                finally:
-                    os.close(namespace)
         return dns_answer(query, code=DNS_SERVFAIL)
 
 

@@ -9525,7 +9525,8 @@ def dns_question(name: str, kind: int = dockerd.DNS_A, number: int = 7) -> bytes
 class NameServer:
     """A name server of the world at the address of a network namespace, by UDP and TCP: it refuses
     refused.test, leaves silent.test without an answer, has 40 addresses of big.test, which it tells by TCP
-    alone, and the one of known.test; `asked` are the names that it was asked for."""
+    alone, and the one of known.test; false answers come before that of spoofed.test.  `asked` are the names
+    that it was asked for, `ports` those from which, by UDP."""
 
     def __init__(self, namespace: int, address: str) -> None:
         def bind() -> list[socket.socket]:
@@ -9534,10 +9535,11 @@ class NameServer:
             for each in sockets:
                 each.bind((address, 53))
             sockets[1].listen()
-            return sockets
+            return [*sockets, socket.socket(type=socket.SOCK_DGRAM)]
 
         self.sockets = dockerd.in_network(namespace, bind)
         self.asked: list[str] = []
+        self.ports: list[int] = []
         for serve in (self._serve_udp, self._serve_tcp):
             threading.Thread(target=serve, daemon=True).start()
 
@@ -9547,7 +9549,7 @@ class NameServer:
         if query.name == "big.test" and not tcp:
             cut = dockerd.dns_answer(query)
             return cut[:2] + bytes([cut[2] | 2]) + cut[3:]
-        count = {"big.test": 40, "known.test": 1}.get(query.name, 0)
+        count = {"big.test": 40, "known.test": 1, "spoofed.test": 1}.get(query.name, 0)
         code = 0 if count else 5 if query.name == "refused.test" else 3
         return dockerd.dns_answer(query, [bytes([192, 0, 2, last]) for last in range(count)], code)
 
@@ -9555,6 +9557,14 @@ class NameServer:
         with contextlib.suppress(OSError, ValueError):
             while True:
                 message, client = self.sockets[0].recvfrom(4096)
+                query = dockerd.parse_query(message)
+                self.ports.append(client[1])
+                if b"spoofed" in message:
+                    false = dockerd.dns_answer(query, [bytes(4)] * 2)
+                    self.sockets[2].sendto(false, client)
+                    for data in (bytes([false[0] ^ 1]) + false[1:], false.replace(b"spoofed", b"another"),
+                                 message, false[:11]):
+                        self.sockets[0].sendto(data, client)
                 if b"silent" not in message:
                     self.sockets[0].sendto(self._answer(message, False), client)
 
@@ -9812,7 +9822,8 @@ def dns_facts(answer: bytes) -> tuple[int, bool, int]:
 
 def test_other_names_come_from_the_hosts_servers(networked: Networked) -> None:
     """By UDP and TCP, cut off as they come; a server that refuses is followed by the next.  Who has no way to
-    the world is answered at once, and nobody is asked for it; who asks much holds up nobody else."""
+    the world is answered at once, and nobody is asked for it; who asks much holds up nobody else.  Each
+    question has a port of its own, and none but its answer is taken (RFC 5452)."""
     docker, ask, asked = networked.docker, networked.ask, networked.server.asked
     docker("network", "create", "out")
     docker("network", "create", "--internal", "in")
@@ -9830,6 +9841,10 @@ def test_other_names_come_from_the_hosts_servers(networked: Networked) -> None:
     assert dns_facts(ask("two", "one", tcp=True)) == dns_facts(ask("one", "two")) == (0, False, 1)
     assert dns_facts(ask("two", "one", dockerd.DNS_AAAA)) == (0, False, 0)
     assert set(asked) == {"known.test", "big.test", "refused.test"}
+    for name in ("one", "two"):
+        networked.server.ports.clear()
+        assert {dns_facts(ask(name, "spoofed.test")) for _ in range(8)} == {(0, False, 1)}
+        assert len(set(networked.server.ports)) > 5, networked.server.ports
     asked.clear()
     for tcp in (False, True):
         assert dns_facts(ask("shut", "known.test", tcp=tcp))[0] == dockerd.DNS_SERVFAIL
