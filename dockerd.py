@@ -15080,10 +15080,11 @@ class Sandbox:
             self.endpoints[network.name] = network.adopt(self.key, self.name, settings)
 
     def resume(self, pid: int, ports: dict[str, Optional[list[dict[str, str]]]], kept: list[socket.socket],
-               servers: list[str], from_host: bool) -> None:
+               servers: list[str], from_host: bool) -> bool:
         """Go on with a run that an earlier daemon began: its rules, ports and resolver, with its `kept`
-        sockets; `ports` are those of its record."""
-        networks = self.networks
+        sockets; `ports` are those of its record.  Whether links were missing, as that daemon was killed
+        while it connected the container; they are there now."""
+        networks, unmade = self.networks, False
         by_port: dict[tuple[str, int], list[IPAddress]] = {}
         for name, listed in ports.items():
             for binding in listed or []:
@@ -15095,14 +15096,27 @@ class Sandbox:
         with noted(log.info, f"the network of {self.name} is not as it was",
                    OSError, DockerError):  # it has ended, or is about to
             self.namespace = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-            for number, endpoint in enumerate(self.endpoints.values()):
-                endpoint.link = f"eth{number}"
+            missing = in_network(self.namespace, self._find_links)
+            if missing:
+                self._make_links(missing)
+                unmade = True
             self.republish()
             if self.has_resolver:
                 self.open_resolver(servers, from_host, kept)
         if self.seat is None:
             for each in kept:
                 each.close()
+        return unmade
+
+    def _find_links(self) -> list[Endpoint]:
+        """Tell the endpoints their links, by the addresses, or where the container has changed those by their
+        order; those that have none.  Called in its namespace."""
+        links = list_links()
+        names = {address.ip: link.name for link in links.values() for address in list_addresses(link.number)}
+        for number, endpoint in enumerate(self.endpoints.values()):
+            found = [names[address.ip] for address in endpoint.addresses if address.ip in names]
+            endpoint.link = [*found, f"eth{number}" if f"eth{number}" in links else ""][0]
+        return [endpoint for endpoint in self.endpoints.values() if not endpoint.link]
 
     def open_resolver(self, servers: list[str], from_host: bool, kept: Iterable[socket.socket] = ()) -> None:
         """Give the container the resolver, by sockets that were `kept` for it, if any; it asks no server
@@ -19341,7 +19355,11 @@ class Container:
             for name, settings in recorded["Networks"].items():
                 with contextlib.suppress(NotFound):
                     self.sandbox.adopt(self.parts.networks.find(name), settings)
-            self.sandbox.resume(pid, recorded["Ports"], kept, *self._name_servers())
+            if self.sandbox.resume(pid, recorded["Ports"], kept, *self._name_servers()):
+                lines = self._own_lines()
+                edit_hosts(self.record["HostsPath"], lines, lines)
+                if self.sandbox.has_resolver:
+                    self._enter_resolver()
 
     def _write_network_files(self) -> None:
         """Write hostname, hosts and resolv.conf, which are bound into the container; one that shares
