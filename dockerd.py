@@ -12479,6 +12479,8 @@ def helper_main(listener_fd: int, role: str) -> None:
     set_process_name("docker-" + role)
     prctl(PR_SET_DUMPABLE, 0 if defended("undumpable") else 1)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
+    with contextlib.suppress(OSError):  # whose quota of keys is used up keeps this one, and not the daemon's
+        keyctl_join_session()
     for name in ("CHLD", "HUP", "INT", "PIPE", "TERM", "XFSZ"):  # caught and not ignored, which is inherited
         signal.signal(getattr(signal, "SIG" + name), lambda number, frame: None)
     for real_time in (32, 33):  # posix_spawn leaves the C library's own ignored; containers would too
