@@ -12304,6 +12304,8 @@ class HelperProcess:
         answer: dict[str, Any] = {"seq": request["seq"]}
         sent: list[int] = []
         try:
+            if len(named) < len(request.get("fds", ())):  # there was no room for the rest; recvmsg(2)
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             sent = getattr(self, "op_" + request["op"])(request, named, answer) or []
         except Exception as error:  # also where there is no thread to be had: the containers depend on it
             answer["error"] = f"{type(error).__name__}: {error}"

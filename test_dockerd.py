@@ -4105,7 +4105,7 @@ def test_no_process_is_left_where_descriptors_run_out(new_host: Callable[..., Ho
     limits, statuses = resource.prlimit(pid, resource.RLIMIT_NOFILE), set()
     held = len(os.listdir(f"/proc/{pid}/fd"))
     first = held + 2 if whose == "daemon" else 3  # not one, not even to look for orphans
-    for limit in range(first, first + 30, 2):
+    for limit in range(first, first + 30):
         identity, dying = host.create("sleep", NEVER), Execs(host)
         victim = host.inspect(dying.id)["State"]["Pid"]
         instance = host.api("POST", f"/containers/{box.id}/exec", {"Cmd": ["sleep", NEVER]})["Id"]
