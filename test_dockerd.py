@@ -11934,7 +11934,7 @@ def test_a_log_server_that_does_not_read(host: Host, log_server: Callable[..., L
     assert host.inspect(waiting)["State"]["Running"]
     server.reading.set()
     host.api("POST", f"/containers/{waiting}/wait")
-    server.wait_for(lambda text: text.count(waiting.encode()) == 6000, 60)
+    server.wait_for(lambda text: text.count(waiting.encode()) >= 6000, 60)  # one may come in part before
 
 
 # Attached clients of different speeds
