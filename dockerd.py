@@ -13632,7 +13632,8 @@ PROTOCOLS = {"tcp": 6, "udp": 17, "sctp": 132}
 
 
 class PortRule(NamedTuple):
-    """A published port: what comes to the host's address and port goes to the target."""
+    """A published port: what comes to the host's address and port goes to the target; with the port 0 the
+    network is routed to, and only the target's own port is open."""
     bridge: str
     protocol: str
     host: IPAddress
@@ -13708,6 +13709,11 @@ class PortAllocator:
                 self.taken.pop((protocol, port), None)
 
 
+def _any(host: IPAddress) -> IPAddress:
+    """The address that stands for all of the host's IP version."""
+    return ipaddress.ip_address("0.0.0.0" if host.version == 4 else "::")
+
+
 def _bracketed(host: IPAddress) -> str:
     return f"[{host}]" if host.version == 6 else str(host)
 
@@ -13752,7 +13758,7 @@ class BridgeRule(NamedTuple):
     icc: bool            # its containers reach each other
     masquerade: bool     # they reach the world under the host's address
     internal: bool       # they reach nothing else
-    unprotected: bool = False    # neighbours of the host reach ports that are not published too
+    mode: str = "nat"    # the gateway mode
 
     @property
     def version(self) -> int:
@@ -13930,11 +13936,14 @@ class Iptables(Firewall):
         ("open", "filter", "-I", "FORWARD", "-o {0.bridge} -j DOCKER"),
         ("open", "filter", "-I", "FORWARD",
          "-o {0.bridge} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"),
+        ("routed", "filter", "-A", "DOCKER", "-o {0.bridge} -p {icmp} -j ACCEPT"),
         ("protected", "filter", "-A", "DOCKER", "! -i {0.bridge} -o {0.bridge} -j DROP"),
         ("unprotected", "filter", "-A", "DOCKER", "! -i {0.bridge} -o {0.bridge} -j ACCEPT"),
         ("open", "filter", "-I", "DOCKER-ISOLATION-STAGE-1",
          "-i {0.bridge} ! -o {0.bridge} -j DOCKER-ISOLATION-STAGE-2"),
-        ("open", "filter", "-I", "DOCKER-ISOLATION-STAGE-2", "-o {0.bridge} -j DROP"),
+        ("routed", "filter", "-I", "DOCKER-ISOLATION-STAGE-1",
+         "-i {0.bridge} -m conntrack --ctstate RELATED,ESTABLISHED -j RETURN"),
+        ("apart", "filter", "-I", "DOCKER-ISOLATION-STAGE-2", "-o {0.bridge} -j DROP"),
         ("masquerade", "nat", "-I", "POSTROUTING", "-s {0.subnet} ! -o {0.bridge} -j MASQUERADE"),
         ("proxied", "nat", "-I", "DOCKER", "-i {0.bridge} -j RETURN"),
         ("direct", "filter", "-I", "DOCKER-ISOLATION-STAGE-2",
@@ -13947,8 +13956,8 @@ class Iptables(Firewall):
          "-j DNAT --to-destination {target}:{0.target_port}"),
         ("port", "nat", "-A", "POSTROUTING", "-s {0.target} -d {0.target} -p {0.protocol} -m {0.protocol} "
          "--dport {0.target_port} -j MASQUERADE"),
-        ("port", "filter", "-I", "DOCKER", "-d {0.target} ! -i {0.bridge} -o {0.bridge} -p {0.protocol} "
-         "-m {0.protocol} --dport {0.target_port} -m conntrack --ctstate DNAT -j ACCEPT"),
+        ("published", "filter", "-I", "DOCKER", "-d {0.target} ! -i {0.bridge} -o {0.bridge} -p {0.protocol} "
+         "-m {0.protocol} --dport {0.target_port}{translated} -j ACCEPT"),
         ("link", "filter", "-I", "DOCKER", "-s {0.parent} -d {0.child} -i {0.bridge} -o {0.bridge} "
          "-p {0.protocol} -m {0.protocol} --dport {0.port} -j ACCEPT"),
         ("link", "filter", "-I", "DOCKER", "-s {0.child} -d {0.parent} -i {0.bridge} -o {0.bridge} "
@@ -13994,13 +14003,17 @@ class Iptables(Firewall):
         if isinstance(rule, BridgeRule):
             holds = {"icc" if rule.icc else "no icc", "internal" if rule.internal else "open"}
             if not rule.internal:
-                holds |= {"unprotected" if rule.unprotected else "protected"}
+                holds |= {"unprotected" if rule.mode == "nat-unprotected" else "protected"}
+                holds |= {"routed" if rule.mode == "routed" else "apart"}
+                words = {"icmp": "icmp" if rule.version == 4 else "ipv6-icmp"}
                 holds |= {"masquerade"} if rule.masquerade else set()
                 holds |= {"proxied"} if self.proxied else {"direct", f"direct {rule.version}"}
         elif isinstance(rule, PortRule):
-            holds, words = {"port"}, {"host": "" if rule.host.is_unspecified else f"-d {rule.host} ",
-                                      "outside": f"! -i {rule.bridge} " if self.proxied else "",
-                                      "target": _bracketed(rule.target)}
+            holds = {"port", "published"} if rule.port else {"published"}
+            words = {"host": "" if rule.host.is_unspecified else f"-d {rule.host} ",
+                     "outside": f"! -i {rule.bridge} " if self.proxied else "",
+                     "target": _bracketed(rule.target),
+                     "translated": " -m conntrack --ctstate DNAT" if rule.port else ""}
         return [(table, f"{'-D' if remove else how} {chain} {text.format(rule, **words)}\n")
                 for what, table, how, chain, text in self.LINES if what in holds]
 
@@ -14136,19 +14149,24 @@ class Nftables(Firewall):
         lines += [(chain, self._translation(version, exact))
                   for chain in ("prerouting", "output") for exact in (True, False)]
         lines.append(("forward", nft_ct(0, 2 | 4) + accept))  # established or related
-        published = nft_ct(2, IPS_DST_NAT) + self._lookup(version, "published") + accept
-        for rule in bridges:
+        published = self._lookup(version, "published") + accept
+        icmp = bytes([socket.IPPROTO_ICMP if version == 4 else socket.IPPROTO_ICMPV6])
+        echo = nft_expression("meta", a2=16, a1=NFT_REGISTER) + nft_compare(icmp) + accept
+        for rule in sorted(bridges, key=lambda rule: not rule.internal):
             inward, inside = nft_interface(rule.bridge, out=True), nft_interface(rule.bridge)
             if not rule.icc:
                 lines.append(("forward", inward + inside + self._lookup(version, "linked") + accept))
             lines.append(("forward", inward + inside + (accept if rule.icc else drop)))
             if rule.internal:
                 lines.append(("forward", inside + nft_interface(rule.bridge, out=True, same=False) + drop))
+            elif rule.mode == "routed":
+                lines += [("forward", inward + published), ("forward", inward + echo)]
             else:
-                lines.append(("forward", inward + published))
+                lines.append(("forward", inward + nft_ct(2, IPS_DST_NAT) + published))
+            unprotected = rule.mode == "nat-unprotected"
             lines += [("forward", inward + nft_interface(other.bridge) + drop) for other in bridges
-                      if rule.unprotected and other.bridge != rule.bridge]
-            lines.append(("forward", inward + (accept if rule.unprotected else drop)))
+                      if unprotected and other.bridge != rule.bridge]
+            lines.append(("forward", inward + (accept if unprotected else drop)))
             source = nft_network(rule.subnet, False)
             if rule.masquerade and not rule.internal:
                 lines.append(("postrouting", source + nft_interface(rule.bridge, True, False)
@@ -14193,7 +14211,8 @@ class Nftables(Firewall):
                 place = struct.pack(">B3xH2x", PROTOCOLS[rule.protocol], rule.port)
                 value = rule.target.packed + struct.pack(">H2x", rule.target_port)
                 name, head = ("ports", b"") if rule.host.is_unspecified else ("ports_at", rule.host.packed)
-                found[name][head + place] = value
+                if rule.port:
+                    found[name][head + place] = value
                 inner = struct.pack(">B3xH2x", PROTOCOLS[rule.protocol], rule.target_port)
                 found["published"][rule.target.packed + inner] = b""
             elif isinstance(rule, LinkRule):
@@ -14617,8 +14636,7 @@ NETWORK_RULES = (
             Forbidden),
 )
 BRIDGE_RULES = (
-    Refusal(lambda n: "routed" in n["modes"], "the gateway mode routed is not supported"),
-    Refusal(lambda n: not n["modes"] <= {"nat", "nat-unprotected", "isolated"},
+    Refusal(lambda n: not n["modes"] <= {"nat", "nat-unprotected", "routed", "isolated"},
             "unknown gateway mode among {modes}"),
     Refusal(lambda n: "isolated" in n["modes"] and not n["internal"],
             "gateway mode 'isolated' can only be used for an internal network"),
@@ -14731,7 +14749,8 @@ class Network:
         return default if value is None else value.lower() in ("1", "t", "true")
 
     def gateway_mode(self, version: int) -> str:
-        """What the host is to the bridge in an IP version: nat, nat-unprotected, or isolated, not there."""
+        """What the host is to the bridge in an IP version: nat, nat-unprotected, routed, or isolated, not
+        there."""
         return self.options.get(f"{BRIDGE_OPTION}gateway_mode_ipv{version}") or "nat"
 
     def rules(self) -> list[FirewallRule]:
@@ -14739,9 +14758,10 @@ class Network:
         if self.driver != "bridge":
             return []
         icc, masquerade = self.switch("enable_icc", True), self.switch("enable_ip_masquerade", True)
-        return [BridgeRule(self.bridge, pool.subnet, icc, masquerade, self.internal, not self.internal
-                           and self.gateway_mode(pool.subnet.version) == "nat-unprotected")
-                for pool in self.pools]
+        listed = [(pool.subnet, "nat" if self.internal else self.gateway_mode(pool.subnet.version))
+                  for pool in self.pools]
+        return [BridgeRule(self.bridge, subnet, icc, masquerade and mode != "routed", self.internal, mode)
+                for subnet, mode in listed]
 
     def to_api(self, containers: bool = True) -> dict[str, Any]:
         """The network as inspect shows it; a list leaves the containers out."""
@@ -14856,7 +14876,9 @@ class Published(NamedTuple):
     """A container's port with the host's places of it."""
     name: str                     # of the container's port, such as 80/tcp
     hosts: list[IPAddress]
-    port: int
+    first: int = 0                # the range that was asked for; 0 for any port
+    last: int = 0
+    port: int = 0                 # none is taken while the network is routed to
 
     @property
     def protocol(self) -> str:
@@ -14874,6 +14896,7 @@ class Sandbox:
         self.networks, self.key, self.name = networks, key, name
         self.id = hashlib.sha256(key.encode()).hexdigest()
         self.endpoints: dict[str, Endpoint] = {}   # by the network's name
+        self.bindings: dict[str, list[dict[str, str]]] = {}  # the ports to publish
         self.published: list[Published] = []
         self.sockets: dict[tuple[IPAddress, str, int],
                            socket.socket] = {}  # bound, not handed to the proxy yet
@@ -14932,40 +14955,60 @@ class Sandbox:
     # Ports
 
     def publish(self, bindings: dict[str, list[dict[str, str]]]) -> None:
-        """Take the host's ports: those asked for by number first, then free ones; DockerError with Docker's
-        text when one is not free."""
-        gate = self.gateway(4) or self.gateway(6)
+        """Take the host's ports, as soon as there is a way to the world: those asked for by number first,
+        then free ones; DockerError with Docker's text when one is not free."""
+        self.bindings, gate = bindings, self.gateway(4) or self.gateway(6)
         if gate is None or gate.network.driver != "bridge":
             return
         asked = [(name, binding.get("HostIp") or "", *_port_range(binding.get("HostPort") or ""))
                  for name, listed in sorted(bindings.items()) for binding in listed or [{}]]
         for name, host, first, last in sorted(asked, key=lambda each: each[2] == 0):
             hosts = self.networks.host_addresses(host, gate.network)
-            protocol = name.partition("/")[2] or "tcp"
-            with reworded(DockerError, "failed to set up container networking: driver failed programming "
-                          f"external connectivity on endpoint {self.name} ({gate.id}): ", DockerError):
-                port, bound = self.networks.patiently(self.networks.ports.take, protocol, hosts, first, last)
-            self.published.append(Published(name, hosts, port))
-            for each in bound:
-                self.sockets[ipaddress.ip_address(each.getsockname()[0]), protocol, port] = each
+            routed = [host for host in hosts if self._is_routed(host)]
+            for part in ([host for host in hosts if host not in routed], *([host] for host in routed)):
+                if part:
+                    self.published.append(self._with_port(Published(name, part, first, last)))
+
+    def _with_port(self, published: Published) -> Published:
+        """It, with a port of the host's where the container's networks of now need one."""
+        gate = self._gate(published.hosts[0])
+        if published.port or gate is None or self._is_routed(published.hosts[0]):
+            return published
+        with reworded(DockerError, "failed to set up container networking: driver failed programming "
+                      f"external connectivity on endpoint {self.name} ({gate.id}): ", DockerError):
+            port, bound = self.networks.patiently(self.networks.ports.take, published.protocol,
+                                                  published.hosts, published.first, published.last)
+        for each in bound:
+            self.sockets[ipaddress.ip_address(each.getsockname()[0]), published.protocol, port] = each
+        return published._replace(port=port)
+
+    def _gate(self, host: IPAddress) -> Optional[Endpoint]:
+        """The endpoint to which the host passes what comes to its address."""
+        gate = self.gateway(host.version) or self.gateway(4) or self.gateway(6)
+        return gate if gate and gate.network.driver == "bridge" else None
+
+    def _is_routed(self, host: IPAddress) -> bool:
+        """Whether others are to reach the container itself, and not a port of the host's."""
+        gate = self._gate(host)
+        return gate is not None and gate.network.gateway_mode(host.version) == "routed"
 
     def _port_rules(self) -> list[FirewallRule]:
         """A rule for each published place, to the address that the container has for the world."""
         rules: list[FirewallRule] = []
-        for published in self.published:
-            for host in published.hosts:
-                gate = self.gateway(host.version) or self.gateway(4) or self.gateway(6)
-                if gate is None or gate.network.driver != "bridge":
-                    continue
-                target = gate.address(host.version) or gate.address(4) or gate.address(6)
-                if target is not None:
-                    rules.append(PortRule(gate.network.bridge, published.protocol, host, published.port,
-                                          target,
-                                          int(published.name.partition("/")[0])))
-        return rules
+        for published, host in [(each, host) for each in self.published for host in each.hosts]:
+            gate, inner = self._gate(host), int(published.name.partition("/")[0])
+            target = gate and (gate.address(host.version) or gate.address(4) or gate.address(6))
+            if gate and target:
+                rule = PortRule(gate.network.bridge, published.protocol, host, published.port, target, inner)
+                rules.append(rule._replace(host=_any(host), port=0) if self._is_routed(host) else rule)
+        return list(dict.fromkeys(rules))
 
     def republish(self) -> None:
         """Make the firewall and the proxy agree with where the container is now."""
+        for number, published in enumerate(self.published):
+            self.published[number] = self._with_port(published)
+        if not self.published:  # it had no way to the world before
+            self.publish(self.bindings)
         networks, rules = self.networks, self._port_rules() + self.links
         stale = [rule for rule in self.rules if rule not in rules]
         fresh = [rule for rule in rules if rule not in self.rules]
@@ -14974,7 +15017,7 @@ class Sandbox:
         self.rules = rules
         self._unpublish(stale)
         for rule in fresh:
-            if isinstance(rule, PortRule):
+            if isinstance(rule, PortRule) and rule.port:
                 if networks.firewall.proxied:
                     networks.proxy.publish(self._proxy_key(rule), rule, self.sockets.pop(
                         (rule.host, rule.protocol, rule.port), None))
@@ -14985,7 +15028,7 @@ class Sandbox:
         """Let the proxy serve no port of `stale` that the container has not got by another rule."""
         kept = {self._proxy_key(rule) for rule in self.rules if isinstance(rule, PortRule)}
         for rule in stale if self.networks.firewall.proxied else ():
-            if isinstance(rule, PortRule) and self._proxy_key(rule) not in kept:
+            if isinstance(rule, PortRule) and rule.port and self._proxy_key(rule) not in kept:
                 self.networks.proxy.unpublish(self._proxy_key(rule))
 
     def _proxy_key(self, rule: PortRule) -> str:
@@ -15002,8 +15045,10 @@ class Sandbox:
         """Ports as inspect shows them."""
         listed: dict[str, list[dict[str, str]]] = {}
         for published in self.published:
+            places = dict.fromkeys((str(_any(host)), "") if self._is_routed(host) else
+                                   (str(host), str(published.port)) for host in published.hosts)
             listed.setdefault(published.name, []).extend(
-                {"HostIp": str(host), "HostPort": str(published.port)} for host in published.hosts)
+                {"HostIp": host, "HostPort": port} for host, port in places)
         return listed
 
     def rename(self, name: str) -> None:
@@ -15092,10 +15137,13 @@ class Sandbox:
         by_port: dict[tuple[str, int], list[IPAddress]] = {}
         for name, listed in ports.items():
             for binding in listed or []:
-                hosts = by_port.setdefault((name, int(binding["HostPort"])), [])
-                hosts.append(ipaddress.ip_address(binding["HostIp"]))
+                host = ipaddress.ip_address(binding["HostIp"])
+                if binding["HostPort"]:
+                    by_port.setdefault((name, int(binding["HostPort"])), []).append(host)
+                else:
+                    self.published.append(Published(name, [host]))
         for (name, port), hosts in by_port.items():
-            self.published.append(Published(name, hosts, port))
+            self.published.append(Published(name, hosts, port=port))
             networks.ports.hold(self.published[-1].protocol, hosts, port)
         with noted(log.info, f"the network of {self.name} is not as it was",
                    OSError, DockerError):  # it has ended, or is about to
@@ -19359,7 +19407,9 @@ class Container:
             for name, settings in recorded["Networks"].items():
                 with contextlib.suppress(NotFound):
                     self.sandbox.adopt(self.parts.networks.find(name), settings)
-            if self.sandbox.resume(pid, recorded["Ports"], kept, *self._name_servers()):
+            unmade = self.sandbox.resume(pid, recorded["Ports"], kept, *self._name_servers())
+            self.sandbox.bindings = self._port_bindings()
+            if unmade:
                 lines = self._own_lines()
                 edit_hosts(self.record["HostsPath"], lines, lines)
                 if self.sandbox.has_resolver:
@@ -20475,7 +20525,8 @@ def _listed_ports(ports: dict[str, Optional[list[dict[str, str]]]]) -> Iterator[
         if not places:
             yield port
         for place in places or ():
-            yield {"IP": place["HostIp"], **port, "PublicPort": int(place["HostPort"])}
+            public = {"PublicPort": int(place["HostPort"])} if place["HostPort"] else {}
+            yield {"IP": place["HostIp"], **port, **public}
 
 
 def selinux_runs(config: Any) -> bool:

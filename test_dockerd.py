@@ -9760,6 +9760,64 @@ def test_gateway_modes(networked: Networked) -> None:
     networked.await_idle()
 
 
+def test_a_network_that_is_routed_to(networked: Networked) -> None:
+    """Others reach the published ports of a container, and no port of the host's, from outside and from other
+    networks; the container goes out under its own address.  A port of the host's is taken as soon as the
+    container's way to the world needs one, and what it shows is as Docker 28 has it."""
+    docker, option = networked.docker, "com.docker.network.bridge.gateway_mode_ipv"
+    docker("network", "create", "--ipv6", "-o", option + "4=routed", "-o", option + "6=routed", "wide")
+    docker("network", "create", "--ipv6", "-o", option + "6=routed", "mixed")
+    docker("network", "create", "--internal", "in")
+    for name, network in ("web", "wide"), ("twin", "wide"), ("half", "mixed"), ("shut", "in"):
+        port = "127.0.0.1:8083:80" if name == "shut" else "8080:80"
+        docker("run", "-d", "--name", name, "--hostname", name, "--net", network, "-p", port, *SERVE)
+    docker("run", "-d", "--name", "user", "busybox", "sleep", NEVER)
+    docker("exec", "-d", "web", "nc", "-ll", "-p", "81", "-e", "hostname")
+
+    def ports(name: str) -> list[tuple[str, str]]:
+        listed = networked.host.api("GET", f"/containers/{name}/json")["NetworkSettings"]["Ports"]["80/tcp"]
+        return [(place["HostIp"], place["HostPort"]) for place in listed or []]
+
+    own = docker("inspect", "-f", "{{.NetworkSettings.Networks.wide.IPAddress}}", "web")
+    assert ports("web") == ports("twin") == [("0.0.0.0", ""), ("::", "")]
+    assert ports("half") == [("0.0.0.0", "8080"), ("::", "")] and ports("shut") == []
+    listed = {container["Names"][0]: container["Ports"]
+              for container in networked.host.api("GET", "/containers/json")}
+    assert listed["/web"] == [{"IP": place, "PrivatePort": 80, "Type": "tcp"} for place in ("0.0.0.0", "::")]
+    assert networked.shell(FETCH.format("127.0.0.1", 8080)) == "half\n"
+    assert networked.from_outside(FETCH.format(own, 80)) == "web\n"
+    assert " 0% packet loss" in networked.from_outside(f"{PEER}/bin/busybox ping -c 1 -W 2 {own}")
+    assert docker("exec", "user", "sh", "-c", f"nc -w 2 {own} 80 < /dev/null") == "web"
+    if backend_of(networked) != "none":
+        assert networked.from_outside(FETCH.format(own, 81)) == ""
+        assert docker("exec", "user", "sh", "-c", f"nc -w 1 {own} 81 < /dev/null", status=None) == ""
+    with open(f"/proc/{networked.neighbour.pid}/ns/net") as namespace:
+        listener = dockerd.in_network(namespace.fileno(), socket.create_server, (OUTSIDE, 9998))
+    with listener:
+        docker("exec", "-d", "web", "nc", OUTSIDE, "9998")
+        listener.settimeout(20)
+        client, address = listener.accept()
+        client.close()
+        assert address[0] == own
+    networked.host.api("POST", "/networks/bridge/connect", {"Container": "shut"})
+    assert ports("shut") == [("127.0.0.1", "8083")]
+    assert networked.shell(FETCH.format("127.0.0.1", 8083)) == "shut\n"
+    prefer = {"Container": "web", "EndpointConfig": {"GwPriority": 1}}
+    taken = networked.host.http("POST", "/networks/bridge/connect", prefer).json["message"]
+    assert "port is already allocated" in taken and ports("web") == ports("twin")
+    docker("rm", "-f", "half")
+    networked.host.api("POST", "/networks/bridge/connect", prefer)
+    assert ports("web") == [("0.0.0.0", "8080"), ("::", "")]
+    assert networked.from_outside(FETCH.format(HOST_ADDRESS, 8080)) == "web\n"
+    docker("network", "disconnect", "bridge", "web")
+    assert ports("web") == [("0.0.0.0", ""), ("::", "")]
+    assert networked.from_outside(FETCH.format(HOST_ADDRESS, 8080)) == ""
+    assert networked.from_outside(FETCH.format(own, 80)) == "web\n"
+    docker("rm", "-f", "web", "twin", "shut", "user")
+    docker("network", "rm", "wide", "mixed", "in")
+    networked.await_idle()
+
+
 ECHO = ("import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.bind(('', 53)); print(flush=True)\n"
         "while True: s.sendto(*s.recvfrom(100))")
 ASK = ("import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.settimeout(5); "
@@ -10250,11 +10308,15 @@ def test_without_the_proxy(busybox: bytes, backend: str) -> None:
         docker("run", "-d", "--name", "web", "--hostname", "web", "-p", "8080:80", *SERVE)
         docker("run", "-d", "--name", "near", "busybox", "sleep", NEVER)
         docker("run", "-d", "--name", "far", "--net", "other", "busybox", "sleep", NEVER)
+        docker("network", "create", "--internal", "in")
+        docker("run", "-d", "--name", "lost", "--net", "in", "busybox", "sleep", NEVER)
         for place in ("127.0.0.1", HOST_ADDRESS, "172.17.0.1"):
             assert networked.shell(FETCH.format(place, 8080)) == "web\n", place
         assert networked.from_outside(FETCH.format(HOST_ADDRESS, 8080)) == "web\n"
         for name in ("web", "near", "far"):
             assert docker("exec", name, "sh", "-c", f"nc -w 2 {HOST_ADDRESS} 8080 < /dev/null") == "web", name
+        gate = docker("network", "inspect", "-f", "{{(index .IPAM.Config 0).Gateway}}", "in")
+        assert docker("exec", "lost", "sh", "-c", f"nc -w 1 {gate} 8080 < /dev/null", status=None) == ""
         assert not [pid for pid in host.own_processes() if "proxy" in read_text(f"/proc/{pid}/cmdline")]
         with open(f"/proc/{host.holder.pid}/ns/net") as namespace:
             listener = dockerd.in_network(namespace.fileno(), socket.create_server, ("127.0.0.1", 9999))
@@ -10272,8 +10334,8 @@ def test_without_the_proxy(busybox: bytes, backend: str) -> None:
             listener.settimeout(20)
             listener.accept()[0].close()  # so it was that rule
         assert "already allocated" in docker.run("run", "-p", "8080:80", "busybox", "true", status=125).stderr
-        docker("rm", "-f", "web", "near", "far")
-        docker("network", "rm", "other")
+        docker("rm", "-f", "web", "near", "far", "lost")
+        docker("network", "rm", "other", "in")
         networked.await_idle()
     finally:
         networked.close()
@@ -10439,8 +10501,6 @@ def test_links_open_what_icc_closes(busybox: bytes) -> None:
      "invalid pool request: Pool overlaps with other one on this address space"),
     (("network", "create", "--subnet", "10.55.9.1/24", "x"),
      "invalid network config:\ninvalid subnet 10.55.9.1/24: it should be 10.55.9.0/24"),
-    (("network", "create", "-o", "com.docker.network.bridge.gateway_mode_ipv4=routed", "x"),
-     "the gateway mode routed is not supported"),
     (("network", "create", "-o", "com.docker.network.bridge.gateway_mode_ipv6=odd", "x"),
      "unknown gateway mode"),
     (("network", "create", "-o", "com.docker.network.bridge.gateway_mode_ipv4=isolated", "x"),
