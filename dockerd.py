@@ -14665,6 +14665,8 @@ class Endpoint:
                           if settings[address]]
         self.gateways = [ipaddress.ip_address(settings[key]) for key in ("Gateway", "IPv6Gateway")
                          if settings[key]]
+        local = (settings["IPAMConfig"] or {}).get("LinkLocalIPs") or []
+        self.link_local = [ipaddress.ip_interface(f"{text}/{64 if ':' in text else 16}") for text in local]
         self.link = ""  # its name in the container
         self.host_link = "veth" + self.id[:7]   # the veth's end on the bridge
         self.keys: list[tuple[bool, str]] = []  # under which its network finds it
@@ -14682,6 +14684,11 @@ class Endpoint:
     def address(self, version: int) -> Optional[IPAddress]:
         """Its address of this IP version."""
         return next((address.ip for address in self.addresses if address.version == version), None)
+
+    @property
+    def has_ipv6(self) -> bool:
+        """Whether it has an address that needs IPv6 on its link."""
+        return any(address.version == 6 for address in self.addresses + self.link_local)
 
     def message(self, namespace: int) -> bytes:
         """The request that makes its link, or the pair whose other end is on the bridge."""
@@ -14707,8 +14714,8 @@ class Endpoint:
     def configure(self) -> list[bytes]:
         """The requests that set its link up, in the container's namespace."""
         index = socket.if_nametoindex(self.link)
-        return [*(address_message(RTM_NEWADDR, index, address) for address in self.addresses),
-                link_change(index)]
+        addresses = self.addresses + self.link_local
+        return [*(address_message(RTM_NEWADDR, index, address) for address in addresses), link_change(index)]
 
 
 class Network:
@@ -15082,7 +15089,7 @@ class Sandbox:
         for endpoint in endpoints:
             endpoint.link = next(name for name in (f"eth{number}" for number in numbers) if name not in used)
         messages = [endpoint.message(self.namespace) for endpoint in endpoints]
-        host, six = netlink_socket(), any(endpoint.address(6) for endpoint in endpoints)
+        host, six = netlink_socket(), any(endpoint.has_ipv6 for endpoint in endpoints)
 
         def set_ipv6(link: str, on: bool) -> None:
             write_setting(f"/proc/sys/net/ipv6/conf/{link}/disable_ipv6", "0" if on else "1")
@@ -15094,7 +15101,7 @@ class Sandbox:
             netlink_batch(messages, host)
             set_ipv6("default", True)
             for endpoint in endpoints:
-                if six and not endpoint.address(6):
+                if six and not endpoint.has_ipv6:
                     set_ipv6(endpoint.link, False)
             listed = [message for endpoint in endpoints for message in endpoint.configure()]
             netlink_batch([link_change(1)] * first + listed + self._routes())
@@ -18985,6 +18992,11 @@ def check_endpoint(network: Network, settings: dict[str, Any]) -> None:
                           "configured subnets")
         elif not any(address in pool.subnet for pool in network.pools):
             faults.append(f"no configured subnet contains IP address {text}")
+    for text in wanted.get("LinkLocalIPs") or []:
+        with contextlib.suppress(ValueError):
+            if ipaddress.ip_address(text).is_link_local:
+                continue
+        faults.append(f"invalid link-local IP address: {text}")
     if faults:
         listed = faults[0] if len(faults) == 1 else "\n".join("* " + fault for fault in faults)
         raise BadParameter(f"invalid config for network {network.name}: invalid endpoint settings:\n{listed}")

@@ -9849,7 +9849,8 @@ def test_user_networks_resolve_and_are_apart(networked: Networked) -> None:
     for name in ("left", "right"):
         docker("network", "create", name)
     docker("run", "-d", "--name", "one", "--net", "left", "--net-alias", "uno", "busybox", "sleep", NEVER)
-    docker("run", "-d", "--name", "two", "--net", "left", "busybox", "sleep", NEVER)
+    docker("run", "-d", "--name", "two", "--net", "left", "--link-local-ip", "169.254.7.8", "--link-local-ip",
+           "fe80::77", "busybox", "sleep", NEVER)
     docker("run", "-d", "--name", "three", "--net", "right", "--cap-add=NET_ADMIN", "busybox", "sleep", NEVER)
     address = docker("inspect", "-f", "{{.NetworkSettings.Networks.left.IPAddress}}", "one")
     for name in ("one", "uno", "one.left", "ONE"):
@@ -9859,8 +9860,11 @@ def test_user_networks_resolve_and_are_apart(networked: Networked) -> None:
     assert address not in docker("exec", "three", "nslookup", "-type=a", "one", status=None)
     if backend_of(networked) != "none":
         docker("exec", "three", "ping", "-c", "1", "-W", "1", address, status=1)
-    docker("network", "connect", "left", "three")
+    docker("network", "connect", "--link-local-ip", "169.254.7.9", "left", "three")
     assert address in docker("exec", "three", "nslookup", "-type=a", "one")
+    assert docker("exec", "three", "ping", "-c", "1", "-W", "2", "-I", "eth1", "169.254.7.8")
+    assert "fe80::77/64" in docker("exec", "two", "ip", "address")
+    assert "inet6" not in docker("exec", "three", "ip", "address", "show", "eth1")
     docker("network", "disconnect", "left", "three")
     assert address not in docker("exec", "three", "nslookup", "-type=a", "one", status=None)
     docker("exec", "-d", "two", "nc", "-l", "-p", "53")
@@ -10514,6 +10518,8 @@ def test_links_open_what_icc_closes(busybox: bytes) -> None:
     (("run", "--ip", "172.17.0.9", "busybox", "true"), "invalid config for network bridge: invalid endpoint "
                                                        "settings:\n"
      "user specified IP address is supported on user defined networks only"),
+    (("run", "--link-local-ip", "10.1.1.1", "busybox", "true"), "invalid config for network bridge: invalid "
+     "endpoint settings:\ninvalid link-local IP address: 10.1.1.1"),
     (("run", "--link", "nix", "busybox", "true"), "could not get container for nix: No such container: nix"),
     (("run", "-p", "10.1.1.1:7000:80", "busybox", "true"), "cannot assign requested address"),
     (("run", "--net", "host", "--link", "nix", "busybox", "true"),
