@@ -19840,14 +19840,14 @@ class Container:
 
     @job("archive_get", "path .args .ready .stdout.write")
     def copy_out(self, path: str, args: list[str], ready: Callable[..., None],
-                 write: Callable[[bytes], Any]) -> None:
-        """Write what is at `path` as a tar stream, after ready(stat=...)."""
+                 write: Callable[[bytes], Any], action: str = "archive-path") -> None:
+        """Write what is at `path` as a tar stream, after ready(stat=...), and tell of that as `action`."""
         packer = CopyPacker(Feed(), self.idmap, path)
         with self._finding(path, args), self.view() as view, packed(view, packer) as feed:
             ready(stat=json.loads(feed.read()))
             while data := feed.read():
                 write(data)
-        self.event("archive-path")
+        self.event(action)
 
     @job("container_copy", "body .args .stdout.write")
     def copy_resource(self, body: Any, args: list[str], write: Callable[[bytes], Any]) -> None:
@@ -19855,7 +19855,7 @@ class Container:
         resource = str((body or {}).get("Resource") or "")
         if not resource:
             raise BadParameter("Path cannot be empty")
-        self.copy_out(resource, args, lambda **facts: None, write)
+        self.copy_out(resource, args, lambda **facts: None, write, "copy")
 
     @job("archive_put", "path .args .stdin noOverwriteDirNonDir:bool copyUIDGID:bool")
     def copy_in(self, path: str, args: list[str], stream: Any, keep_kind: bool, own: bool) -> None:

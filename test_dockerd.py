@@ -2301,11 +2301,11 @@ def test_a_host_config_may_come_with_the_start(host: Host, peer: Host, tmp_path:
 def test_copies_of_docker_1_2(host: Host, peer: Host) -> None:
     """Before API 1.20 `docker cp` was a request of its own, which the real daemon still answers; a directory
     came under its name."""
-    answers = []
+    answers: list[tuple[Any, ...]] = []
     for daemon in (host, peer):
         daemon.http("POST", "/v1.41/containers/create?name=old", {
             "Image": "busybox", "Cmd": ["true"], "HostConfig": {"NetworkMode": "none"}})
-        path = "containers/old/copy"
+        path, begun = "containers/old/copy", time.time()
         taken = daemon.http("POST", f"/v1.14/{path}", {"Resource": "etc/passwd"})
         answers.append((
             taken.status, taken.headers["Content-Type"],
@@ -2313,11 +2313,14 @@ def test_copies_of_docker_1_2(host: Host, peer: Host) -> None:
             daemon.http("POST", f"/v1.14/{path}", {"Resource": ""}).status,
             daemon.http("POST", f"/v1.24/{path}", {"Resource": "/etc"}).status,
             daemon.http("POST", f"/v1.14/{path}", {"Resource": "/nosuch"}).status))
+        until = urllib.parse.quote(json.dumps({"container": ["old"], "event": ["copy", "archive-path"]}))
+        told = daemon.http("GET", f"/v1.41/events?since={begun:.6f}&until={time.time():.6f}&filters={until}")
+        answers[-1] += tuple(event["Action"] for event in told.lines),
         if daemon is host:
             taken = daemon.http("POST", f"/v1.14/{path}", {"Resource": "/etc"})
             assert "etc/passwd" in tarfile.open(fileobj=io.BytesIO(taken.body)).getnames()
         daemon.http("DELETE", "/v1.41/containers/old")
-    assert answers[0] == answers[1]
+    assert answers[0] == answers[1] and answers[0][-1] == ("copy",)
 
 
 def test_raw_wait_for_removal(host: Host) -> None:
