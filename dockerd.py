@@ -22957,6 +22957,12 @@ class Build:
             self.find(container_id).remove(force=True, volumes=True)
 
 
+# What the filters of a prune say of a cache of RUN --mount, by its name; of others there is nothing to tell
+_CACHE_MATCHES: dict[str, Callable[[str, str], bool]] = {
+    "id": str.startswith, "type": lambda name, value: value == "exec.cachemount",
+    **dict.fromkeys(("description", "inuse", "parent", "private", "shared"), lambda name, value: False)}
+
+
 class Builder:
     """The jobs of builds; `caches` is the directory of the caches of RUN --mount."""
 
@@ -22987,7 +22993,9 @@ class Builder:
             trim_memory()
 
     def give_back(self, key: str) -> None:
-        """A step has done with a cache."""
+        """A step has done with a cache, whose time of change tells when."""
+        with contextlib.suppress(OSError):
+            os.utime(os.path.join(self.caches, key))
         with self.cache_changed:
             self.cache_users[key] -= 1
             self.cache_changed.notify_all()
@@ -23001,18 +23009,26 @@ class Builder:
         if running:
             running.cancel()
 
-    @job("build_prune")
-    def prune(self, job: Job) -> None:
-        """Remove the caches of RUN --mount that no step uses."""
-        deleted, size = [], 0
+    @job("build_prune", "filters keep-storage:int reserved-space:int")
+    def prune(self, given: Any, keep: int, reserved: int) -> dict[str, Any]:
+        """Remove the caches of RUN --mount that no step uses and that match the filters `given`, the longest
+        unused first; with `keep` or `reserved` only while all take more than so many bytes."""
+        with reworded(BadParameter, "failed to prune build cache: ", BadParameter):
+            filters = parse_filters(given, ("until", "unused-for", *_CACHE_MATCHES))
+            latest = until_filter({"until": filters.get("until", []) + filters.get("unused-for", [])})
+        keep, deleted, reclaimed = max(keep, reserved), [], 0
         with self.cache_changed:
-            for name in os.listdir(self.caches) if os.path.isdir(self.caches) else ():
-                if not self.cache_users[name]:
-                    path = os.path.join(self.caches, name)
-                    size += written_size(path)
-                    remove_tree(path)
-                    deleted.append(name)
-        job.reply({"CachesDeleted": deleted or None, "SpaceReclaimed": size})
+            paths = [entry.path for entry in (os.scandir(self.caches) if os.path.isdir(self.caches) else ())]
+            sizes = {path: written_size(path) for path in paths}
+            for used, path in sorted((os.stat(path).st_ctime_ns, path) for path in paths):
+                name = os.path.basename(path)
+                if self.cache_users[name] or used > latest or not matches_filters(
+                        filters, _CACHE_MATCHES, None, name) or 0 < keep >= sum(sizes.values()):
+                    continue
+                remove_tree(path)
+                reclaimed += sizes.pop(path)
+                deleted.append(name)
+        return {"CachesDeleted": deleted or None, "SpaceReclaimed": reclaimed}
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -18373,6 +18373,30 @@ def test_a_cache_in_use_is_not_pruned(builder: Host) -> None:
     assert os.listdir(os.path.join(builder.data_root, "builder")) == []
 
 
+def test_a_prune_of_some_caches(builder: Host) -> None:
+    """By their last use, oldest first as far as they take more than is to be kept, by type and id."""
+    def prune(filters: Any = None, **parameters: int) -> Any:
+        query = urllib.parse.urlencode({**parameters, "filters": json.dumps(filters or {})})
+        return builder.http("POST", f"{BUILD_API}/build/prune?{query}".replace("_", "-"))
+
+    prune()
+    caches = os.path.join(builder.data_root, "builder")
+    names: list[str] = []
+    for name, size in (("old", 100), ("new", 10), ("old", 0)):
+        step = f"RUN --mount=type=cache,target=/{name} head -c {size} /dev/zero >>/{name}/f"
+        post_build(builder, context_of(f"FROM busybox\n{step}", {}), {"nocache": "1"})
+        names += set(os.listdir(caches)) - set(names)
+    for filters in ({"until": ["1h"]}, {"unused-for": ["1h"]}, {"type": ["source.local"]}, {"id": ["x"]},
+                    {"private": ["true"]}):
+        assert prune(filters).json == {"CachesDeleted": None, "SpaceReclaimed": 0}
+    assert prune(keep_storage=110).json["CachesDeleted"] is None
+    assert prune(reserved_space=109).json == {"CachesDeleted": [names[1]], "SpaceReclaimed": 10}
+    assert prune({"id": [names[0][:5]], "type": ["exec.cachemount"]}).json["CachesDeleted"] == [names[0]]
+    for bad in ({"bogus": ["x"]}, {"until": ["x"]}):
+        assert (answer := prune(bad)).status == 400
+        assert answer.json["message"].startswith("failed to prune build cache: ")
+
+
 REPOSITORY = {
     "Dockerfile": "FROM busybox\nCOPY . /r\nRUN find /r | sort | tr '\\n' ' '\n", ".dockerignore": "*.o\n",
     "x.o": "", "sub/Dockerfile": "FROM busybox\nLABEL sub=1\n",
