@@ -5894,6 +5894,13 @@ def host_platform() -> Platform:
     return Platform("linux", _ARCHITECTURES.get(machine, machine))
 
 
+def platform_text(value: Any) -> str:
+    """A platform as text: the API's OS/ARCH, or its object of API 1.48; "" for none."""
+    if isinstance(value, dict):
+        value = "/".join(str(value[name]) for name in _PLATFORM_KEYS if value.get(name))
+    return str(value or "")
+
+
 def parse_platform(text: str) -> Platform:
     """OS, ARCH, OS/ARCH or OS/ARCH/VARIANT; BadParameter when it is none of these."""
     parts = text.lower().split("/")
@@ -7641,11 +7648,8 @@ class Images:
 
     @staticmethod
     def _platform(job: Job) -> str:
-        """The env's platform: OS/ARCH, or the object of API 1.49."""
-        value = job.env.get_json("platform") or ""
-        if isinstance(value, dict):
-            value = "/".join(str(value[name]) for name in _PLATFORM_KEYS if value.get(name))
-        return str(value)
+        """The env's platform."""
+        return platform_text(job.env.get_json("platform"))
 
     @job("history")
     def history(self, job: Job) -> None:
@@ -7741,10 +7745,14 @@ class Images:
 
     @job("image_delete")
     def delete(self, job: Job) -> None:
-        """Remove the reference or the image named by the argument.  env: force, noprune.
+        """Remove the reference or the image named by the argument.  env: force, noprune, platforms.
 
         The reply lists what was untagged and deleted.  Conflict, as Docker has it, when something needs the
-        image."""
+        image; NotFound when it is of another platform than those asked for."""
+        for text in job.env.get_list("platforms"):
+            with reworded(BadParameter, "failed to parse platform: ", ValueError):
+                platform = platform_text(decode_json(text))
+            self.resolve(job.args[0], platform)
         job.reply(self.remove(job.args[0], job.env.get_bool("force"), not job.env.get_bool("noprune")))
 
     def remove(self, name: str, force: bool = False, prune: bool = True) -> list[dict[str, str]]:
@@ -25755,7 +25763,7 @@ PLAIN_ROUTES: list[tuple[Any, ...]] = [  # method, path, handler, gates
     ("POST", "/images/load", progresses("load", "quiet:bool platform:json", quiet=True), ANY_PLATFORM),
     ("POST", "/images/prune", runs("image_prune", "filters")),
     ("DELETE", "/images/{name}", runs("image_delete", "force:bool noprune:bool platforms:list"),
-        shape_until("1.22", plain_ids)),
+        until("1.50", ignores("platforms")), shape_until("1.22", plain_ids)),
     ("POST", "/build", progresses("build", BUILD_PARAMETERS, auth="x-registry-config", rm=True),
         until("1.40", ignores("outputs")), until("1.32", ignores("platform")),
         until("1.30", asks(withoutaux="1"))),

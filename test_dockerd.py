@@ -13203,6 +13203,18 @@ def test_children_keep_their_parents_and_take_them_along(rig: ImageRig) -> None:
     rig.assert_whole()
 
 
+def test_an_image_is_removed_for_its_platform_alone(rig: ImageRig) -> None:
+    platforms = [json.dumps({"os": "linux", "architecture": name, "variant": ""})
+                 for name in ("s390x", dockerd.host_platform().architecture)]
+    rig.add("a")
+    for asked in (platforms[:1], platforms):
+        assert "does not match the specified platform (linux/s390x)" in rig.refused(
+            404, "image_delete", "a", platforms=asked)
+    assert rig.refused(400, "image_delete", "a", platforms=["linux/s390x"]).startswith(
+        "failed to parse platform: ")
+    assert len(rig.run("image_delete", "a", platforms=platforms[1:])) > 1
+
+
 def test_images_share_a_layer_until_the_last_is_gone(rig: ImageRig) -> None:
     first, second = rig.add("a"), rig.add("b")
     assert rig.run("image_delete", "a") == [{"Untagged": "a:latest"}, {"Deleted": first}]
