@@ -20733,11 +20733,12 @@ def _process_row(pid: int) -> Optional[list[str]]:
         user = pwd.getpwuid(int(user)).pw_name
     terminal, ticks = int(fields[4]), os.sysconf("SC_CLK_TCK")
     used = (int(fields[11]) + int(fields[12])) // ticks
-    age = max(1, int(time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / ticks))
-    started = time.localtime(time.time() - age)
+    age = max(1, int(time.clock_gettime(time.CLOCK_BOOTTIME)) - int(fields[19]) // ticks)
+    now, started = time.localtime(), time.localtime(int(time.time()) - age)
+    form = "%H:%M" if now[:3] == started[:3] else "%b%d" if now[0] == started[0] else "%Y"
     words = read_text(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
     return [user, str(pid), fields[1], str(100 * used // age),
-            time.strftime("%H:%M" if age < 86400 else "%b%d", started),
+            time.strftime(form, started),
             f"pts/{os.minor(terminal)}" if 136 <= os.major(terminal) <= 143 else "?",
             f"{used // 3600:02}:{used // 60 % 60:02}:{used % 60:02}", words or f"[{name.partition('(')[2]}]"]
 

@@ -3809,8 +3809,8 @@ def test_lists_with_filters_are_the_real_daemons(host: Host, peer: Host) -> None
 def test_top(host: Host, arguments: str, status: int, expected: Any) -> None:
     identity = host.create("sh", "-c", "sleep 1000 & exec sleep 999")
     host.api("POST", f"/containers/{identity}/start")
-    wait_for(lambda: len(host.api("GET", f"/containers/{identity}/top")["Processes"]) == 2)
-    wait_for(lambda: "sleep 999" in str(host.api("GET", f"/containers/{identity}/top")))
+    wait_for(lambda: sorted(row[-1] for row in host.api("GET", f"/containers/{identity}/top")["Processes"])
+             == ["sleep 1000", "sleep 999"])
     path = f"/containers/{identity}/top?ps_args={urllib.parse.quote(arguments)}"
     shown = host.api("GET", path, status=status)
     if status != 200:
@@ -3823,15 +3823,16 @@ def test_top(host: Host, arguments: str, status: int, expected: Any) -> None:
 
 
 def test_top_without_ps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """/proc tells what ps would: here of this very process."""
+    """/proc tells what ps would: here of this very process.  Both take its start from two clocks, and may be
+    a second, and so a minute, apart for part of each second."""
     monkeypatch.setenv("COLUMNS", "10000")
-    told = dockerd.list_processes("-ef", [os.getpid()])
-    monkeypatch.setenv("PATH", "/nonexistent")
-    titles, [row] = dockerd.list_processes("-ef", [os.getpid()])
-    changing = (titles.index("C"), titles.index("TIME"))
-    assert titles == told[0]
-    assert [field for index, field in enumerate(row) if index not in changing] == [
-        field for index, field in enumerate(told[1][0]) if index not in changing]
+
+    def told(path: str) -> dict[str, str]:
+        monkeypatch.setenv("PATH", path)
+        titles, [row] = dockerd.list_processes("-ef", [os.getpid()])
+        return {title: field for title, field in zip(titles, row) if title not in ("C", "TIME")}
+
+    wait_for(lambda: told(PATH) == told("/nonexistent"), f"{told(PATH)} to be {told('/nonexistent')}")
     with pytest.raises(dockerd.DockerError, match="ps: No such file"):
         dockerd.list_processes("aux", [os.getpid()])
 
@@ -6331,15 +6332,13 @@ def test_too_many_connections_are_refused(fake_api: FakeApi, monkeypatch: pytest
             (b'{"a":"\\x"}', "x", "in string escape code"), (b'"\n"', r"\\n", "in string literal"))],
         (b"\xff", "invalid JSON"),
         (b'{"a": 1} {}', "invalid JSON: unexpected content after JSON"),
-        (b'"\\' * 50000, "invalid JSON"),
-        (b'"' * 99999, "invalid JSON"),
+        (b'"\\' * 999999, "invalid JSON"),  # would take hours where each were looked at from each
+        (b'"' * 999999, "invalid JSON"),
     ],
 )
 def test_json_that_is_refused(text: bytes, reason: str) -> None:
-    start = time.monotonic()
     with pytest.raises(dockerd.BadParameter, match=reason):
         dockerd.parse_json(text)
-    assert time.monotonic() - start < 1
 
 
 def test_json_that_is_accepted() -> None:
@@ -11697,7 +11696,7 @@ class LogServer:
         self, host: Host, kind: str, path: str = "", answer: Any = None, context: Any = None
     ) -> None:
         self.host, self.kind, self.answer, self.context = host, kind, answer, context
-        self.received: list[bytes] = []
+        self.parts: list[tuple[socket.socket, bytes]] = []
         self.clients: list[socket.socket] = []
         self.reading = threading.Event()
         self.reading.set()
@@ -11740,14 +11739,23 @@ class LogServer:
                         data = file.read()
                 if not data:
                     return
-                self.received.append(data)
+                self.parts.append((source, data))
                 if self.answer:
                     source.send(self.answer(data))
+
+    @property
+    def received(self) -> list[bytes]:
+        """What was received, piece by piece."""
+        return [data for _, data in self.parts]
 
     @property
     def text(self) -> bytes:
         """All that was received."""
         return b"".join(self.received)
+
+    def text_of(self, client: socket.socket) -> bytes:
+        """All that was received from one client."""
+        return b"".join(data for source, data in self.parts if source is client)
 
     def wait_for(self, condition: Callable[[bytes], Any], seconds: float = 20) -> None:
         """Wait until what was received fulfils a condition, which an incomplete message does not."""
@@ -11994,7 +12002,7 @@ def test_a_log_server_that_does_not_read(host: Host, log_server: Callable[..., L
     server = log_server("tcp")
     server.reading.clear()
     options = {"gelf-address": f"tcp://127.0.0.1:{server.port}", "cache-disabled": "true"}
-    script = "yes $(head -c 1000 /dev/zero | tr '\\0' x) | head -n 6000"
+    script = "yes $(head -c 1000 /dev/zero | tr '\\0' x) | head -n 6000; echo the end"
     waiting = host.create("sh", "-c", script, HostConfig={"LogConfig": {"Type": "gelf", "Config": options}})
     host.api("POST", f"/containers/{waiting}/start")
     logged(host, "seq 1 50000", "json-file", {})
@@ -12003,7 +12011,14 @@ def test_a_log_server_that_does_not_read(host: Host, log_server: Callable[..., L
     assert host.inspect(waiting)["State"]["Running"]
     server.reading.set()
     host.api("POST", f"/containers/{waiting}/wait")
-    server.wait_for(lambda text: text.count(waiting.encode()) >= 6000, 60)  # one may come in part before
+
+    def messages() -> list[bytes]:
+        """The whole ones of that container: one may come in part before, over another connection."""
+        return [message for client in server.clients for message in server.text_of(client).split(b"\0")[:-1]
+                if waiting.encode() in message]
+
+    wait_for(lambda: b'"short_message":"the end"' in b"".join(messages()[-1:]), "the last line", 60)
+    assert len(messages()) == 6001
 
 
 # Attached clients of different speeds
