@@ -18803,7 +18803,7 @@ def _port_is_among(ports: Iterable[str], value: str) -> bool:
 
 CONTAINER_MATCHES: dict[str, Callable[[Any, str], bool]] = {
     "exited": _exited_with,
-    "expose": lambda container, value: _port_is_among(container.config.get("ExposedPorts") or {}, value),
+    "expose": lambda container, value: _port_is_among(_member(container, "NetworkSettings", "Ports"), value),
     "health": lambda container, value: _health(container) == value,
     "id": lambda container, value: container.id.startswith(value),
     "is-task": lambda container, value: value in ("0", "false"),
@@ -18813,7 +18813,8 @@ CONTAINER_MATCHES: dict[str, Callable[[Any, str], bool]] = {
         value == name or value and (endpoint or {}).get("NetworkID", "").startswith(value)
         for name, endpoint in _member(container, "NetworkSettings", "Networks").items()),
     "publish": lambda container, value: _port_is_among(
-        [port for port, places in _member(container, "NetworkSettings", "Ports").items() if places], value),
+        [f"{place['HostPort']}/{port.partition('/')[2]}" for port, places in _member(
+            container, "NetworkSettings", "Ports").items() for place in places or ()], value),
     "status": lambda container, value: container.state.status == value,
     "volume": lambda container, value: any(
         value in (point.get("Name"), place) for place, point in _member(container, "MountPoints").items()),
@@ -18862,6 +18863,8 @@ def check_container_filters(filters: dict[str, list[str]]) -> dict[str, list[str
                 with reworded(BadParameter, f"invalid filter 'exited={value}': ", BadParameter):
                     parse_atoi(value)
             if name in ("expose", "publish"):
+                if ":" in value:
+                    raise BadParameter(f"filter for '{name}' should not contain ':': {value}")
                 with reworded(BadParameter, f"error while looking up for {name} {value}: ", BadParameter):
                     _filter_ports(value)
             pattern, text = _FILTER_VALUES.get(name, (".*", ""))

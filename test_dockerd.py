@@ -3784,8 +3784,16 @@ def test_lists_with_filters_are_the_real_daemons(host: Host, peer: Host) -> None
             identity = daemon.http("POST", f"/v1.41/containers/create?name={name}", {
                 "Image": "busybox", "Labels": {**labels, "f": ""}, "HostConfig": {"NetworkMode": "none"},
                 "Cmd": ["true"]}).json["Id"]
+        daemon.http("POST", "/v1.41/networks/create", {"Name": "f-net"})
+        daemon.http("POST", "/v1.41/containers/create?name=f-net", {
+            "Image": "busybox", "Cmd": ["sleep", NEVER], "ExposedPorts": {"80/tcp": {}, "90/udp": {}},
+            "HostConfig": {"NetworkMode": "f-net", "PortBindings": {"90/udp": [{"HostPort": "8099"}]}}})
+        daemon.http("POST", "/v1.41/containers/f-net/start")
         queries: list[Any] = [{"id": [text]} for text in (
             identity, identity[:9], identity[1:], "^" + identity[:9])]
+        queries += [{"expose": [text]} for text in ("80", "80/udp", "79-90/udp")]
+        queries += [{"publish": [text]} for text in ("80", "90/udp", "8099", "8099/udp", "8000-9000/udp")]
+        queries += [{"network": [text]} for text in ("f-net", "none")]
         queries += [{"label": ["a", "b"]}, {"is-task": ["true"]}, {"is-task": ["false"]}, {"name": ["f-o"]},
                     {"since": ["f-one"]}, {"before": ["f-two"]}, {"status": {"created": False}}]
         found[daemon] = [listed(daemon, "all=1&filters=" + urllib.parse.quote(json.dumps(query)))
@@ -3795,7 +3803,9 @@ def test_lists_with_filters_are_the_real_daemons(host: Host, peer: Host) -> None
         daemon.http("POST", f"/v1.41/containers/prune?filters={spared}")
         found[daemon].append(listed(daemon, "all=1"))
         daemon.http("DELETE", "/v1.41/containers/f-one?force=1")
-    assert found[host] == found[peer] and found[host][-1] == ["/f-one"]
+        daemon.http("DELETE", "/v1.41/containers/f-net?force=1")
+        daemon.http("DELETE", "/v1.41/networks/f-net")
+    assert found[host] == found[peer] and found[host][-1] == ["/f-net", "/f-one"]
 
 
 @pytest.mark.parametrize("arguments, status, expected", [
@@ -12456,8 +12466,8 @@ class ImageTable:
     ("id", "2b11", "ffff"), ("name", "^/run", "^un"), ("name", "run1", "["), ("label", "l=v", "l=w"),
     ("label", "l", "m"), ("status", "exited", "running"), ("exited", "3", "0"),
     ("health", "healthy", "none"), ("is-task", "false", "true"), ("network", "none", "host"),
-    ("network", "7547", "75470"), ("publish", "80", "81"), ("publish", "79-81/tcp", "80/udp"),
-    ("expose", "53/udp", "53"), ("volume", "vol", "x"), ("volume", "/data", "/"),
+    ("network", "7547", "75470"), ("publish", "8080", "80"), ("publish", "8079-8081/tcp", "8080/udp"),
+    ("expose", "81", "53/udp"), ("volume", "vol", "x"), ("volume", "/data", "/"),
     ("ancestor", "busybox", "debian"), ("ancestor", "base", "debian"),
 ])
 def test_container_filters(name, yes, no):
@@ -12477,6 +12487,7 @@ def test_container_filters(name, yes, no):
         ("x", 'strconv.ParseUint: parsing "x": invalid syntax'),
         ("99999", 'strconv.ParseUint: parsing "99999": value out of range'),
         ("90-80", "Invalid range specified for the Port: 90-80"))],
+    ("publish", "80:80", "filter for 'publish' should not contain ':': 80:80"),
     ("is-task", "maybe", "invalid filter 'is-task=[maybe]'"),
     *[("name", value, f"Invalid filter 'name={value[:100]}': the expression is too costly")
       for value in ("(a+)+b", ".*" * 9 + "x", "(aa|a)" * 50, "a" * 1025)],
