@@ -23171,15 +23171,18 @@ class Events:
 
     @job("events")
     def get(self, job: Job) -> None:
-        """Past events from `since`, then new ones as they come, until `until` or the client goes."""
+        """Past events from `since`, or all where there is but `until`, then new ones as they come, until then
+        or the client goes."""
+        asked = [str(job.env.get(key, "")) for key in ("since", "until")]
         since, until = job.env.get_time("since"), job.env.get_time("until")
         filters = parse_filters(job.env.get("filters"))
         if until and since > until:
-            raise BadParameter(f"`since` time ({since // 10**9}) cannot be after `until` time "
-                               f"({until // 10**9})")
+            raise BadParameter("`since` time ({}) cannot be after `until` time ({})".format(*asked))
+        if asked[1]:  # 0 bounds nothing, but lies in the past
+            until = until or time.time_ns()
         listener: collections.deque[dict[str, Any]] = collections.deque()
         with self._lock:
-            past = [event for event in self._past if since and event["timeNano"] >= since]
+            past = [event for event in self._past if any(asked) and event["timeNano"] >= since]
             self._listeners[id(listener)] = listener
         try:
             job.wakes(self._lock)
@@ -23247,7 +23250,8 @@ def event_matches(event: dict[str, Any], filters: dict[str, list[str]]) -> bool:
         "event": lambda value: value == action or action.startswith(value + ":"),
         "image": lambda value: kind in ("container", "image") and value in (actor, image, untagged),
         "scope": lambda value: value == event["scope"], "type": lambda value: value == kind,
-        **{key: of_kind(key) for key in ("container", "network", "volume")}}
+        **{key: of_kind(key) for key in (
+            "config", "container", "network", "node", "plugin", "secret", "service", "volume")}}
     return matches_filters(filters, matches, attributes)
 
 

@@ -3610,6 +3610,7 @@ TAG_EVENT = {"Type": "image", "Action": "tag", "scope": "local", "Actor": {
     (EXEC_EVENT, {"event": ["exec_create"]}, True), (EXEC_EVENT, {"event": ["exec"]}, False),
     (EXEC_EVENT, {"type": ["image", "container"], "scope": ["local"]}, True),
     (EXEC_EVENT, {"scope": ["swarm"]}, False), (EXEC_EVENT, {"daemon": ["x"]}, False),
+    (EXEC_EVENT, {"service": ["web1"]}, False), (TAG_EVENT, {"plugin": ["x"]}, False),
     (EXEC_EVENT, {"type": ["container"], "event": ["die"]}, False),
 ])
 def test_filters_of_events(event: Any, filters: Any, expected: bool) -> None:
@@ -3623,9 +3624,17 @@ def test_bounds_of_events(host: Host) -> None:
     assert [action for action, _ in events_since(host, start)] == ["create"]
     path = f"/events?since={start:.9f}&until="
     host.create("true", name="two")
-    assert [json.loads(line)["Actor"]["Attributes"]["name"] for line in
-            host.http("GET", f"{API}{path}{end:.9f}").body.splitlines()] == ["one"]
-    assert "cannot be after `until` time" in host.api("GET", path + "1", status=400)["message"]
+
+    def told(query: str) -> list[str]:
+        answer = host.http("GET", f"{API}/events?{query}")
+        return [event["Actor"]["Attributes"].get("name", "") for event in answer.lines]
+
+    assert told(path.partition("?")[2] + f"{end:.9f}") == ["one"]
+    assert told(f"until={end:.9f}")[-1] == "one" and told("since=0&until=0")[-2:] == ["one", "two"]
+    assert told("until=0")[-1] == told(f"since=0&until={time.time() + 0.01:.9f}")[-1] == "two"
+    assert told("until=1") == []
+    assert host.api("GET", path + "1", status=400)["message"] == (
+        f"`since` time ({start:.9f}) cannot be after `until` time (1)")
     assert "invalid filter" in host.api("GET", path + "9999999999&filters=[1]", status=400)["message"]
 
 
