@@ -5750,6 +5750,20 @@ def test_the_network_s_jobs_of_1_2_0(tmp_path: Any) -> None:
         "172.17.0.2 16 172.17.0.1 docker0 172.17.0.9 127.0.0.1 True", "172.17.0.2"]
 
 
+def test_the_program_of_the_readme_that_embeds_the_engine(tmp_path: Any, busybox: bytes) -> None:
+    """As it stands there, but for the places and for an image to have."""
+    text = read_text(os.path.join(HERE, "README.md")).partition("Embedded in a program")[2]
+    lines = [line[4:] for line in text.splitlines()[2:]]
+    program = "\n".join(lines[:lines.index("engine.shutdown()") + 1])
+    for place in ("/srv", "/run"):
+        program = program.replace(f'"{place}/', f'"{tmp_path}{place}/')
+    image = 'job = engine.job("import", "-", "busybox")\njob.stdin = sys.stdin.buffer\njob.run()\n'
+    program = "import sys\n" + program.replace("made = ", image + "made = ", 1)
+    done = subprocess.run(["unshare", "-n", "-m", sys.executable, "-c", program], check=True, cwd=HERE,
+                          input=busybox, stdout=subprocess.PIPE)
+    assert done.stdout == b"{'Error': None, 'StatusCode': 0}\n"
+
+
 def test_events_are_published_and_counted() -> None:
     made, events = dockerd.Engine(), dockerd.Events()
     made.install(events)
