@@ -14648,11 +14648,23 @@ BRIDGE_RULES = (
             "unknown gateway mode among {modes}"),
     Refusal(lambda n: "isolated" in n["modes"] and not n["internal"],
             "gateway mode 'isolated' can only be used for an internal network"),
-    Refusal(lambda n: len(n["name"]) > 15 or "/" in n["name"], "invalid bridge name {name}"),
+    # the kernel numbers a name with %, and iptables takes one with + for many
+    Refusal(lambda n: not re.fullmatch(r"\w[\w.@=~-]{0,14}", n["name"], re.ASCII),
+            "invalid bridge name {name}"),
     Refusal(lambda n: n["taken"], "networks have same bridge name: {name}", Forbidden),
     Refusal(lambda n: n["there"] and n["there"].kind != "bridge", "existing interface {name} is not a bridge",
             Forbidden),
 )
+def _parse_mtu(text: str) -> int:
+    if not 0 <= parse_atoi(text) < 1 << 31:
+        raise BadParameter("invalid MTU number")
+    return int(text)
+
+
+# How options of networks are read
+OPTION_TYPES: dict[str, Callable[[str], Any]] = {
+    "com.docker.network.driver.mtu": _parse_mtu, BRIDGE_OPTION + "host_binding_ipv4": parse_ip,
+    **{BRIDGE_OPTION + name: parse_bool for name in ("enable_icc", "enable_ip_masquerade", "inhibit_ipv4")}}
 LINK_MODES = {"macvlan": {"": 4, "bridge": 4, "passthru": 8, "private": 1, "vepa": 2},
               "ipvlan": {"": 0, "l2": 0, "l3": 1, "l3s": 2}}  # linux/if_link.h
 ENDPOINT_STATUS = {"EndpointID": "", "Gateway": "", "IPAddress": "", "IPPrefixLen": 0, "IPv6Gateway": "",
@@ -15354,7 +15366,10 @@ class Networks:
             record = network_record(name, driver, body)
             settings = record["IPAM"]["Config"]
             record["Automatic"] = not settings
-            for version in [4] * record["EnableIPv4"] + [6] * record["EnableIPv6"]:
+            if record["IPAM"]["Driver"] == "null" and driver == "bridge":
+                raise BadParameter("ipv4 pool is empty")
+            wanted = [4] * record["EnableIPv4"] + [6] * record["EnableIPv6"]
+            for version in wanted if record["IPAM"]["Driver"] != "null" else ():
                 if not any(ipaddress.ip_network(each["Subnet"]).version == version for each in settings):
                     settings.append({"Subnet": str(self._free_subnet(version))})
             self._check_overlap(settings)
@@ -15641,6 +15656,11 @@ def network_record(name: str, driver: str, body: dict[str, Any]) -> dict[str, An
     settings = [{key: value for key, value in each.items() if value} for each in ipam.get("Config") or []]
     for each in settings:
         _check_ipam(each)
+    for option, value in (body.get("Options") or {}).items():
+        try:
+            OPTION_TYPES.get(option, str)(value)
+        except BadParameter as error:
+            raise BadParameter(f"failed to parse {option} value: {value} ({error})") from None
     return {"Name": name, "Id": secrets.token_hex(32), "Created": rfc3339nano(time.time_ns()),
             "Scope": "local",
             "Driver": driver, "EnableIPv4": body.get("EnableIPv4") is not False,
@@ -15663,7 +15683,8 @@ def moby_networks(path: str) -> list[dict[str, Any]]:
             settings = [(asked, json.loads(given["IPAMData"])) for version in "46" for asked, given in zip(
                 *(json.loads(old.get(f"ipamV{version}{kind}") or "[]") for kind in ("Config", "Info")))]
             pools = [{"Subnet": pool["Pool"], "Gateway": pool["Gateway"].partition("/")[0], "IPRange": asked[
-                "SubPool"], "AuxiliaryAddresses": asked["AuxAddresses"]} for asked, pool in settings]
+                "SubPool"] and str(ipaddress.ip_network(asked["SubPool"], strict=False)),
+                "AuxiliaryAddresses": asked["AuxAddresses"]} for asked, pool in settings]
             record = network_record(old["name"], old["networkType"], {
                 "EnableIPv6": old["enableIPv6"], "Internal": old["internal"], "Attachable": old["attachable"],
                 "Options": old["generic"].get("com.docker.network.generic"), "Labels": old["labels"],
@@ -15682,23 +15703,36 @@ def _is_inside(inner: IPNetwork, outer: IPNetwork) -> bool:
 
 
 def _check_ipam(settings: dict[str, Any]) -> None:
-    """BadParameter with Docker's text where a subnet, range, gateway or auxiliary address is wrong."""
-    text = settings.get("Subnet", "")
-    with reworded(BadParameter, f"invalid network config:\ninvalid subnet {text}: invalid CIDR block "
-                  "notation", ValueError):
-        subnet = ipaddress.ip_network(text, strict=False)
-    if "/" not in text or str(subnet) != str(ipaddress.ip_interface(text)):
-        raise BadParameter(f"invalid network config:\ninvalid subnet {text}: it should be {subnet}")
-    values = [("ip-range", settings.get("IPRange")), ("gateway", settings.get("Gateway"))]
-    values += [("auxiliary address", value) for value in (settings.get("AuxiliaryAddresses") or {}).values()]
-    for what, value in values:
-        with reworded(BadParameter, f"invalid network config:\ninvalid {what} {value}: invalid address",
-                      ValueError):
-            inside = not value or _is_inside(ipaddress.ip_network(value, strict=False), subnet)
-        if not inside:
-            raise BadParameter(f"invalid network config:\ninvalid {what} {value}: parent subnet {subnet} "
-                               "doesn't "
-                               f"contain {what}")
+    """BadParameter with Docker's text where a subnet, range, gateway or auxiliary address is wrong; Forbidden
+    where one of the addresses is something else already."""
+
+    def fault(what: str, reason: str) -> BadParameter:
+        return BadParameter(f"invalid network config:\ninvalid {what}: {reason}")
+
+    def network(what: str, text: str) -> IPNetwork:
+        if re.fullmatch(r"[\da-f.:]+/\d+", text, re.ASCII | re.IGNORECASE):
+            with contextlib.suppress(ValueError):
+                found = ipaddress.ip_network(text, strict=False)
+                if str(found) == str(ipaddress.ip_interface(text)):
+                    return found
+                raise fault(f"{what} {text}", f"it should be {found}")
+        raise fault(f"{what} {text}", "invalid CIDR block notation")
+
+    subnet = network("subnet", settings.get("Subnet", ""))
+    if not _is_inside(network("ip-range", settings.get("IPRange") or str(subnet)), subnet):
+        raise fault(f"ip-range {settings['IPRange']}", f"parent subnet {subnet} doesn't contain ip-range")
+    taken = {subnet.network_address, *([subnet.broadcast_address] if subnet.version == 4 else [])}
+    named = [(f"gateway {value}", value) for value in [settings.get("Gateway")] if value]
+    named += [(f"auxiliary address {name}", value)
+              for name, value in (settings.get("AuxiliaryAddresses") or {}).items()]
+    for what, value in named:
+        with reworded(BadParameter, str(fault(what, "invalid address")), ValueError):
+            address = ipaddress.ip_address(value)
+        if address not in subnet:
+            raise fault(what, f"parent subnet {subnet} doesn't contain this address")
+        if address in taken and subnet.num_addresses > 2:
+            raise Forbidden(f"failed to allocate {what}: Address already in use")
+        taken.add(address)
 
 
 def default_mtu() -> int:
@@ -18356,7 +18390,8 @@ _STRUCTS = {
     "NetworkCreate": """
         Name string  Driver string  Scope string  EnableIPv4 *bool  EnableIPv6 *bool  IPAM IPAM
         Internal bool  Attachable bool  Ingress bool  ConfigOnly bool  Options map[string]string
-        Labels map[string]string""",
+        Labels map[string]string  ConfigFrom ConfigReference""",
+    "ConfigReference": "Network string",
     "IPAM": "Driver string  Options map[string]string  Config []IPAMConfig",
     "IPAMConfig": "Subnet string?  IPRange string?  Gateway string?  AuxiliaryAddresses map[string]string?",
     "NetworkConnect": "Container string  EndpointConfig EndpointSettings",
@@ -23745,6 +23780,8 @@ class NetworkJobs:
         """Make a network."""
         if body["Ingress"] or body["Scope"] == "swarm" or body["ConfigOnly"]:
             raise Unavailable(NO_MANAGER)
+        if body["ConfigFrom"]["Network"]:
+            raise NotFound(f'configuration network {go_quote(body["ConfigFrom"]["Network"])} does not exist')
         defaults = self.networks.config.default_network_opts.get(body["Driver"] or "bridge", {})
         network = self.networks.create({**body, "Options": {**defaults, **(body["Options"] or {})}})
         self.events.network_event("create", network)

@@ -10410,8 +10410,10 @@ def test_macvlan(networked: Networked) -> None:
     assert "default via " + OUTSIDE in docker("exec", "one", "ip", "route")
     assert "Address already in use" in docker.run(
         "run", "--net", "lan", "--ip", "10.99.0.90", "busybox", "true", status=125).stderr
+    docker("network", "create", "-d", "macvlan", "-o", "parent=up0", "--ipam-driver", "null", "free")
+    assert "inet " not in docker("run", "--rm", "--net", "free", "busybox", "ip", "addr", "show", "eth0")
     docker("rm", "-f", "one", "two")
-    docker("network", "rm", "lan")
+    docker("network", "rm", "lan", "free")
     assert "up0" in networked.shell("ip link show up0")
     networked.await_idle()
 
@@ -10565,6 +10567,56 @@ def test_network_errors_are_docker_s(host: Host, arguments: tuple[str, ...], tex
     docker = Docker(docker_clis()[max(docker_clis())], host)
     done = docker.run(*arguments, status=125 if arguments[0] == "run" else 1)
     assert text in done.stderr
+
+
+def test_networks_that_cannot_be(host: Host) -> None:
+    """What a request asks for is looked at before anything is made; nothing is left of what fails later."""
+    mtu, bridge = "com.docker.network.driver.mtu", "com.docker.network.bridge."
+
+    def links() -> str:
+        process = host.enter("ip", "-o", "link", stdout=subprocess.PIPE, text=True)
+        return re.sub(r"(?m)^(\d+: [^:@]+).*", r"\1", str(process.communicate()[0]))
+
+    before = links()
+    for options, status, text in (
+            ({mtu: "abc"}, 400,
+             f'failed to parse {mtu} value: abc (strconv.Atoi: parsing "abc": invalid syntax)'),
+            ({mtu: "-5"}, 400, f"failed to parse {mtu} value: -5 (invalid MTU number)"),
+            ({mtu: "9" * 20}, 400, "value out of range"),
+            ({mtu: "99999"}, 500, "greater than device maximum"),
+            ({bridge + "enable_icc": "maybe"}, 400, f"failed to parse {bridge}enable_icc value: maybe "
+             '(strconv.ParseBool: parsing "maybe": invalid syntax)'),
+            ({bridge + "host_binding_ipv4": "nix"}, 400, "failed to parse"),
+            *(({bridge + "name": name}, 400, "invalid bridge name " + name)
+              for name in ("br%d", "br+", "a b", "a\nb", "..", "-x", '"x', "!x", "a" * 16))):
+        answer = host.http("POST", "/networks/create", {"Name": "odd", "Options": options})
+        assert answer.status == status and text in answer.json["message"], (options, answer)
+    fault, other = "invalid network config:\ninvalid ", "AuxiliaryAddresses"
+    text = "parent subnet 10.55.0.0/24 doesn't contain "
+    for settings, status, words in (
+            ({"Subnet": "10.55.0.0"}, 400, fault + "subnet 10.55.0.0: invalid CIDR block notation"),
+            ({"Subnet": "10.55.0.0/255.255.255.0"}, 400, "invalid CIDR block notation"),
+            ({"Gateway": "10.55.0.1"}, 400, fault + "subnet : invalid CIDR block notation"),
+            ({"IPRange": "10.55.0.9"}, 400, fault + "ip-range 10.55.0.9: invalid CIDR block notation"),
+            ({"IPRange": "10.55.0.9/25"}, 400, fault + "ip-range 10.55.0.9/25: it should be 10.55.0.0/25"),
+            ({"IPRange": "10.55.0.0/16"}, 400, text + "ip-range"),
+            ({"Gateway": "10.56.0.1"}, 400, fault + "gateway 10.56.0.1: " + text + "this address"),
+            ({"Gateway": "10.55.0.1/24"}, 400, fault + "gateway 10.55.0.1/24: invalid address"),
+            ({"Gateway": "10.55.0.0"}, 403, "failed to allocate gateway 10.55.0.0: Address already in use"),
+            ({"Gateway": "10.55.0.255"}, 403, "Address already in use"),
+            ({other: {"a": "10.55.0.5/24"}}, 400, fault + "auxiliary address a: invalid address"),
+            ({other: {"a": ""}}, 400, fault + "auxiliary address a: invalid address"),
+            ({other: {"a": "10.56.0.5"}}, 400, fault + "auxiliary address a: " + text + "this address"),
+            ({"Gateway": "10.55.0.3", other: {"a": "10.55.0.3"}}, 403,
+             "failed to allocate auxiliary address a: Address already in use")):
+        given = settings if "subnet :" in words else {"Subnet": "10.55.0.0/24", **settings}
+        answer = host.http("POST", "/networks/create", {"Name": "odd", "IPAM": {"Config": [given]}})
+        assert answer.status == status and words in answer.json["message"], (settings, answer)
+    for body, text in (({"IPAM": {"Driver": "null"}}, "ipv4 pool is empty"),
+                       ({"ConfigFrom": {"Network": "x"}}, 'configuration network "x" does not exist')):
+        assert text in host.http("POST", "/networks/create", {"Name": "odd", **body}).json["message"]
+    assert links() == before
+    assert not [network for network in host.api("GET", "/networks") if network["Name"] == "odd"]
 
 
 def test_addresses_of_a_pool() -> None:
