@@ -15108,13 +15108,12 @@ class Sandbox:
         used = {endpoint.link for endpoint in self.endpoints.values()}
         for endpoint in endpoints:
             endpoint.link = next(name for name in (f"eth{number}" for number in numbers) if name not in used)
-        messages = [endpoint.message(self.namespace) for endpoint in endpoints]
         host, six = netlink_socket(), any(endpoint.has_ipv6 for endpoint in endpoints)
 
         def set_ipv6(link: str, on: bool) -> None:
             write_setting(f"/proc/sys/net/ipv6/conf/{link}/disable_ipv6", "0" if on else "1")
 
-        def make() -> None:
+        def make(messages: list[bytes]) -> None:
             # A link has IPv6 only where it has an address.  One is made so: a later change of its setting
             # takes the kernel's lock of all links, busily.
             set_ipv6("default", six)
@@ -15126,7 +15125,8 @@ class Sandbox:
             listed = [message for endpoint in endpoints for message in endpoint.configure()]
             netlink_batch([link_change(1)] * first + listed + self._routes())
 
-        in_network(self.namespace, make)
+        with reworded(DockerError, f"cannot make the links of {self.name}: "):
+            in_network(self.namespace, make, [endpoint.message(self.namespace) for endpoint in endpoints])
         if not self.networks.firewall.proxied:
             hairpin = attribute(IFLA_PROTINFO | NLA_F_NESTED, attribute(IFLA_BRPORT_MODE, b"\1"))
             netlink_batch([link_change(socket.if_nametoindex(endpoint.host_link), hairpin, kind=RTM_SETLINK,
@@ -18758,6 +18758,17 @@ def _check_ports(bindings: dict[str, Any]) -> None:
             numbers = [int(number) for number in groups if number]
             if numbers != sorted(numbers) or numbers[-1:] > [65535]:
                 raise BadParameter(f"invalid port specification: {go_quote(port)}")
+        if (key.partition("/")[2] or "tcp").lower() not in PROTOCOLS:
+            raise BadParameter(f"invalid proto: {key.partition('/')[2]}")
+
+
+def known_ports(names: Iterable[str]) -> dict[str, str]:
+    """By its name, each port of `names` as everybody shows it, such as 80/tcp; an image may name what is no
+    port."""
+    split = {name: name.lower().partition("/") for name in names}
+    return {name: f"{int(number)}/{protocol or 'tcp'}" for name, (number, _, protocol) in split.items()
+            if re.fullmatch("[0-9]{1,5}", number) and 0 < int(number) < 1 << 16
+            and (protocol or "tcp") in PROTOCOLS}
 
 
 # (sysctls of a namespace, the mode of that namespace, runc's text for a container that has it not for itself)
@@ -18831,9 +18842,8 @@ def _filter_ports(value: str) -> tuple[range, str]:
 def _port_is_among(ports: Iterable[str], value: str) -> bool:
     """Whether a port such as "80/tcp" is within a range."""
     numbers, protocol = _filter_ports(value)
-    split = [port.partition("/") for port in ports]
-    return any(number.isdecimal() and int(number) in numbers and (kind or "tcp") == protocol
-               for number, _, kind in split)
+    split = [port.partition("/") for port in known_ports(ports).values()]
+    return any(int(number) in numbers and kind == protocol for number, _, kind in split)
 
 
 CONTAINER_MATCHES: dict[str, Callable[[Any, str], bool]] = {
@@ -19016,28 +19026,32 @@ def container_networks(mode: str, given: dict[str, dict[str, Any]], mac: str,
         named[name] = endpoint_settings({**named.get(name, {}), **settings})
     first = next(iter(named))
     named[first]["DesiredMacAddress"] = named[first]["DesiredMacAddress"] or mac
+    for name, settings in named.items():
+        with contextlib.suppress(NotFound):
+            check_endpoint(networks.find(name), settings)
     return named
 
 
 def check_endpoint(network: Network, settings: dict[str, Any]) -> None:
     """BadParameter, with Docker's text, for settings that the network does not take."""
     wanted, faults = settings.get("IPAMConfig") or {}, []
-    asked = [wanted[key] for key in ("IPv4Address", "IPv6Address") if wanted.get(key)]
+    asked = [kind for kind in (ipaddress.IPv4Address, ipaddress.IPv6Address) if wanted.get(kind.__name__)]
     if asked and not network.is_user_defined:
         faults.append("user specified IP address is supported on user defined networks only")
     if settings.get("Aliases") and not network.is_user_defined:
         faults.append("network-scoped alias is supported only for containers in user defined networks")
-    for text in asked:
+    for kind in asked:
+        text = wanted[kind.__name__]
         try:
-            address = ipaddress.ip_address(text)
+            address = kind(text)
         except ValueError:
-            faults.append(f"invalid IP address: {text}")
+            faults.append(f"invalid {kind.__name__[:4]} address: {text}")
             continue
         if not network.configured:
             faults.append("user specified IP address is supported only when connecting to networks with user "
                           "configured subnets")
         elif not any(address in pool.subnet for pool in network.pools):
-            faults.append(f"no configured subnet contains IP address {text}")
+            faults.append(f"no configured subnet or ip-range contain the IP address {text}")
     for text in wanted.get("LinkLocalIPs") or []:
         with contextlib.suppress(ValueError):
             if ipaddress.ip_address(text).is_link_local:
@@ -19083,10 +19097,10 @@ INSPECTED = ("Created", "Path", "Args", "Image", "ResolvConfPath", "HostnamePath
 CONNECTION_RULES = (
     Refusal(lambda c: c["going"], "Container {id} is marked for removal and cannot be connected or "
             "disconnected to the network", Conflict),
-    Refusal(lambda c: "host" in (c["mode"], c["driver"]),
+    Refusal(lambda c: c["driver"] == "host",
             "container cannot be disconnected from host network or connected to host network", Forbidden),
-    Refusal(lambda c: c["mode"].startswith("container:"), "container sharing network namespace with another "
-            "container or host cannot be connected to any other network", Forbidden),
+    Refusal(lambda c: c["mode"].startswith("container:") or c["mode"] == "host", "container sharing network "
+            "namespace with another container or host cannot be connected to any other network", Forbidden),
     Refusal(lambda c: c["networks"] != {c["name"]} if c["driver"] == "null" else "none" in c["networks"],
             "container cannot be connected to multiple networks with one of the networks in private (none) "
             "mode",
@@ -19425,7 +19439,7 @@ class Container:
         exposed = dict.fromkeys(self.config.get("ExposedPorts")
                                 or {}) if self.host_config["PublishAllPorts"] else {}
         bindings = {**exposed, **(self.host_config["PortBindings"] or {})}
-        return {name if "/" in name else name + "/tcp": listed or [{}] for name, listed in bindings.items()}
+        return {port: bindings[name] or [{}] for name, port in known_ports(bindings).items()}
 
     def _enter_network(self, pid: int) -> None:
         """Make the network in the namespace of the process, which waits for that."""
@@ -19438,7 +19452,7 @@ class Container:
         return own or host_resolv()["nameserver"] or list(DEFAULT_NAME_SERVERS), not own
 
     def _record_ports(self) -> None:
-        exposed: dict[str, Any] = dict.fromkeys(self.config.get("ExposedPorts") or {})
+        exposed: dict[str, Any] = dict.fromkeys(known_ports(self.config.get("ExposedPorts") or {}).values())
         ports = {**exposed, **self.sandbox.port_map} if self.sandbox and self.sandbox.endpoints else {}
         self.record["NetworkSettings"]["Ports"] = ports
 
@@ -19614,8 +19628,8 @@ class Container:
     def exposed_ports(self) -> set[tuple[int, str]]:
         """(port, protocol) of each port that it exposes or publishes."""
         names = {**(self.config.get("ExposedPorts") or {}), **(self.host_config["PortBindings"] or {})}
-        split = (name.partition("/") for name in names)
-        return {(int(port), protocol or "tcp") for port, _, protocol in split if port.isdecimal()}
+        split = (name.partition("/") for name in known_ports(names).values())
+        return {(int(port), protocol) for port, _, protocol in split}
 
     def relink(self) -> None:
         """One that it is linked to has been started again: its hosts file and rules follow."""
@@ -23762,9 +23776,10 @@ class NetworkJobs:
     def networks_list(self, given: Any, detailed: bool) -> list[dict[str, Any]]:
         """The networks that match the filters `given`, with their containers where it is to be `detailed`."""
         filters = parse_filters(given, (*NETWORK_FILTERS, "label"))
-        for value in filters.get("type", []):
-            if value not in ("custom", "builtin"):
-                raise BadParameter(f"invalid filter 'type={value}'")
+        for name, values in ("type", ("custom", "builtin")), ("dangling", ("0", "1", "false", "true")):
+            for value in filters.get(name, []):
+                if value not in values:
+                    raise BadParameter(f"invalid filter '{name}={value}'")
         return [network.to_api(detailed) for network in self.networks.all()
                 if matches_filters(filters, NETWORK_FILTERS, network.record["Labels"], network)]
 

@@ -10555,6 +10555,9 @@ def test_links_open_what_icc_closes(busybox: bytes) -> None:
     (("run", "--ip", "172.17.0.9", "busybox", "true"), "invalid config for network bridge: invalid endpoint "
                                                        "settings:\n"
      "user specified IP address is supported on user defined networks only"),
+    (("run", "--mac-address", "01:00:00:00:00:00", "busybox", "true"), "cannot make the links of "),
+    (("run", "--ip", "fd00::1", "busybox", "true"), "* invalid IPv4 address: fd00::1"),
+    (("network", "ls", "--filter", "dangling=x"), "invalid filter 'dangling=x'"),
     (("run", "--link-local-ip", "10.1.1.1", "busybox", "true"), "invalid config for network bridge: invalid "
      "endpoint settings:\ninvalid link-local IP address: 10.1.1.1"),
     (("run", "--link", "nix", "busybox", "true"), "could not get container for nix: No such container: nix"),
@@ -10617,6 +10620,24 @@ def test_networks_that_cannot_be(host: Host) -> None:
         assert text in host.http("POST", "/networks/create", {"Name": "odd", **body}).json["message"]
     assert links() == before
     assert not [network for network in host.api("GET", "/networks") if network["Name"] == "odd"]
+
+
+def test_ports_that_are_none(host: Host) -> None:
+    """An image or a request may name what is no port: it keeps nobody from running, or from listing; a port
+    is found by any name that it has."""
+    body = {"Image": "busybox", "Cmd": ["sleep", NEVER], "ExposedPorts": dict.fromkeys(
+        ("80", "82/UDP", "83-85/tcp", "foo", "0/tcp", "99999", "7/odd", "\u0669/tcp"), {}), "HostConfig": {
+            "PublishAllPorts": True, "PortBindings": {"80/TCP": [{"HostPort": "8101"}]}}}
+    made = host.api("POST", "/containers/create?name=odd", body)["Id"]
+    host.api("POST", f"/containers/{made}/start")
+    shown = host.api("GET", f"/containers/{made}/json")["NetworkSettings"]["Ports"]
+    assert set(shown) == {"80/tcp", "82/udp"} and shown["80/tcp"][0]["HostPort"] == "8101"
+    listed, = (each for each in host.api("GET", "/containers/json?all=1") if each["Id"] == made)
+    assert {port["PrivatePort"] for port in listed["Ports"]} == {80, 82}
+    assert len(host.api("GET", "/containers/json?filters=%7B%22expose%22:[%2282/udp%22]%7D")) == 1
+    host.api("DELETE", f"/containers/{made}?force=1")
+    body["HostConfig"] = {"PortBindings": {"80/foo": [{}]}}
+    assert "invalid proto: foo" in host.http("POST", "/containers/create", body).json["message"]
 
 
 def test_addresses_of_a_pool() -> None:
