@@ -5720,8 +5720,23 @@ def check_rules(rules: Iterable[Any], members: dict[str, Any]) -> None:
 def _found(pattern: str, text: str) -> bool:
     try:
         return pattern == text or re.search(pattern, text) is not None
-    except re.error:
+    except (re.error, RecursionError):
         return False
+
+
+def _tries(pattern: str) -> float:
+    """About how often Python, which goes back where Go's expressions do not, tries before it gives up."""
+    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", pattern)
+    if re.search(r"\)[*+?{]|\(\?[\w-]*x", plain):  # Go knows no verbose ones, whose blanks hide a repeat
+        return 1e99
+    repeats, groups = len(re.findall("[*+?{]", plain)), plain.count("(")
+    return 64.0 ** min(9, repeats) * (plain.count("|") + 1.0) ** min(9, groups)
+
+
+def check_expression(pattern: str) -> None:
+    """BadParameter for a filter's expression that could keep everybody from working."""
+    if len(pattern) > 1024 or _tries(pattern) > 64 ** 4:
+        raise BadParameter(f"Invalid filter 'name={pattern[:100]}': the expression is too costly")
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
@@ -16607,6 +16622,8 @@ class Volumes:
         dangling = {value.lower() for value in filters.get("dangling", ())}
         if dangling - {"0", "1", "true", "false"}:
             raise BadParameter(f"Invalid filter 'dangling=[{' '.join(filters['dangling'])}]'")
+        for word in filters.get("name", ()):
+            check_expression(word)
         wanted = [word in ("1", "true") for word in dangling]
         shown = [volume.shape() for volume in self.all()
                  if (not wanted or (not volume.users) in wanted)
@@ -18889,21 +18906,12 @@ def container_matches(container: Any, filters: dict[str, list[str]], images: Any
     return matches_filters(filters, CONTAINER_MATCHES, container.config.get("Labels"), container)
 
 
-def _tries(pattern: str) -> float:
-    """About how often Python, which goes back where Go's expressions do not, tries before it gives up."""
-    plain = re.sub(r"\\.|\[\^?\]?[^]]*\]", "x", pattern)
-    if re.search(r"\)[*+?{]", plain):
-        return 1e99
-    repeats, groups = len(re.findall("[*+?{]", plain)), plain.count("(")
-    return 64.0 ** min(9, repeats) * (plain.count("|") + 1.0) ** min(9, groups)
-
-
 def check_container_filters(filters: dict[str, list[str]]) -> dict[str, list[str]]:
     """`filters` unchanged; BadParameter for a value that its filter cannot have."""
     for name, values in filters.items():
         for value in values:
-            if name == "name" and (len(value) > 1024 or _tries(value) > 64 ** 4):
-                raise BadParameter(f"Invalid filter '{name}={value[:100]}': the expression is too costly")
+            if name == "name":
+                check_expression(value)
             if name == "exited":
                 with reworded(BadParameter, f"invalid filter 'exited={value}': ", BadParameter):
                     parse_atoi(value)

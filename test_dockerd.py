@@ -11196,6 +11196,10 @@ def test_volumes_are_listed_filtered_renamed_pruned_and_survive(new_host: Callab
         host.kill()
     host.start()
     assert archive(host, name, "/one/file") == {"file": b"kept\n"}
+    costly = urllib.parse.quote(json.dumps({"name": ["(.+)+!"]}))
+    assert "is too costly" in host.http("GET", "/volumes?filters=" + costly).json["message"]
+    deep = urllib.parse.quote(json.dumps({"name": ["(" * 500 + ")" * 500]}))
+    assert not host.api("GET", "/volumes?filters=" + deep)["Volumes"]
     filters = {"label": ["a=b"], "dangling": ["false"]}
     listed = host.api("GET", "/volumes?filters=" + urllib.parse.quote(json.dumps(filters)))
     assert [volume["Name"] for volume in listed["Volumes"]] == ["two"]
@@ -12586,7 +12590,7 @@ def test_container_filters(name, yes, no):
     ("publish", "80:80", "filter for 'publish' should not contain ':': 80:80"),
     ("is-task", "maybe", "invalid filter 'is-task=[maybe]'"),
     *[("name", value, f"Invalid filter 'name={value[:100]}': the expression is too costly")
-      for value in ("(a+)+b", ".*" * 9 + "x", "(aa|a)" * 50, "a" * 1025)],
+      for value in ("(a+)+b", "(?x)(a+) +b", "(?i-x:b)", ".*" * 9 + "x", "(aa|a)" * 50, "a" * 1025)],
 ])
 def test_container_filters_refuse(name, value, text):
     with pytest.raises(dockerd.BadParameter) as caught:
