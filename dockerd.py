@@ -13865,7 +13865,7 @@ class Firewall:
 
     def _make(self, added: list[FirewallRule], removed: list[FirewallRule]) -> None:
         fresh = list(dict.fromkeys(rule for rule in added if rule.version and rule not in self.rules))
-        stale = [rule for rule in removed if rule in self.rules]
+        stale = [rule for rule in dict.fromkeys(removed) if rule in self.rules]
         before = dict(self.rules)
         for rule in stale:
             del self.rules[rule]

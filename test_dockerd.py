@@ -10513,7 +10513,8 @@ def test_links_open_what_icc_closes(busybox: bytes) -> None:
             assert docker("network", "inspect", "-f", "{{.Options}}", "other") == shown
             docker("network", "rm", "other")
         docker("run", "-d", "--name", "web", "--expose", "80", *SERVE)
-        docker("run", "-d", "--name", "user", "--link", "web:db", "busybox", "sleep", NEVER)
+        docker("run", "-d", "--name", "user", "--link", "web:db", "--link", "web:twice", "busybox", "sleep",
+               NEVER)
         docker("run", "-d", "--name", "stranger", "busybox", "sleep", NEVER)
         assert docker("ps", "--format", "{{.Names}} {{.Ports}}").splitlines() == [
             "stranger ", "user ", "web 80/tcp"]
@@ -10527,7 +10528,9 @@ def test_links_open_what_icc_closes(busybox: bytes) -> None:
         docker("start", "web")
         wait_for(lambda: docker("exec", "user", "sh", "-c", fetch.format("db"), status=None) == own,
                  "the new address")
-        assert docker("inspect", "-f", "{{.HostConfig.Links}}", "user") == "[/web:/user/db]"
+        assert docker("inspect", "-f", "{{.HostConfig.Links}}", "user") == "[/web:/user/db /web:/user/twice]"
+        docker("rm", "-f", "user")
+        assert "/32 " not in networked.shell("iptables -S")
     finally:
         networked.close()
 
