@@ -15024,6 +15024,19 @@ class Sandbox:
             self.sockets[ipaddress.ip_address(each.getsockname()[0]), published.protocol, port] = each
         return published._replace(port=port)
 
+    def _without_port(self, published: Published) -> Published:
+        """It, with its port free for others; nothing leads to it any more."""
+        if published.port:
+            for host in published.hosts:
+                bound = self.sockets.pop((host, published.protocol, published.port), None)
+                if bound is not None:
+                    bound.close()
+            self.networks.ports.give_back(published.protocol, published.hosts, published.port)
+            if published.protocol == "udp":
+                with contextlib.suppress(OSError):
+                    forget_flows(PROTOCOLS["udp"], published.port)
+        return published._replace(port=0)
+
     def _gate(self, host: IPAddress) -> Optional[Endpoint]:
         """The endpoint to which the host passes what comes to its address."""
         gate = self.gateway(host.version) or self.gateway(4) or self.gateway(6)
@@ -15065,6 +15078,8 @@ class Sandbox:
                         (rule.host, rule.protocol, rule.port), None))
                 if rule.protocol == "udp":
                     forget_flows(PROTOCOLS["udp"], rule.port)
+        self.published = [published if self._gate(published.hosts[0]) else self._without_port(published)
+                          for published in self.published]
 
     def _unpublish(self, stale: list[FirewallRule]) -> None:
         """Let the proxy serve no port of `stale` that the container has not got by another rule."""
@@ -15088,9 +15103,10 @@ class Sandbox:
         listed: dict[str, list[dict[str, str]]] = {}
         for published in self.published:
             places = dict.fromkeys((str(_any(host)), "") if self._is_routed(host) else
-                                   (str(host), str(published.port)) for host in published.hosts)
-            listed.setdefault(published.name, []).extend(
-                {"HostIp": host, "HostPort": port} for host, port in places)
+                                   (str(host), str(published.port)) for host in published.hosts
+                                   if published.port or self._is_routed(host))
+            for host, port in places:
+                listed.setdefault(published.name, []).append({"HostIp": host, "HostPort": port})
         return listed
 
     def rename(self, name: str) -> None:
@@ -15256,8 +15272,6 @@ class Sandbox:
             self.seat = None
         with contextlib.suppress(OSError, DockerError):  # enter has told
             self._prepared()
-        for bound in self.sockets.values():
-            bound.close()
         endpoints = list(self.endpoints.values())
         for endpoint in endpoints:
             if linger and self.namespace >= 0:
@@ -15274,11 +15288,7 @@ class Sandbox:
         """The rules are gone: so go the proxy's ports, and all is free for others."""
         stale, self.rules = self.rules, []
         self._unpublish(stale)
-        for published in self.published:
-            self.networks.ports.give_back(published.protocol, published.hosts, published.port)
-            if published.protocol == "udp":
-                with contextlib.suppress(OSError):
-                    forget_flows(PROTOCOLS["udp"], published.port)
+        self.published = [self._without_port(published) for published in self.published]
         for endpoint in endpoints:
             endpoint.network.give_back(endpoint)
 
@@ -19587,9 +19597,9 @@ class Container:
             if sandbox is not None and network.name in sandbox.endpoints:
                 self._edit_hosts(lambda: sandbox.leave(network.name))
                 self._record_ports()
-                self.parts.log_network("disconnect", network, container=self.id)
             del networks[network.name]
             self.save()
+            self.parts.log_network("disconnect", network, container=self.id)
 
     def _check_networks(self, network: Network) -> dict[str, Any]:
         """The container's networks, where one may come or go."""

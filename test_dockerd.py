@@ -2827,8 +2827,11 @@ def test_networks_come_and_go_and_leave_nothing(host: Host) -> None:
 
 def test_the_first_network_of_a_running_container(host: Host) -> None:
     host.api("POST", "/networks/create", {"Name": "come"})
+    since, network = time.time(), urllib.parse.quote('{"type":["network"]}')
     host.create("sleep", NEVER, name="one", HostConfig={"NetworkMode": "bridge"})
     host.api("POST", "/networks/bridge/disconnect", {"Container": "one"})
+    told = host.http("GET", f"/events?since={since:.6f}&until={time.time():.6f}&filters={network}").body
+    assert [json.loads(line)["Action"] for line in told.splitlines()] == ["disconnect"]
     host.api("POST", "/containers/one/start")
     host.api("POST", "/networks/come/connect", {"Container": "one"})
     pid = host.inspect("one")["State"]["Pid"]
@@ -9837,6 +9840,9 @@ def test_a_network_that_is_routed_to(networked: Networked) -> None:
     networked.host.api("POST", "/networks/bridge/connect", {"Container": "shut"})
     assert ports("shut") == [("127.0.0.1", "8083")]
     assert networked.shell(FETCH.format("127.0.0.1", 8083)) == "shut\n"
+    docker("network", "disconnect", "bridge", "shut")
+    assert ports("shut") == []
+    docker("run", "--rm", "-p", "8083:80", "busybox", "true")
     prefer = {"Container": "web", "EndpointConfig": {"GwPriority": 1}}
     taken = networked.host.http("POST", "/networks/bridge/connect", prefer).json["message"]
     assert "port is already allocated" in taken and ports("web") == ports("twin")
