@@ -13511,11 +13511,12 @@ def edit_hosts(path: str, stale: Iterable[str], fresh: Iterable[str]) -> None:
 
 
 def host_resolv() -> dict[str, list[str]]:
-    """What the host's resolv.conf says: "nameserver", "search" and "options"."""
+    """What the host's resolv.conf says: "nameserver", as far as they are addresses, "search" and
+    "options"."""
     found: dict[str, list[str]] = {"nameserver": [], "search": [], "options": []}
     for line in read_text("/etc/resolv.conf").splitlines():
         word, *values = line.split()[:8] or [""]
-        if word in found and values:
+        if word in found and values and (word != "nameserver" or _address(values[0])):
             found[word] = found[word] + values[:1] if word == "nameserver" else values
     return found
 
@@ -13546,11 +13547,16 @@ def name_servers(host_config: dict[str, Any], config: Any) -> list[str]:
     return servers
 
 
-def _is_loopback(address: str) -> bool:
+def _address(text: str) -> Optional[IPAddress]:
     try:
-        return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+        return ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
-        return False
+        return None
+
+
+def _is_loopback(text: str) -> bool:
+    address = _address(text)
+    return address is not None and address.is_loopback
 
 
 def write_setting(path: str, value: str) -> None:
@@ -13633,19 +13639,23 @@ def used_networks() -> list[IPNetwork]:
     """What a new subnet must not overlap: the host's routes, and its name servers."""
     routes = [network for network, _ in list_routes() if network.prefixlen]
     servers = [ipaddress.ip_network(server) for server in host_resolv()["nameserver"]
-               if not _is_loopback(server)
-               and "%" not in server]
+               if not _is_loopback(server) and "%" not in server]
     return routes + servers
 
 
-def free_subnet(pools: Iterable[tuple[str, int]], used: Iterable[IPNetwork]) -> IPNetwork:
+def free_subnet(pools: Iterable[tuple[str, int]], used: list[IPNetwork]) -> IPNetwork:
     """The first subnet of `pools`, (base, prefix length), that overlaps none of `used`; Forbidden when there
     is none."""
-    used = list(used)
     for base, size in pools:
-        for subnet in ipaddress.ip_network(base).subnets(new_prefix=size):
-            if not any(subnet.version == other.version and subnet.overlaps(other) for other in used):
+        pool = ipaddress.ip_network(base)
+        step, number = 1 << pool.max_prefixlen - size, int(pool.network_address)
+        while number <= int(pool.broadcast_address):
+            subnet = type(pool)((number, size))
+            clashes = [int(other.broadcast_address) for other in used
+                       if other.version == pool.version and subnet.overlaps(other)]
+            if not clashes:
                 return subnet
+            number = max(number, *clashes) // step * step + step
     raise Forbidden("all predefined address pools have been fully subnetted")
 
 
@@ -15911,14 +15921,22 @@ class ProxyConnection:
 class ProxyPort:
     """A published port's bound socket, and where it leads: `place` is what the daemon said of it."""
 
+    target: tuple[str, int]
+
     def __init__(self, proxy: Proxy, listener: socket.socket, place: dict[str, Any]) -> None:
-        self.proxy, self.listener, self.place = proxy, listener, place
-        self.target = (place["target"], place["target_port"])
+        self.proxy, self.listener = proxy, listener
         self.flows: dict[Any, tuple[socket.socket, float]] = {}  # of UDP, by client; oldest first
+        self.lead(place)
         self.connections: set[ProxyConnection] = set()
         listener.setblocking(False)
         proxy.watch(listener.fileno(), select.EPOLLIN, self.receive if listener.type == socket.SOCK_DGRAM
                     else self.accept)
+
+    def lead(self, place: dict[str, Any]) -> None:
+        """Lead to `place` from now on; what goes on without an end, UDP, does not stay with another."""
+        self.target = (place["target"], place["target_port"])
+        for client in list(self.flows):
+            self._end(client)
 
     def accept(self, events: int) -> None:
         """Take a connection, and begin one to the container."""
@@ -15991,8 +16009,7 @@ class Proxy(HelperProcess):
         """Serve the bound socket `listener` as the port `key`; one that is known gets a new target."""
         key, place = request["key"], request["place"]
         if key in self.ports and not fds:
-            self.ports[key].place = place
-            self.ports[key].target = (place["target"], place["target_port"])
+            self.ports[key].lead(place)
         else:
             self.ports[key] = ProxyPort(self, socket.socket(fileno=fds.pop("listener")), place)
 

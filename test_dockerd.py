@@ -9638,7 +9638,8 @@ class Networked:
                         f"up1 up && ip route add 172.16.0.0/12 via {HOST_ADDRESS}"], check=True)
         with open(f"/proc/{pid}/ns/net") as namespace:
             self.server = NameServer(namespace.fileno(), OUTSIDE)
-        self.shell(f"echo nameserver {OUTSIDE} > resolv.conf && mount --bind resolv.conf /etc/resolv.conf")
+        self.shell(f"printf 'nameserver nonsense\\nnameserver {OUTSIDE}\\n' > resolv.conf && mount --bind "
+                   "resolv.conf /etc/resolv.conf")
         self.docker = Docker(docker_clis()[max(docker_clis())], self.host)
 
     def socket_in(self, name: str, kind: int) -> socket.socket:
@@ -10063,6 +10064,28 @@ def test_the_proxy_neither_spins_nor_leaks(monkeypatch: pytest.MonkeyPatch) -> N
         server.accept()[0].close()
         assert next(calls) == 2 and len(os.listdir("/proc/self/fd")) == held
         port.close()
+
+
+def test_the_proxy_leads_datagrams_to_where_the_container_is_now() -> None:
+    """A client that goes on sending does not stay with the address of before, which is another's by now."""
+    places = [socket.socket(type=socket.SOCK_DGRAM) for _ in range(3)]
+    with socket.socket(socket.AF_UNIX) as control, contextlib.ExitStack() as held:
+        control.bind("")
+        control.listen()
+        for each in places:
+            held.enter_context(each).bind(("127.0.0.1", 0))
+            each.settimeout(10)
+        listener, *servers = places
+        proxy, copy = dockerd.Proxy(control), listener.dup().detach()
+        for server, fds in zip(servers, ({"listener": copy}, {})):
+            place = {"target": "127.0.0.1", "target_port": server.getsockname()[1]}
+            proxy.op_publish({"key": "a", "place": place}, fds, {})
+            control_port = proxy.ports["a"]
+            servers[0].sendto(b"hello", listener.getsockname())
+            control_port.receive(0)
+            assert server.recv(10) == b"hello"
+        assert len(control_port.flows) == 1
+        control_port.close()
 
 
 def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
@@ -10671,6 +10694,8 @@ def test_free_subnets_avoid_what_is_used() -> None:
     assert str(dockerd.free_subnet(dockerd.DEFAULT_POOLS, used)) == "172.19.0.0/16"
     with pytest.raises(dockerd.Forbidden, match="all predefined address pools have been fully subnetted"):
         dockerd.free_subnet([("172.17.0.0/16", 17)], [ipaddress.ip_network("172.16.0.0/12")])
+    wide = [ipaddress.ip_network(text) for text in ("fd00::/10", "fd40::/64", "fd40:0:0:1::/65", "::/128")]
+    assert str(dockerd.free_subnet([("fd00::/8", 64)], wide)) == "fd40:0:0:2::/64"
 
 
 # ------------------------------------------------------------------------------------------------------------
