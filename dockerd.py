@@ -15609,11 +15609,11 @@ class Networks:
 
     def host_addresses(self, text: str, network: Network) -> list[IPAddress]:
         """The host's addresses that a published port is bound to: the one named, else the network's or the
-        daemon's default, which is every address of both IP versions."""
-        text = text.strip("[]") or network.options.get(BRIDGE_OPTION + "host_binding_ipv4") or self.config.ip
+        daemon's default, of which 0.0.0.0 is every address of both IP versions."""
+        default = network.options.get(BRIDGE_OPTION + "host_binding_ipv4") or self.config.ip
         with reworded(BadParameter, f"invalid IP address {go_quote(text)}", ValueError):
-            host = ipaddress.ip_address(text)
-        both = str(host) == "0.0.0.0" and read_text("/proc/net/if_inet6")
+            host = ipaddress.ip_address(text.strip("[]") or default)
+        both = not text and str(host) == "0.0.0.0" and read_text("/proc/net/if_inet6")
         return [host, ipaddress.ip_address("::")] if both else [host]
 
     def gateway_addresses(self) -> list[str]:

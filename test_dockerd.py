@@ -9749,11 +9749,12 @@ def test_a_published_port_is_reached_from_everywhere(networked: Networked) -> No
     docker = networked.docker
     docker("network", "create", "other")
     docker("run", "-d", "--name", "web", "--hostname", "web", "-p", "8080:80", "-p", "127.0.0.1:8081:80",
-           *SERVE)
+           "-p", "0.0.0.0:8082:80", "-p", "[::]:8082:81", *SERVE)
     docker("run", "-d", "--name", "user", "--net", "other", "busybox", "sleep", NEVER)
     own = docker("inspect", "-f", "{{.NetworkSettings.IPAddress}}", "web")
     assert docker("ps", "--format", "{{.Ports}}", "-f", "name=web") == (
-        "0.0.0.0:8080->80/tcp, 127.0.0.1:8081->80/tcp, [::]:8080->80/tcp")
+        "0.0.0.0:8080->80/tcp, 0.0.0.0:8082->80/tcp, 127.0.0.1:8081->80/tcp, [::]:8080->80/tcp, "
+        "[::]:8082->81/tcp")
     for version, listed in (("v1.27", ["user"]), ("v1.28", [])):  # since then only inspect has containers
         other = next(network for network in networked.host.http("GET", f"/{version}/networks").json
                      if network["Name"] == "other")
@@ -10098,6 +10099,11 @@ def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
         docker("network", "create", "mine")
         docker("run", "-d", "--name", "web", "--hostname", "web", "--net", "mine", "-p", "8080:80", *SERVE)
         docker("run", "-d", "--name", "user", "--net", "mine", "busybox", "sleep", NEVER)
+        docker("network", "create", "-o", "com.docker.network.bridge.gateway_mode_ipv4=routed", "wide")
+        docker("run", "-d", "--name", "wide", "--hostname", "wide", "--net", "wide", "-p", "0.0.0.0:8080:80",
+               *SERVE)
+        shown, own = (docker("inspect", "-f", "{{.NetworkSettings." + what + "}}", "wide")
+                      for what in ("Ports", "Networks.wide.IPAddress"))
         question = networked.socket_in("user", socket.SOCK_DGRAM)
         assert host.stop(signal.SIGSEGV) == -signal.SIGSEGV
         assert re.search("Segmentation fault.*most recent call first.*in serve", host.log(), re.DOTALL)
@@ -10110,13 +10116,16 @@ def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
         assert dns_facts(networked.ask("user", "web", tcp=True)) == (0, False, 1)
         for reach in (networked.shell, networked.from_outside):
             assert reach(FETCH.format(HOST_ADDRESS, 8080)) == "web\n"
+        assert networked.from_outside(FETCH.format(own, 80)) == "wide\n"
+        assert docker("inspect", "-f", "{{.NetworkSettings.Ports}}", "wide") == shown
+        assert shown == "map[80/tcp:[{0.0.0.0 }]]"
         assert docker("exec", "user", "ping", "-c", "1", "-W", "2", "web")
         assert "already allocated" in docker.run("run", "-p", "8080:80", "busybox", "true", status=125).stderr
         third = docker("run", "-d", "--net", "mine", "busybox", "sleep", NEVER)
         taken = [each["IPv4Address"] for each in host.api("GET", "/networks/mine")["Containers"].values()]
         assert len(set(taken)) == 3, taken
-        docker("rm", "-f", "web", "user", third)
-        docker("network", "rm", "mine")
+        docker("rm", "-f", "web", "user", "wide", third)
+        docker("network", "rm", "mine", "wide")
         networked.await_idle()
     finally:
         networked.close()
