@@ -14877,7 +14877,8 @@ class Network:
                 gateway = next(str(pool.route) for pool in self.pools if address.ip in pool.subnet)
                 values = (str(address.ip), address.network.prefixlen, "" if self.internal else gateway)
                 settings.update(zip(keys, values))
-            settings["MacAddress"] = settings.get("DesiredMacAddress") or _mac_address(taken)
+            mac = bytes.fromhex(re.sub("[:.-]", "", settings.get("DesiredMacAddress") or ""))
+            settings["MacAddress"] = mac.hex(":") or _mac_address(taken)
             endpoint = Endpoint(self, settings)
             self.enter(owner, name, endpoint)
             undo.pop_all()
@@ -14916,6 +14917,11 @@ def _take_first(pools: list[AddressPool], address: Optional[IPAddress], network:
             return pool.take(address)
     raise Conflict(f"no available IPv{pools[0].subnet.version} addresses on this network's address pools: "
                    f"{network.name} ({network.id})")
+
+
+# What Go reads as a link's address
+MAC_ADDRESS = re.compile(r"[\da-f]{2}([:-])(?:[\da-f]{2}\1){4}[\da-f]{2}|(?:[\da-f]{4}\.){2}[\da-f]{4}",
+                         re.ASCII | re.IGNORECASE)
 
 
 def _mac_address(addresses: list[IPInterface]) -> str:
@@ -15404,6 +15410,8 @@ class Networks:
             if record["IPAM"]["Driver"] == "null" and driver == "bridge":
                 raise BadParameter("ipv4 pool is empty")
             wanted = [4] * record["EnableIPv4"] + [6] * record["EnableIPv6"]
+            if not wanted:
+                raise BadParameter("IPv4 or IPv6 must be enabled")
             for version in wanted if record["IPAM"]["Driver"] != "null" else ():
                 if not any(ipaddress.ip_network(each["Subnet"]).version == version for each in settings):
                     settings.append({"Subnet": str(self._free_subnet(version))})
@@ -18625,7 +18633,8 @@ RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
      "conflicting options: port publishing and the container type network mode"),
     (lambda c: _shares(c) and c["ExposedPorts"],
      "conflicting options: port exposing and the container type network mode"),
-    (lambda c: not _is_mac(c.get("MacAddress")), "invalid MAC address: {MacAddress}"),
+    (lambda c: c.get("MacAddress") and not MAC_ADDRESS.fullmatch(c["MacAddress"]),
+     "invalid MAC address: {MacAddress}"),
     (lambda c: c["StopTimeout"] is not None and c["StopTimeout"] < -1, "invalid stop timeout: {StopTimeout}"),
     (lambda c: c["AutoRemove"] and c["RestartPolicy"]["Name"] != "no",
      "can't create 'AutoRemove' container with restart policy"),
@@ -18663,10 +18672,6 @@ RULES: tuple[tuple[Callable[[dict[str, Any]], Any], str], ...] = (
 
 def _shares(config: dict[str, Any]) -> bool:
     return config["NetworkMode"].startswith("container:")
-
-
-def _is_mac(text: Optional[str]) -> bool:
-    return not text or re.fullmatch(r"[0-9a-fA-F]{2}([:-][0-9a-fA-F]{2}){5}", text) is not None
 
 
 def container_config(body: dict[str, Any], image_config: Optional[dict[str, Any]], defaults: Any) \
@@ -19092,6 +19097,9 @@ def check_endpoint(network: Network, settings: dict[str, Any]) -> None:
             if ipaddress.ip_address(text).is_link_local:
                 continue
         faults.append(f"invalid link-local IP address: {text}")
+    mac = settings.get("DesiredMacAddress")
+    if mac and not MAC_ADDRESS.fullmatch(mac):
+        faults.append(f"invalid MAC address {mac}")
     if faults:
         listed = faults[0] if len(faults) == 1 else "\n".join("* " + fault for fault in faults)
         raise BadParameter(f"invalid config for network {network.name}: invalid endpoint settings:\n{listed}")

@@ -9903,11 +9903,13 @@ def test_user_networks_resolve_and_are_apart(networked: Networked) -> None:
     assert address not in docker("exec", "three", "nslookup", "-type=a", "one", status=None)
     if backend_of(networked) != "none":
         docker("exec", "three", "ping", "-c", "1", "-W", "1", address, status=1)
-    docker("network", "connect", "--link-local-ip", "169.254.7.9", "left", "three")
+    place = {"IPAMConfig": {"LinkLocalIPs": ["169.254.7.9"]}, "MacAddress": "0242.0000.aBcD"}
+    networked.host.api("POST", "/networks/left/connect", {"Container": "three", "EndpointConfig": place})
     assert address in docker("exec", "three", "nslookup", "-type=a", "one")
     assert docker("exec", "three", "ping", "-c", "1", "-W", "2", "-I", "eth1", "169.254.7.8")
     assert "fe80::77/64" in docker("exec", "two", "ip", "address")
-    assert "inet6" not in docker("exec", "three", "ip", "address", "show", "eth1")
+    shown = docker("exec", "three", "ip", "address", "show", "eth1")
+    assert "inet6" not in shown and " 02:42:00:00:ab:cd " in shown
     docker("network", "disconnect", "left", "three")
     assert address not in docker("exec", "three", "nslookup", "-type=a", "one", status=None)
     docker("exec", "-d", "two", "nc", "-l", "-p", "53")
@@ -10657,8 +10659,13 @@ def test_networks_that_cannot_be(host: Host) -> None:
         answer = host.http("POST", "/networks/create", {"Name": "odd", "IPAM": {"Config": [given]}})
         assert answer.status == status and words in answer.json["message"], (settings, answer)
     for body, text in (({"IPAM": {"Driver": "null"}}, "ipv4 pool is empty"),
+                       ({"EnableIPv4": False}, "IPv4 or IPv6 must be enabled"),
                        ({"ConfigFrom": {"Network": "x"}}, 'configuration network "x" does not exist')):
         assert text in host.http("POST", "/networks/create", {"Name": "odd", **body}).json["message"]
+    for mac in ("zz", "02:42-00:00:00:01", "02:42:00:00:00"):
+        answer = host.http("POST", "/containers/create", {"Image": "busybox", "NetworkingConfig": {
+            "EndpointsConfig": {"bridge": {"MacAddress": mac}}}})
+        assert answer.status == 400 and answer.json["message"].endswith(f"invalid MAC address {mac}"), answer
     assert links() == before
     assert not [network for network in host.api("GET", "/networks") if network["Name"] == "odd"]
 
