@@ -18793,8 +18793,8 @@ echo "{VM_MARK}$?"
 """
 
 
-def write_vm_disk(path: str, arguments: list[str]) -> None:
-    """The archive that the guest unpacks to /srv: what is tested, what tests need, and what is to be done."""
+def write_vm_disk(path: str) -> None:
+    """The archive that guests unpack to /srv, but for what is to be done: what is tested, what tests need."""
     clis = sorted(set(docker_clis().values()) - {f"{PEER}/usr/bin/docker"})
     with tarfile.open(path, "w") as archive:
         for name in ("dockerd.py", "test_dockerd.py", "bench_dockerd.py", "Makefile", "README.md",
@@ -18803,10 +18803,6 @@ def write_vm_disk(path: str, arguments: list[str]) -> None:
             archive.add(os.path.join(HERE, name), name)
         for program in clis[:1]:
             archive.add(os.path.realpath(program), "docker")
-        script = VM_SCRIPT.replace('"$@"', " ".join(map(shlex.quote, arguments))).encode()
-        entry = tarfile.TarInfo("run")
-        entry.size = len(script)
-        archive.addfile(entry, io.BytesIO(script))
 
 
 def vm_command(disk: str, output: str, console: str) -> list[str]:
@@ -18825,12 +18821,17 @@ def vm_command(disk: str, output: str, console: str) -> list[str]:
             "-serial", f"file:{console}", "-serial", f"file:{output}"]
 
 
-def boot_vm(arguments: list[str]) -> Iterator[str]:
-    """Boot the machine and run pytest with the arguments there; yields what it prints, piece by piece, and
-    the console's last lines when the machine does not come to its end."""
+def boot_vm(files: str, arguments: list[str]) -> Iterator[str]:
+    """Boot the machine and run pytest with the arguments there on the archive `files`; yields what it prints,
+    piece by piece, and the console's last lines when the machine does not come to its end."""
     with tempfile.TemporaryDirectory(prefix="dockerd-vm-") as directory:
         disk, output, console = (os.path.join(directory, name) for name in ("disk.tar", "output", "console"))
-        write_vm_disk(disk, arguments)
+        shutil.copyfile(files, disk)
+        script = VM_SCRIPT.replace('"$@"', " ".join(map(shlex.quote, arguments))).encode()
+        entry = tarfile.TarInfo("run")
+        entry.size = len(script)
+        with tarfile.open(disk, "a") as archive:
+            archive.addfile(entry, io.BytesIO(script))
         open(output, "wb").close()
         end = time.monotonic() + VM_SECONDS
         with subprocess.Popen(vm_command(disk, output, console)) as machine, \
@@ -18853,17 +18854,27 @@ def boot_vm(arguments: list[str]) -> Iterator[str]:
 
 def vmtest(arguments: list[str]) -> int:
     """The tests that pytest's arguments pick in one machine, or all of them in parts, with the sum of
-    pytest's closing lines; 0 when all have passed."""
-    if arguments:
-        shown = ""
-        for text in boot_vm(arguments):
-            print(text, end="", flush=True)
-            shown += text
-        return int(VM_MARK + "0" not in shown)
+    pytest's closing lines; 0 when all have passed.  All parts test the files as they are at the beginning."""
+    with tempfile.NamedTemporaryFile(prefix="dockerd-vm-", suffix=".tar") as files:
+        write_vm_disk(files.name)
+        return vmtest_part(files.name, arguments) if arguments else vmtest_parts(files.name)
+
+
+def vmtest_part(files: str, arguments: list[str]) -> int:
+    """One boot, shown while it runs."""
+    shown = ""
+    for text in boot_vm(files, arguments):
+        print(text, end="", flush=True)
+        shown += text
+    return int(VM_MARK + "0" not in shown)
+
+
+def vmtest_parts(files: str) -> int:
+    """All tests, two boots at a time."""
     good, counts = True, collections.Counter[str]()
     parts = [f"--part={number}/{VM_PARTS}" for number in range(1, VM_PARTS + 1)]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for part, text in zip(parts, pool.map(lambda part: "".join(boot_vm([part])), parts)):
+        for part, text in zip(parts, pool.map(lambda part: "".join(boot_vm(files, [part])), parts)):
             print(f"== pytest {part}\n{text}", flush=True)
             good = good and VM_MARK + "0" in text
             closing = text.partition(VM_MARK)[0].splitlines()[-1:]
