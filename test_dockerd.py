@@ -18780,7 +18780,7 @@ VM_PARTS = 12
 VM_MARK = "vmtest: exit code "
 VM_SCRIPT = f"""exec >/dev/ttyS1 2>&1 </dev/null
 stty -F /dev/ttyS1 -opost
-cd /srv; ulimit -n $(ulimit -Hn)
+cd /srv/source; ulimit -n $(ulimit -Hn)
 export HOME=/root PATH={PATH} PYTHONDONTWRITEBYTECODE=1 DOCKERD_TEST_PATIENCE=10
 echo "$(uname -r), $(python3 -V), $(systemctl --version | head -n 1)"
 echo "$(stat -f -c %T /sys/fs/cgroup), AppArmor $(cat /sys/module/apparmor/parameters/enabled)"
@@ -18794,7 +18794,7 @@ echo "{VM_MARK}$?"
 
 
 def write_vm_disk(path: str) -> None:
-    """The archive that guests unpack to /srv, but for what is to be done: what is tested, what tests need."""
+    """What guests unpack to /srv/source, but for what is to be done: what is tested, and what tests need."""
     clis = sorted(set(docker_clis().values()) - {f"{PEER}/usr/bin/docker"})
     with tarfile.open(path, "w") as archive:
         for name in ("dockerd.py", "test_dockerd.py", "bench_dockerd.py", "Makefile", "README.md",
@@ -18807,8 +18807,8 @@ def write_vm_disk(path: str) -> None:
 
 def vm_command(disk: str, output: str, console: str) -> list[str]:
     """The command line of qemu: the disks stay as they are, and there is no network."""
-    boot = ("mkdir -p /srv && tar -C /srv -xf /dev/vdb && { [ ! -e /srv/docker ] || "
-            "ln -s /srv/docker /usr/local/bin/docker; } && exec sh /srv/run")
+    boot = ("mkdir -p /srv/source && tar -C /srv/source -xf /dev/vdb && { [ ! -e /srv/source/docker ] || "
+            "ln -s /srv/source/docker /usr/local/bin/docker; } && exec sh /srv/source/run")
     # Without hardware support defences against its faults cost time, and the clock's other sources are slow.
     kernel = ["root=/dev/vda", "rw", "console=ttyS0", "mitigations=off", "tsc=reliable", "clocksource=tsc",
               "systemd.run_success_action=poweroff-force", "systemd.run_failure_action=poweroff-force",
