@@ -39,7 +39,7 @@ LIST_PYTHONS = for directory in $$(echo "$$PATH" | tr : ' ') $$HOME/.pyenv/versi
 	print(sys.version_info[1], sys.executable)' 2>/dev/null; \
 	done; done | sort -u -n -k 1,1
 # What the machine of `make vmtest` has beside Debian's base: a kernel, systemd, AppArmor, and what tests call.
-VM_PACKAGES := apparmor btrfs-progs busybox-static ca-certificates dbus debootstrap e2fsprogs gcc git initramfs-tools iproute2 \
+VM_PACKAGES := apparmor btrfs-progs busybox-static ca-certificates conmon dbus debootstrap e2fsprogs gcc git initramfs-tools iproute2 \
 	iptables libc6-dev libdevmapper1.02.1 libseccomp2 linux-image-$(shell dpkg --print-architecture) make openssl \
 	nftables procps python3 python3-cffi python3-dev python3-docker python3-ply python3-pytest python3-pytest-timeout \
 	python3-setuptools python3-venv python3-yaml runc systemd systemd-sysv xfsprogs
