@@ -20330,10 +20330,10 @@ class Container:
         process = self.process
         return self._wait_end(10) or process is not None and process.ended.is_set() and self._wait_end(50)
 
-    @job("restart", "signal:signal? t:int?")
-    def restart(self, number: Optional[int] = None, timeout: Optional[int] = None) -> None:
+    @job("restart", ".args signal:signal? t:int?")
+    def restart(self, args: list[str], number: Optional[int], timeout: Optional[int]) -> None:
         """Stop it if it runs, and start it."""
-        with self.lock:
+        with reworded(None, f"Cannot restart container {args[0]}: ", DockerError), self.lock:
             self.kept = True
             try:
                 with contextlib.suppress(NotModified):

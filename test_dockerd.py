@@ -3482,6 +3482,12 @@ def test_a_restart_keeps_what_rm_would_remove(host: Host) -> None:
     wait_for(lambda: host.http("GET", f"{API}/containers/{identity}/json").status == 404)
 
 
+def test_a_restart_that_fails_names_its_container(host: Host) -> None:
+    host.create("nosuch", name="one")
+    text = host.api("POST", "/containers/one/restart", status=400)["message"]
+    assert text == "Cannot restart container one: " + host.inspect("one")["State"]["Error"]
+
+
 def test_on_failure_restarts_so_many_times(host: Host) -> None:
     policy = {"Name": "on-failure", "MaximumRetryCount": 2}
     start = time.time()
