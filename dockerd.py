@@ -18014,7 +18014,8 @@ class Subscriber:
         self.streams, self.wanted = streams, wanted
         file = streams.driver.file if past and streams.driver is not None else None
         self._past = file.read() if file is not None else iter(())
-        self._partial = [(stream, cutter.rest) for stream, cutter in streams.cutters.items() if file]
+        self._partial = [(stream, cutter.rest) for stream, cutter in streams.cutters.items()
+                         if file and cutter.rest]
         self.chunks: collections.deque[tuple[int, bytes]] = collections.deque()
         self.size, self.ended, self._message = 0, False, b""
         self._spool: Any = None
@@ -20425,8 +20426,8 @@ class Container:
         job.ready()  # without the lock: the client may be slow
         with self.lock:
             self.changed.wait_for(lambda: over or conditions[condition]() or job.cancelled.is_set())
-            error = {"Message": self.state.removal_error} if self.state.removal_error else None
-            return {"Error": error, "StatusCode": self.state.exit_code}
+            error = self.state.removal_error or (self.state.error if over else "")
+            return {"Error": {"Message": error} if error else None, "StatusCode": self.state.exit_code}
 
     def close_stdin(self) -> None:
         """End the container's standard input: our end of it, and the one that the shim holds."""
@@ -20891,6 +20892,9 @@ class ExecInstance:
         if not (self.config["WorkingDir"] or "/").startswith("/"):
             raise StartError("OCI runtime exec failed: exec failed: Cwd must be an absolute path: unknown",
                              126)
+        if nameless := [item for item in self.config["Env"] or () if item.startswith("=")]:
+            raise StartError("OCI runtime exec failed: exec failed: unable to start container process: "
+                             f"environment variable name can't be empty: {go_quote(nameless[0])}: unknown", 126)
         with contextlib.ExitStack() as held:
             with container.lock:  # not during the start: a container may be paused or killed meanwhile
                 target = os.dup(container.require_exec(container.id).pidfd)

@@ -2368,6 +2368,8 @@ def test_attached_logs_miss_nothing(host: Host) -> None:
         text, _ = demultiplex(stream.read_until(b"2999\n"))
         assert text.split() == [b"%d" % number for number in range(3000)]
         stream.close()
+    with contextlib.closing(host.hijack(f"{API}/containers/{identity}/attach?stdout=1&logs=1")) as stream:
+        assert all(data for _, data in frames(stream.read_all()))  # no client knows an empty frame
 
 
 class Execs:
@@ -2496,6 +2498,8 @@ def test_exec_is_confined_as_its_container_is(host: Host) -> None:
         ('chdir to cwd ("/nosuch") set in config.json failed: no such file or directory: unknown',
          {"WorkingDir": "/nosuch"}),
         ("OCI runtime exec failed: exec failed: Cwd must be an absolute path: unknown", {"WorkingDir": "x"}),
+        ("OCI runtime exec failed: exec failed: unable to start container process: environment variable name "
+         "can't be empty: \"=x\": unknown", {"Env": ["A=b", "=x"]}),
     ):  # fmt: skip
         assert box.run("true", **config)[0].decode().endswith(error + "\r\n")
 
@@ -4060,6 +4064,10 @@ def test_wait_returns_at_every_end(host: Host) -> None:
         wait.close()
     stream.close()
     wait_for(lambda: (shown := host.inspect("one"))["RestartCount"] == 1 and shown["State"]["Pid"])
+    host.create("nosuch", name="never")  # why it does not run is told to who asks then, as in Docker
+    host.http("POST", f"{API}/containers/never/start")
+    assert host.api("POST", "/containers/never/wait") == {
+        "StatusCode": 127, "Error": {"Message": host.inspect("never")["State"]["Error"]}}
 
 
 def race_on_one_container(host: Host, clients: int, count: int) -> None:
