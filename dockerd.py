@@ -24420,9 +24420,12 @@ class Daemon:
 
     @staticmethod
     def _stop_one(container: Container) -> None:
+        """Stop it within its own time; where that is without end, neither a stop nor a start of the daemon
+        would come to theirs."""
+        timeout = container.stop_timeout if container.stop_timeout >= 0 else CONTAINER_STOP_TIMEOUT
         with noted(log.error, f"cannot stop the container {container.id}", DockerError):
             with contextlib.suppress(NotModified):
-                container.stop(manually=False)
+                container.stop(timeout=timeout, manually=False)
 
     def shutdown_timeout(self) -> float:
         """How long shutdown may take, in seconds: --shutdown-timeout, or the longest stop timeout and 5 s."""

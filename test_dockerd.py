@@ -3605,6 +3605,13 @@ def test_containers_start_after_those_that_they_need() -> None:
     assert order.index("net") < order.index("db") < order.index("web")
 
 
+@pytest.mark.parametrize("own, given", [(0, 0), (90, 90), (-1, 10)])
+def test_no_container_keeps_the_daemon_from_its_end(own: int, given: int) -> None:
+    container = Mock(stop_timeout=own)
+    dockerd.Daemon._stop_one(container)
+    container.stop.assert_called_once_with(timeout=given, manually=False)
+
+
 EXEC_EVENT = {"Type": "container", "Action": "exec_create: sh -c true", "scope": "local", "Actor": {
     "ID": "abcd", "Attributes": {"image": "host:5000/busybox:1", "name": "web1", "a": "b", "c": ""}}}
 TAG_EVENT = {"Type": "image", "Action": "tag", "scope": "local", "Actor": {
