@@ -20410,8 +20410,8 @@ class Container:
 
     @job("wait", ". condition")
     def wait(self, job: Job, condition: str) -> dict[str, Any]:
-        """Wait for `condition` (not-running, the default, next-exit or removed) or the job's cancellation;
-        the API's answer."""
+        """Wait for `condition` (not-running, the default, next-exit or removed); the API's answer.
+        Unavailable, which cuts the answer off, when the job is cancelled before."""
         condition = condition or "not-running"
         with self.lock:
             runs = self.state.runs
@@ -20426,6 +20426,8 @@ class Container:
         job.ready()  # without the lock: the client may be slow
         with self.lock:
             self.changed.wait_for(lambda: over or conditions[condition]() or job.cancelled.is_set())
+            if not (over or conditions[condition]()):  # who waits must not take that for the exit code 0
+                raise Unavailable(f"the wait for container {self.id} was given up")
             error = self.state.removal_error or (self.state.error if over else "")
             return {"Error": {"Message": error} if error else None, "StatusCode": self.state.exit_code}
 

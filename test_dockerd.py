@@ -2264,8 +2264,13 @@ def test_who_gives_up_waiting_waits_for_no_lock() -> None:
         if not other.is_alive():
             ready.set()
 
-    job.on_ready = send_headers
-    waiting = threading.Thread(target=container.wait, args=(job, ""))
+    def wait() -> None:
+        with pytest.raises(dockerd.Unavailable):  # no exit code
+            container.wait(job, "")
+        given_up.set()
+
+    job.on_ready, container.id, given_up = send_headers, "id", threading.Event()
+    waiting = threading.Thread(target=wait)
     waiting.start()
     assert ready.wait(20)
     with container.lock:
@@ -2274,6 +2279,7 @@ def test_who_gives_up_waiting_waits_for_no_lock() -> None:
         cancel.join(20)
         assert not cancel.is_alive()
     waiting.join()
+    assert given_up.is_set()
 
 
 def test_a_host_config_may_come_with_the_start(host: Host, peer: Host, tmp_path: Path) -> None:
@@ -3040,7 +3046,10 @@ def test_live_restore(new_host: Callable[..., Host], busybox: bytes, tmp_path: P
     for name in ("ends", "removed"):
         wait_for(lambda: log_text(host, name) == b"up\n")  # noqa: B023
     wait_for(lambda: b"line 9\n" in log_text(host, "printing"))
+    waiting = host.hijack(f"{API}/containers/paused/wait", upgrade=False)
     host.stop(signal.SIGKILL if ending == "kill" else signal.SIGTERM)
+    assert waiting.read_all() == b""  # no exit code, as it has none, nor the end of an answer
+    waiting.close()
     before = time.time_ns()
     for name in ("ends", "removed"):
         os.kill(pids[name], signal.SIGTERM)
