@@ -18757,6 +18757,8 @@ def _apply_defaults(host: dict[str, Any], defaults: Any) -> None:
     if host["MemorySwappiness"] == -1:
         host["MemorySwappiness"] = None
     host["OomKillDisable"] = bool(host["OomKillDisable"])
+    if host["SecurityOpt"] is None and (host["Privileged"] or "host" in (host["IpcMode"], host["PidMode"])):
+        host["SecurityOpt"] = ["label=disable"]
     host["PidsLimit"] = host["PidsLimit"] if (host["PidsLimit"] or 0) > 0 else None
     kind, options = host["LogConfig"]["Type"] or defaults.log_driver, host["LogConfig"]["Config"] or {}
     inherited = {name: value for name, value in (defaults.log_opts or {}).items()
@@ -20895,8 +20897,8 @@ class ExecInstance:
             raise StartError("OCI runtime exec failed: exec failed: Cwd must be an absolute path: unknown",
                              126)
         if nameless := [item for item in self.config["Env"] or () if item.startswith("=")]:
-            raise StartError("OCI runtime exec failed: exec failed: unable to start container process: "
-                             f"environment variable name can't be empty: {go_quote(nameless[0])}: unknown", 126)
+            raise StartError("OCI runtime exec failed: exec failed: unable to start container process: enviro"
+                             f"nment variable name can't be empty: {go_quote(nameless[0])}: unknown", 126)
         with contextlib.ExitStack() as held:
             with container.lock:  # not during the start: a container may be paused or killed meanwhile
                 target = os.dup(container.require_exec(container.id).pidfd)
@@ -23453,7 +23455,8 @@ class ContainerJobs:
         points = self._mount_points(config, host_config, job.env.get_bool("defaultReadOnlyNonRecursive"))
         container_id = secrets.token_hex(32)
         if not config.get("Hostname"):
-            config["Hostname"] = "" if host_config["NetworkMode"] == "host" else container_id[:12]
+            shared = host_config["NetworkMode"] == "host"
+            config["Hostname"] = socket.gethostname() if shared else container_id[:12]
         name = self._reserve_name(name, container_id)
         try:
             networks = container_networks(host_config["NetworkMode"], networking["EndpointsConfig"] or {},

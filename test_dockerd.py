@@ -12400,6 +12400,15 @@ def test_config_masked_paths():
     assert paths(SecurityOpt=["systempaths=unconfined"]) == ([], [])
 
 
+@pytest.mark.parametrize("given,options", [
+    ({"Privileged": True}, ["label=disable"]), ({"IpcMode": "host"}, ["label=disable"]),
+    ({"PidMode": "host"}, ["label=disable"]), ({"PidMode": "host", "SecurityOpt": []}, []), ({}, None),
+    ({"Privileged": True, "SecurityOpt": ["label=type:x"]}, ["label=type:x"]),
+])
+def test_config_has_no_labels_in_the_hosts_namespaces(given, options):
+    assert new_container({"HostConfig": given})[1]["SecurityOpt"] == options
+
+
 @pytest.mark.parametrize("body,text", [
     ({"Tty": "yes"}, "json: cannot unmarshal string into Go struct field ContainerConfigWrapper."
      "Tty of type bool"),
