@@ -18688,6 +18688,8 @@ def container_config(body: dict[str, Any], image_config: Optional[dict[str, Any]
     networking = decode_struct(members.get("networkingconfig"), "NetworkingConfig")
     _merge_image(config, image_config or {})
     _apply_defaults(host, defaults)
+    if config.get("NetworkDisabled") or host["NetworkMode"] == "bridge" and defaults.bridge == "none":
+        host["NetworkMode"], networking["EndpointsConfig"] = "none", None
     left_out = dict.fromkeys("Annotations ExposedPorts Init Mounts StopTimeout StorageOpt Tmpfs".split())
     check_rules(RULES, {**left_out, "Healthcheck": {}, **config, **host})
     _check_config(config)
@@ -22498,8 +22500,6 @@ class Build:
                 "Ulimits": self._json("ulimits", list, "error reading ulimit settings") or None,
                 **{key: env.get_int(name, 0) for key, name in numbers.items()},
                 **{key: str(env.get(name) or "") for key, name in texts.items()}}
-        if host["NetworkMode"] in ("", "default") and self.parts.config.bridge == "none":
-            host["NetworkMode"] = "none"  # as in Docker, where a container then has no network
         return host
 
     # Arguments

@@ -1514,6 +1514,21 @@ def test_cli_network_modes(docker: Docker) -> None:
     own = os.readlink(f"/proc/{docker.host.holder.pid}/ns/net")
     assert docker("run", "--rm", "--net", "host", "busybox", "readlink", "/proc/self/ns/net") == own
     assert docker("run", "--rm", "--net", "host", "busybox", "hostname") == os.uname().nodename
+    made = docker("create", "--net", "host", "busybox", "true")
+    assert docker("inspect", "-f", "{{.Config.Hostname}}", made) == os.uname().nodename
+
+
+def test_containers_whose_network_is_disabled(host: Host, bridgeless: Host) -> None:
+    """By themselves, be it the host's that they asked for, or as there is no bridge: they have a loopback."""
+    cases: list[tuple[Host, dict[str, Any]]] = [(bridgeless, {"HostConfig": {"NetworkMode": ""}})]
+    cases += [(host, {"NetworkDisabled": True, "HostConfig": {"NetworkMode": mode}})
+              for mode in ("bridge", "host")]
+    for daemon, config in cases:
+        assert daemon.run("sh", "-c", "ls /sys/class/net; ip route", **config) == (0, b"lo\n")
+    docker = Docker(docker_clis()[max(docker_clis())], bridgeless)
+    assert docker("run", "--name", "cli", "-p", "80", "busybox", "ls", "/sys/class/net") == "lo"
+    assert list(bridgeless.inspect("cli")["NetworkSettings"]["Networks"]) == ["none"]
+    docker("rm", "cli")
 
 
 def test_cli_limits_reach_the_cgroups(docker: Docker) -> None:
