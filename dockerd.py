@@ -10716,8 +10716,8 @@ def _device_lines(entries: Optional[Iterable[dict[str, Any]]], key: str) -> list
 
 
 def _cpu_time(resources: dict[str, Any]) -> tuple[int, int]:
-    """(period, quota) in microseconds; 0 for what is not set."""
-    if resources.get("NanoCpus"):
+    """(period, quota) in microseconds; 0 for what is not set.  A quota of -1 by an update lifts NanoCpus."""
+    if resources.get("NanoCpus") and (resources.get("CpuQuota") or 0) >= 0:
         return 100000, resources["NanoCpus"] // 10000
     return resources.get("CpuPeriod") or 0, resources.get("CpuQuota") or 0
 

@@ -1925,7 +1925,10 @@ def test_update_changes_what_the_kernel_enforces(host: Host) -> None:
     refused = host.http("POST", f"{API}/containers/changing/update", wrong)
     assert refused.status == 500 and "Invalid argument" in refused.json["message"]  # less than Memory
     assert host.inspect("changing")["HostConfig"] == config
-    host.api("POST", "/containers/changing/update", {"RestartPolicy": {"Name": "no"}})
+    host.api("POST", "/containers/changing/update", {"RestartPolicy": {"Name": "no"}, "CpuQuota": -1})
+    found = {read_text(f"{directory}/{name}").strip() for directory in directories
+             for name in ("cpu.cfs_quota_us", "cpu.max")}
+    assert found & {"-1", "max 100000"} and found <= {"-1", "max 100000", ""}
 
 
 def test_update_of_what_removes_itself(host: Host) -> None:
