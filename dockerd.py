@@ -19642,8 +19642,9 @@ class Container:
     # Links of the default bridge
 
     def links(self) -> list[tuple[Container, str]]:
-        """(container, alias) of each container that it is linked to."""
-        if self.host_config["NetworkMode"] != "bridge":
+        """(container, alias) of each container that it is linked to, while it is on the default bridge."""
+        if self.host_config["NetworkMode"] != "bridge" or (
+                "bridge" not in self.record["NetworkSettings"]["Networks"]):
             return []
         pairs = [link.partition(":")[::2] for link in self.host_config["Links"] or []]
         return [(self.parts.find(target.lstrip("/")), alias.rpartition("/")[2] or target.lstrip("/"))
@@ -19657,9 +19658,11 @@ class Container:
         rules: list[FirewallRule] = []
         for child, alias in self.links():
             there = child.sandbox.endpoints.get("bridge") if child.sandbox else None
-            if not child.state.running or there is None or not there.addresses:
+            if not child.state.running:
                 raise Conflict(f"Cannot link to a non running container: /{child.name} AS "
                                f"/{self.name}/{alias}")
+            if there is None or not there.addresses:
+                raise Conflict(f"Cannot link to /{child.name}, as it does not belong to the default network")
             assert self.sandbox is not None
             here, target = self.sandbox.endpoints["bridge"], there.addresses[0].ip
             names = dict.fromkeys((alias, child.config["Hostname"], child.name))
@@ -23508,8 +23511,11 @@ class ContainerJobs:
                             self._mount_points(config, host, False))
 
     def _check_links(self, host_config: dict[str, Any], name: str) -> None:
-        """Write links as inspect shows them; BadParameter for one whose target there is not."""
-        links = []
+        """Write links as inspect shows them; BadParameter for one whose target there is not.  On a user
+        network they are the endpoint's, mere names."""
+        mode, links = host_config["NetworkMode"], []
+        if mode not in PREDEFINED_NETWORKS and not mode.startswith("container:"):
+            host_config["Links"] = None
         for link in host_config["Links"] or []:
             target, _, alias = link.partition(":")
             if ":" in alias:

@@ -10620,6 +10620,18 @@ def test_links_open_what_icc_closes(busybox: bytes) -> None:
         assert docker("inspect", "-f", "{{.HostConfig.Links}}", "user") == "[/web:/user/db /web:/user/twice]"
         docker("rm", "-f", "user")
         assert "/32 " not in networked.shell("iptables -S")
+        docker("network", "create", "mine")
+        docker("run", "-d", "--name", "apart", "--net", "mine", "--link", "later:db", "busybox", "sleep",
+               NEVER)
+        assert docker("inspect", "-f", "{{.HostConfig.Links}}", "apart") == "[]"
+        docker("exec", "apart", "nslookup", "-type=a", "db", status=1)
+        docker("run", "-d", "--name", "later", "--net", "mine", "busybox", "sleep", NEVER)
+        docker("exec", "apart", "nslookup", "-type=a", "db")
+        docker("create", "--name", "user", "--link", "later:db", "busybox", "true")
+        assert "Cannot link to /later, as it does not belong to the default network" in docker.run(
+            "start", "user", status=1).stderr
+        docker("network", "disconnect", "bridge", "user")
+        docker("start", "-a", "user")
     finally:
         networked.close()
 
