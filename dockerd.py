@@ -18250,18 +18250,18 @@ class Streams:
                 self._paused.clear()
 
     def _finish(self) -> None:
-        """All output of the run has been read: end the log and the clients."""
+        """All output of the run has been read; its process may go on without streams."""
         with self.lock:
             if self._notes >= 0:
                 os.close(self._notes)
             self._notes = -1
-        if self.driver is not None:
-            self.driver.close()
         self.finished.set()
         self.on_finished()
 
-    def end_subscribers(self) -> None:
-        """Tell every client that the run is over."""
+    def end(self) -> None:
+        """The run is over: close the log, and tell every client."""
+        if self.driver is not None:
+            self.driver.close()
         with self.lock:
             for subscriber in self.subscribers:
                 subscriber.ended = True
@@ -20119,7 +20119,7 @@ class Container:
             cgroup, self.cgroup = self.cgroup, None
             self.execs.clear()
             self._end_waiters()
-            self.streams.end_subscribers()
+            self.streams.end()
             remove = self.host_config["AutoRemove"] and not (self.kept or state.restarting)
             self._clearing = True
         try:
@@ -20987,7 +20987,7 @@ class ExecInstance:
         if process is not None:
             self._give_up_timer()
             self.streams.close_stdin()
-            self.streams.end_subscribers()
+            self.streams.end()
             self.container.parts.background(process.forget)
             self.on_end()
 

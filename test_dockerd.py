@@ -11902,6 +11902,24 @@ def test_log_options_are_refused_as_docker_does(host: Host) -> None:
     assert host.cgroups() == [path for path in host.cgroups() if path.endswith(host.cgroup_parent)]
 
 
+def test_logs_are_followed_to_the_end_of_the_container(host: Host) -> None:
+    """Also where it has closed its streams long before."""
+    identity = host.create("sh", "-c", "echo one; exec >&- 2>&-; read x; sleep .2", OpenStdin=True)
+    host.api("POST", f"/containers/{identity}/start")
+    following = host.hijack(f"{API}/containers/{identity}/logs?stdout=1&follow=1", "GET", upgrade=False)
+    seen: list[Any] = []
+    thread = threading.Thread(target=lambda: seen.extend([
+        following.read_until(b"\r\n0\r\n\r\n"), host.inspect(identity)["State"]["Status"]]))
+    thread.start()
+    pid = host.inspect(identity)["State"]["Pid"]
+    wait_for(lambda: not {"1", "2"} & set(os.listdir(f"/proc/{pid}/fd")))
+    with contextlib.closing(host.hijack(f"{API}/containers/{identity}/attach?stream=1&stdin=1")) as stream:
+        stream.send(b"x\n")
+        thread.join()
+    assert b"one\n" in seen[0] and seen[1] == "exited"
+    following.close()
+
+
 def test_the_daemon_s_log_options(new_host: Callable[..., Host], busybox: bytes) -> None:
     """They are the default of containers with the same driver."""
     host = new_host("--log-driver", "local", "--log-opt", "max-size=5k", "--log-opt", "max-file=2")
