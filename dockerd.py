@@ -17236,6 +17236,8 @@ class FileLog:
             return
         data = self._form.encode(record)
         with self.condition:
+            if self._fd >= 0:
+                self._size = os.fstat(self._fd).st_size  # less than before, where somebody has emptied it
             while data and self._fd >= 0:
                 room = self._rotation.size - self._size
                 if self._rotation.size > 0 and room <= 0 and self._rotate():
@@ -17408,6 +17410,9 @@ class LogReader:
         while not self.cancelled.is_set():
             with self.source.condition:
                 last, closed = len(self.files) == 1, self.source.closed or not self.follow
+            if os.fstat(file.fileno()).st_size < file.tell():  # somebody has emptied it
+                file.seek(0)
+                rest = b""
             limit = self._end - file.tell() if last and not self.follow else 1 << 16
             data = file.read(max(0, min(1 << 16, limit)))
             if data:
@@ -17419,7 +17424,7 @@ class LogReader:
                 with self.source.condition:
                     self.source.condition.wait_for(
                         lambda: self.source.closed or self.cancelled.is_set() or len(self.files) > 1
-                        or os.fstat(file.fileno()).st_size > file.tell())
+                        or os.fstat(file.fileno()).st_size != file.tell())
 
 
 # Log servers

@@ -11810,6 +11810,25 @@ def test_following_over_rotations_misses_nothing(host: Host, kind: str, options:
     assert logged_lines(host, f"&since={time.time() + 3600:.0f}") == []
 
 
+@pytest.mark.parametrize("kind, name", [("json-file", "{}-json.log"), ("local", "local-logs/container.log")])
+def test_a_log_that_somebody_empties(host: Host, kind: str, name: str) -> None:
+    """It goes on from there, rotates by what is in it, and who follows it gets all that comes."""
+    config = {"Type": kind, "Config": {"max-size": "1k", "max-file": "2"}}
+    identity = host.create("sh", "-c", "while read x; do echo $x; done", OpenStdin=True, name="logged",
+                           HostConfig={"LogConfig": config})
+    path = os.path.join(host.data_root, "containers", identity, name.format(identity))
+    host.api("POST", f"/containers/{identity}/start")
+    streams = [host.hijack(f"{API}/containers/logged/{query}", method) for method, query in (
+        ("POST", "attach?stdin=1&stream=1"), ("GET", "logs?stdout=1&follow=1"))]
+    with contextlib.closing(streams[0]) as stdin, contextlib.closing(streams[1]) as follower:
+        for text in (b"x" * 700, b"y" * 500, b"z" * 300):
+            stdin.send(text + b"\n")
+            follower.read_until(text + b"\n")
+            assert logged_lines(host) == [text]
+            os.truncate(path, 0)
+    assert not [other for other in os.listdir(os.path.dirname(path)) if ".log." in other]
+
+
 def test_a_torn_log_is_mended(host: Host) -> None:
     """What a power cut tore at the end of a log goes with the next start, and the rest is read."""
     for kind, name in (("json-file", "{}-json.log"), ("local", "local-logs/container.log")):
