@@ -42,7 +42,7 @@ LIST_PYTHONS = for directory in $$(echo "$$PATH" | tr : ' ') $$HOME/.pyenv/versi
 VM_PACKAGES := apparmor btrfs-progs busybox-static ca-certificates conmon dbus debootstrap e2fsprogs gcc git initramfs-tools iproute2 \
 	iptables libc6-dev libdevmapper1.02.1 libseccomp2 linux-image-$(shell dpkg --print-architecture) make openssl \
 	nftables procps python3 python3-cffi python3-dev python3-docker python3-ply python3-pytest python3-pytest-timeout \
-	python3-setuptools python3-venv python3-yaml runc systemd systemd-sysv xfsprogs
+	python3-setuptools python3-venv python3-yaml runc systemd systemd-sysv xfsprogs xz-utils
 # The virtual environments of the oldest and of the newest Python.
 OLDEST = $$(head -n 1 $(CACHE)/environments)
 NEWEST = $$(tail -n 1 $(CACHE)/environments)
