@@ -13792,6 +13792,7 @@ class BridgeRule(NamedTuple):
     masquerade: bool     # they reach the world under the host's address
     internal: bool       # they reach nothing else
     mode: str = "nat"    # the gateway mode
+    source: Optional[IPAddress] = None   # of the host's, under which they reach the world
 
     @property
     def version(self) -> int:
@@ -13977,7 +13978,7 @@ class Iptables(Firewall):
         ("routed", "filter", "-I", "DOCKER-ISOLATION-STAGE-1",
          "-i {0.bridge} -m conntrack --ctstate RELATED,ESTABLISHED -j RETURN"),
         ("apart", "filter", "-I", "DOCKER-ISOLATION-STAGE-2", "-o {0.bridge} -j DROP"),
-        ("masquerade", "nat", "-I", "POSTROUTING", "-s {0.subnet} ! -o {0.bridge} -j MASQUERADE"),
+        ("masquerade", "nat", "-I", "POSTROUTING", "-s {0.subnet} ! -o {0.bridge} -j {leaving}"),
         ("proxied", "nat", "-I", "DOCKER", "-i {0.bridge} -j RETURN"),
         ("direct", "filter", "-I", "DOCKER-ISOLATION-STAGE-2",
          "-o {0.bridge} -m conntrack --ctstate DNAT -j RETURN"),
@@ -14038,7 +14039,8 @@ class Iptables(Firewall):
             if not rule.internal:
                 holds |= {"unprotected" if rule.mode == "nat-unprotected" else "protected"}
                 holds |= {"routed" if rule.mode == "routed" else "apart"}
-                words = {"icmp": "icmp" if rule.version == 4 else "ipv6-icmp"}
+                words = {"icmp": "icmp" if rule.version == 4 else "ipv6-icmp",
+                         "leaving": f"SNAT --to-source {rule.source}" if rule.source else "MASQUERADE"}
                 holds |= {"masquerade"} if rule.masquerade else set()
                 holds |= {"proxied"} if self.proxied else {"direct", f"direct {rule.version}"}
         elif isinstance(rule, PortRule):
@@ -14202,8 +14204,10 @@ class Nftables(Firewall):
             lines.append(("forward", inward + (accept if unprotected else drop)))
             source = nft_network(rule.subnet, False)
             if rule.masquerade and not rule.internal:
-                lines.append(("postrouting", source + nft_interface(rule.bridge, True, False)
-                              + nft_expression("masq")))
+                leaving = nft_expression("masq") if rule.source is None else (nft_immediate(
+                    rule.source.packed) + nft_expression("nat", a1=0, a2=int(ip_family(version)),
+                                                         a3=NFT_REGISTER))
+                lines.append(("postrouting", source + nft_interface(rule.bridge, True, False) + leaving))
             if not self.proxied:  # who reaches itself or a neighbour by the host's port, and loopback
                 local = nft_expression("fib", a1=NFT_REGISTER, a2=3, a3=1) + nft_compare(struct.pack("=I", 2))
                 lines += [("postrouting", who + inward + nft_ct(2, IPS_DST_NAT) + nft_expression("masq"))
@@ -14686,8 +14690,16 @@ def _parse_mtu(text: str) -> int:
     return int(text)
 
 
+def _parse_prefix(text: str) -> str:
+    if not re.fullmatch(r"[a-z][\w.-]{0,10}", text, re.ASCII | re.IGNORECASE):
+        raise BadParameter("no beginning of a link's name")
+    return text
+
+
 # How options of networks are read
 OPTION_TYPES: dict[str, Callable[[str], Any]] = {
+    "com.docker.network.host_ipv4": parse_ip, "com.docker.network.host_ipv6": parse_ip,
+    "com.docker.network.container_iface_prefix": _parse_prefix,
     "com.docker.network.driver.mtu": _parse_mtu, BRIDGE_OPTION + "host_binding_ipv4": parse_ip,
     **{BRIDGE_OPTION + name: parse_bool for name in ("enable_icc", "enable_ip_masquerade", "inhibit_ipv4")}}
 LINK_MODES = {"macvlan": {"": 4, "bridge": 4, "passthru": 8, "private": 1, "vepa": 2},
@@ -14810,10 +14822,13 @@ class Network:
         if self.driver != "bridge":
             return []
         icc, masquerade = self.switch("enable_icc", True), self.switch("enable_ip_masquerade", True)
-        listed = [(pool.subnet, "nat" if self.internal else self.gateway_mode(pool.subnet.version))
-                  for pool in self.pools]
-        return [BridgeRule(self.bridge, subnet, icc, masquerade and mode != "routed", self.internal, mode)
-                for subnet, mode in listed]
+        rules: list[FirewallRule] = []
+        for subnet in (pool.subnet for pool in self.pools):
+            mode = "nat" if self.internal else self.gateway_mode(subnet.version)
+            source = _address(self.options.get(f"com.docker.network.host_ipv{subnet.version}", ""))
+            rules.append(BridgeRule(self.bridge, subnet, icc, masquerade and mode != "routed", self.internal,
+                                    mode, source if source and source.version == subnet.version else None))
+        return rules
 
     def to_api(self, containers: bool = True) -> dict[str, Any]:
         """The network as inspect shows it; a list leaves the containers out."""
@@ -15151,10 +15166,12 @@ class Sandbox:
 
     def _make_links(self, endpoints: list[Endpoint], first: bool = False) -> None:
         """Make the links, and set them up inside in one go."""
-        numbers = itertools.count()
         used = {endpoint.link for endpoint in self.endpoints.values()}
         for endpoint in endpoints:
-            endpoint.link = next(name for name in (f"eth{number}" for number in numbers) if name not in used)
+            prefix = endpoint.network.options.get("com.docker.network.container_iface_prefix") or "eth"
+            names = (f"{prefix}{number}" for number in itertools.count())
+            endpoint.link = next(name for name in names if name not in used)
+            used.add(endpoint.link)
         host, six = netlink_socket(), any(endpoint.has_ipv6 for endpoint in endpoints)
 
         def set_ipv6(link: str, on: bool) -> None:

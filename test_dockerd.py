@@ -9848,6 +9848,30 @@ def test_gateway_modes(networked: Networked) -> None:
     networked.await_idle()
 
 
+def test_how_a_network_goes_out(networked: Networked) -> None:
+    """Under the host's address that an option names, by links of the name that another one begins."""
+    docker, option = networked.docker, "com.docker.network."
+    networked.shell("ip addr add 10.99.0.77/24 dev up0")
+    docker("network", "create", "-o", option + "host_ipv4=10.99.0.77",
+           "-o", option + "container_iface_prefix=lan", "out")
+    docker("run", "-d", "--name", "one", "--net", "out", "busybox", "sleep", NEVER)
+    docker("network", "connect", "bridge", "one")
+    assert re.findall(r": (\w+\d)@", docker("exec", "one", "ip", "link")) == ["lan0", "eth0"]
+    docker("network", "disconnect", "bridge", "one")
+    with open(f"/proc/{networked.neighbour.pid}/ns/net") as namespace:
+        listener = dockerd.in_network(namespace.fileno(), socket.create_server, (OUTSIDE, 9998))
+    with listener:
+        docker("exec", "-d", "one", "nc", OUTSIDE, "9998")
+        listener.settimeout(20)
+        client, address = listener.accept()
+        client.close()
+        assert (address[0] == "10.99.0.77") == (backend_of(networked) != "none")
+    docker("rm", "-f", "one")
+    docker("network", "rm", "out")
+    networked.shell("ip addr del 10.99.0.77/24 dev up0")
+    networked.await_idle()
+
+
 def test_a_network_that_is_routed_to(networked: Networked) -> None:
     """Others reach the published ports of a container, and no port of the host's, from outside and from other
     networks; the container goes out under its own address.  A port of the host's is taken as soon as the
@@ -10694,6 +10718,8 @@ def test_networks_that_cannot_be(host: Host) -> None:
             ({bridge + "enable_icc": "maybe"}, 400, f"failed to parse {bridge}enable_icc value: maybe "
              '(strconv.ParseBool: parsing "maybe": invalid syntax)'),
             ({bridge + "host_binding_ipv4": "nix"}, 400, "failed to parse"),
+            ({"com.docker.network.host_ipv4": "nix"}, 400, "failed to parse"),
+            ({"com.docker.network.container_iface_prefix": "a/b"}, 400, "no beginning of a link's name"),
             *(({bridge + "name": name}, 400, "invalid bridge name " + name)
               for name in ("br%d", "br+", "a b", "a\nb", "..", "-x", '"x', "!x", "a" * 16))):
         answer = host.http("POST", "/networks/create", {"Name": "odd", "Options": options})
