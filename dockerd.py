@@ -15055,9 +15055,9 @@ class Sandbox:
             self.sockets[ipaddress.ip_address(each.getsockname()[0]), published.protocol, port] = each
         return published._replace(port=port)
 
-    def _without_port(self, published: Published) -> Published:
-        """It, with its port free for others; nothing leads to it any more."""
-        if published.port:
+    def _free_ports(self) -> None:
+        """The ports are free for others; nothing leads to them any more."""
+        for published in [published for published in self.published if published.port]:
             for host in published.hosts:
                 bound = self.sockets.pop((host, published.protocol, published.port), None)
                 if bound is not None:
@@ -15066,7 +15066,7 @@ class Sandbox:
             if published.protocol == "udp":
                 with contextlib.suppress(OSError):
                     forget_flows(PROTOCOLS["udp"], published.port)
-        return published._replace(port=0)
+        self.published = []
 
     def _gate(self, host: IPAddress) -> Optional[Endpoint]:
         """The endpoint to which the host passes what comes to its address."""
@@ -15109,8 +15109,8 @@ class Sandbox:
                         (rule.host, rule.protocol, rule.port), None))
                 if rule.protocol == "udp":
                     forget_flows(PROTOCOLS["udp"], rule.port)
-        self.published = [published if self._gate(published.hosts[0]) else self._without_port(published)
-                          for published in self.published]
+        if not any(self._gate(published.hosts[0]) for published in self.published):
+            self._free_ports()
 
     def _unpublish(self, stale: list[FirewallRule]) -> None:
         """Let the proxy serve no port of `stale` that the container has not got by another rule."""
@@ -15232,7 +15232,8 @@ class Sandbox:
                 if binding["HostPort"]:
                     by_port.setdefault((name, int(binding["HostPort"])), []).append(host)
                 else:
-                    self.published.append(Published(name, [host]))
+                    asked = (self.bindings.get(name) or [{}])[0].get("HostPort") or ""
+                    self.published.append(Published(name, [host], *_port_range(asked)))
         for (name, port), hosts in by_port.items():
             self.published.append(Published(name, hosts, port=port))
             networks.ports.hold(self.published[-1].protocol, hosts, port)
@@ -15321,7 +15322,7 @@ class Sandbox:
         """The rules are gone: so go the proxy's ports, and all is free for others."""
         stale, self.rules = self.rules, []
         self._unpublish(stale)
-        self.published = [self._without_port(published) for published in self.published]
+        self._free_ports()
         for endpoint in endpoints:
             endpoint.network.give_back(endpoint)
 
@@ -19549,8 +19550,9 @@ class Container:
             for name, settings in recorded["Networks"].items():
                 with contextlib.suppress(NotFound):
                     self.sandbox.adopt(self.parts.networks.find(name), settings)
-            unmade = self.sandbox.resume(pid, recorded["Ports"], kept, *self._name_servers())
             self.sandbox.bindings = self._port_bindings()
+            unmade = self.sandbox.resume(pid, recorded["Ports"], kept, *self._name_servers())
+            self._record_ports()
             if unmade:
                 lines = self._own_lines()
                 edit_hosts(self.record["HostsPath"], lines, lines)

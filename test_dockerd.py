@@ -10198,6 +10198,11 @@ def test_what_a_daemon_leaves_it_finds_again(busybox: bytes) -> None:
         third = docker("run", "-d", "--net", "mine", "busybox", "sleep", NEVER)
         taken = [each["IPv4Address"] for each in host.api("GET", "/networks/mine")["Containers"].values()]
         assert len(set(taken)) == 3, taken
+        for change in ("disconnect", "connect"):
+            docker("network", change, "mine", "web")
+            shown = "80/tcp -> 0.0.0.0:8080\n80/tcp -> [::]:8080" if change == "connect" else ""
+            assert docker("port", "web") == shown
+        assert networked.shell(FETCH.format("127.0.0.1", 8080)) == "web\n"
         docker("rm", "-f", "web", "user", "wide", third)
         docker("network", "rm", "mine", "wide")
         networked.await_idle()
