@@ -3526,6 +3526,8 @@ def test_on_failure_restarts_so_many_times(host: Host) -> None:
         host.create("sh", "-c", f"exit {code}", name=name, HostConfig={"RestartPolicy": policy})
         host.api("POST", f"/containers/{name}/start")
     wait_for(lambda: host.inspect("fails")["State"]["Status"] == "exited")
+    for name in ("fails", "ends"):  # which answers when the end has been told
+        host.api("POST", f"/containers/{name}/wait")
     shown = host.inspect("fails")
     assert (shown["RestartCount"], shown["State"]["ExitCode"]) == (2, 3)
     assert events_since(host, start, container=["fails"])[1:] == [
