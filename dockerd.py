@@ -19081,16 +19081,22 @@ def endpoint_settings(given: dict[str, Any]) -> dict[str, Any]:
 
 def container_networks(mode: str, given: dict[str, dict[str, Any]], mac: str,
                        networks: Networks) -> dict[str, dict[str, Any]]:
-    """The networks of a new container by name: that of its network mode first, then others that its request
-    has settings for."""
+    """The networks of a new container by name: those that its request has settings for, that of its network
+    mode first, or else this alone."""
     if mode.startswith("container:"):
         return {}
-    named: dict[str, dict[str, Any]] = {}
-    for name, settings in {mode: given.get("default") or {}, **given}.items():
+
+    def name_of(name: str) -> str:
         with contextlib.suppress(NotFound):
-            name = networks.find("bridge" if name == "default" else name).name
-        named[name] = endpoint_settings({**named.get(name, {}), **settings})
-    first = next(iter(named))
+            return networks.find("bridge" if name == "default" else name).name
+        return name
+
+    named = {name_of(name): endpoint_settings(settings) for name, settings in (given or {mode: {}}).items()}
+    first = name_of(mode) if name_of(mode) in named else next(iter(named))
+    named = {first: named[first], **named}
+    if mac and named[first]["DesiredMacAddress"] not in ("", mac):
+        raise BadParameter("the container-wide MAC address must match the endpoint-specific MAC address for "
+                           "the main network, or be left empty")
     named[first]["DesiredMacAddress"] = named[first]["DesiredMacAddress"] or mac
     for name, settings in named.items():
         with contextlib.suppress(NotFound):

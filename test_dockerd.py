@@ -2853,6 +2853,23 @@ def test_networks_come_and_go_and_leave_nothing(host: Host) -> None:
     host.api("DELETE", "/networks/come")
 
 
+def test_the_networks_of_a_new_container(host: Host) -> None:
+    """Those that the request has settings for and no other, as many clients give no network mode with them;
+    that of the mode is the first."""
+    for name in ("some", "other"):
+        host.api("POST", "/networks/create", {"Name": name})
+    for mode, given, shown in (
+            ("", ("some",), ["some"]), ("other", ("some",), ["some"]), ("", (), ["bridge"]),
+            ("some", ("other", "some"), ["some", "other"]), ("", ("default",), ["bridge"])):
+        made = host.api("POST", "/containers/create", {
+            "Image": "busybox", "HostConfig": {"NetworkMode": mode},
+            "NetworkingConfig": {"EndpointsConfig": {name: {} for name in given}}})["Id"]
+        assert list(host.inspect(made)["NetworkSettings"]["Networks"]) == shown, (mode, given)
+        host.api("DELETE", f"/containers/{made}")
+    for name in ("some", "other"):
+        host.api("DELETE", f"/networks/{name}")
+
+
 def test_the_first_network_of_a_running_container(host: Host) -> None:
     host.api("POST", "/networks/create", {"Name": "come"})
     since, network = time.time(), urllib.parse.quote('{"type":["network"]}')
