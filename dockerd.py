@@ -13815,6 +13815,9 @@ class LinkRule(NamedTuple):
 FirewallRule = Union[BridgeRule, PortRule, LinkRule]
 
 
+MANY_RULES = 200  # of these iptables finds each in more time than it takes to write all anew
+
+
 class FirewallChange:
     """Rules to be added and removed, and what to do then; `error` where it could not be carried out."""
 
@@ -13880,6 +13883,9 @@ class Firewall:
             del self.rules[rule]
         self.rules.update(dict.fromkeys(fresh))
         try:
+            if len(stale) > MANY_RULES:
+                self._rebuild()
+                return
             for version in sorted({rule.version for rule in fresh + stale}):
                 self._change(version, *([rule for rule in rules if rule.version == version]
                                         for rules in (fresh, stale)))

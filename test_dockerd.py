@@ -10350,6 +10350,8 @@ def test_one_iptables_restore_is_kept(
     monkeypatch.setenv("PATH", iptables_path(variant, str(tmp_path / "programs")))
     target, everywhere = ipaddress.ip_address("172.17.0.2"), ipaddress.ip_address("0.0.0.0")
     ports = [dockerd.PortRule("docker0", "tcp", everywhere, port, target, 80) for port in range(8000, 8005)]
+    many: list[Any] = [dockerd.PortRule("docker0", "tcp", everywhere, port, target, port)
+                       for port in range(1, dockerd.MANY_RULES + 3)]
 
     def run(*command: str) -> str:
         return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -10378,7 +10380,10 @@ def test_one_iptables_restore_is_kept(
         with pytest.raises(dockerd.DockerError, match="cannot set the firewall's rules: .*nonsense"):
             firewall.change([ports[4]._replace(bridge="-m nonsense")])
         assert sorted(published()) == ["8002", "8003"]
-        firewall.change((), ports)
+        firewall.change(many)
+        firewall.change((), many[1:])
+        assert len(run("iptables", "-t", "nat", "-S", "DOCKER").splitlines()) == 4  # the chain's own line too
+        firewall.change((), ports + many)
         kept = firewall.kept["iptables-restore"].process
         firewall.close()
         assert not published() and kept.returncode is not None
