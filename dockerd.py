@@ -20645,7 +20645,15 @@ class Container:
                 "NetworkSettings": network_settings(record["NetworkSettings"], self.sandbox, self.state.pid)}
 
     def _sizes(self, asked: bool) -> dict[str, int]:
-        return dict(zip(("SizeRw", "SizeRootFs"), self.parts.layers.rw_size(self.id))) if asked else {}
+        return dict(zip(("SizeRw", "SizeRootFs"), self.sizes())) if asked else {}
+
+    def sizes(self) -> tuple[int, int]:
+        """The bytes that it wrote, and those with its image's; zeros, as in Docker, where nobody can tell: it
+        may be removed at this moment."""
+        sizes = 0, 0
+        with noted(log.debug, f"cannot measure the container {self.id}", OSError, DockerError):
+            sizes = self.parts.layers.rw_size(self.id)
+        return sizes
 
     def usage(self, system: dict[str, int]) -> dict[str, Any]:
         """One sample of what it uses, in the shape of GET /containers/ID/stats, with `system` among its
@@ -23650,7 +23658,7 @@ class ContainerJobs:
                         or not container_matches(container, filters, self.images):
                     continue
                 try:
-                    size = container.parts.layers.rw_size(container.id)[0]
+                    size = container.sizes()[0]
                     container.remove()
                 except DockerError as error:  # started or removed meanwhile
                     log.warning("failed to prune container %s: %s", container.id, error)

@@ -3799,6 +3799,21 @@ def test_prune(host: Host) -> None:
     assert prune("{}")["ContainersDeleted"] == [names["two"]] and host.inspect(running)["State"]["Running"]
 
 
+def test_a_container_without_a_size_hides_no_other(host: Host) -> None:
+    """The list, an inspection and df go on where one is removed while it is measured."""
+    names = {host.create("true", name=name): name for name in ("going", "staying")}
+    upper = host.inspect("going")["GraphDriver"]["Data"]["UpperDir"]
+    os.rename(upper, upper + ".away")
+    try:
+        for listed in (host.api("GET", "/containers/json?all=1&size=1"), host.api(
+                "GET", "/system/df?type=container")["Containers"]):
+            assert {names[one["Id"]]: one["SizeRootFs"] > 0 for one in listed} == {
+                "going": False, "staying": True}
+        assert host.api("GET", "/containers/going/json?size=1")["SizeRw"] == 0
+    finally:
+        os.rename(upper + ".away", upper)
+
+
 # Requests about a container, and about one that is not there, for which the real dockerd looks at the request
 # first.  Ours refuses with the same words; what the client got wrong is never 500, as in later versions.
 REFUSED: list[tuple[str, str, Any]] = [
