@@ -17393,10 +17393,14 @@ class LogReader:
                 with self.source.condition:
                     self.files.popleft().close()
         finally:
-            with self.source.condition:
-                self.source.followers.discard(self)
-                while self.files:
-                    self.files.pop().close()
+            self.close()
+
+    def close(self) -> None:
+        """Let the files go."""
+        with self.source.condition:
+            self.source.followers.discard(self)
+            while self.files:
+                self.files.pop().close()
 
     def _skip(self, count: int) -> None:
         """Go to where the last `count` entries begin."""
@@ -18040,7 +18044,7 @@ class Subscriber:
         """`past` is for what past() tells: the log's files stay open for it."""
         self.streams, self.wanted = streams, wanted
         file = streams.driver.file if past and streams.driver is not None else None
-        self._past = file.read() if file is not None else iter(())
+        self._past = LogReader(file, False, threading.Event()) if file is not None else None
         self._partial = [(stream, cutter.rest) for stream, cutter in streams.cutters.items()
                          if file and cutter.rest]
         self.chunks: collections.deque[tuple[int, bytes]] = collections.deque()
@@ -18061,7 +18065,8 @@ class Subscriber:
 
     def past(self) -> Iterator[tuple[int, bytes]]:
         """(stream, bytes) of all that was printed before it subscribed, as far as the log has it."""
-        yield from ((entry.stream, entry.text) for entry in self._past)
+        for entry in self._past.entries(-1, 0, 0) if self._past is not None else ():
+            yield entry.stream, entry.text
         yield from self._partial
 
     def wake(self) -> None:
@@ -18160,6 +18165,8 @@ class Subscriber:
                 self._timer.cancel()
             if self._spool is not None:
                 self._spool.close()
+        if self._past is not None:  # now, and not when somebody collects what a lost client has left
+            self._past.close()
         self.streams.drained()
 
 

@@ -2633,6 +2633,26 @@ def test_no_log_waits_in_memory_for_a_slow_client() -> None:
         assert max(waiting) < 1 << 19
 
 
+def test_a_lost_clients_log_is_closed_at_once(tmp_path: Path) -> None:
+    """Wherever it was, and who ever still holds the generator: no rotated file waits for a collection."""
+    log = dockerd.FileLog(str(tmp_path / "log"), dockerd.JsonLines, dockerd.json_file_rotation)
+    log.open(dockerd.LogInfo({}, "id", "/c", "", "", "", "", {}, []))
+    log.write(dockerd.LogRecord(1, 1, b"one\ntwo\n"))
+    streams = dockerd.Streams(Mock(), log)
+
+    def opened() -> int:
+        return sum(os.readlink(f"/proc/self/fd/{fd}") == log.path for fd in os.listdir("/proc/self/fd")
+                   if os.path.islink(f"/proc/self/fd/{fd}"))
+
+    for begun in (False, True):
+        subscriber = streams.subscribe({1}, past=True)
+        past = subscriber.past()
+        assert opened() == 2 and (not begun or next(past) == (1, b"one\n"))
+        subscriber.close()
+        assert opened() == 1
+    log.close()
+
+
 def test_input_goes_to_no_other_file(tmp_path: Path) -> None:
     """What a client sends while the container ends, and its input's number is given to the next file."""
     for attachment, _, _ in attachment_of_two():
