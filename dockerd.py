@@ -15564,9 +15564,11 @@ class Networks:
         write_setting(f"/proc/sys/net/ipv6/conf/{name}/disable_ipv6", "0" if six else "1")
         if not self.firewall.proxied:
             write_setting(f"/proc/sys/net/ipv4/conf/{name}/route_localnet", "1")
-        if not network.switch("enable_icc", True):
-            load_module("br_netfilter")
-            write_setting("/proc/sys/net/bridge/bridge-nf-call-iptables", "1")
+        if not (network.switch("enable_icc", True) and self.firewall.proxied):
+            load_module("br_netfilter")  # what its containers send each other passes the rules, too
+            for pool in network.pools:
+                tool = "iptables" if pool.subnet.version == 4 else "ip6tables"
+                write_setting(f"/proc/sys/net/bridge/bridge-nf-call-{tool}", "1")
         there = list_addresses(index)
         bare = network.switch("inhibit_ipv4", False)
         wanted = [pool.interface(pool.gateway) for pool in network.pools

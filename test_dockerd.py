@@ -10518,6 +10518,7 @@ def test_without_the_proxy(busybox: bytes, backend: str) -> None:
     networked = Networked("--userland-proxy=false", *BACKENDS[backend])
     docker, host = networked.docker, networked.host
     try:
+        networked.shell("echo 0 > /proc/sys/net/bridge/bridge-nf-call-iptables", False)  # where it is loaded
         networked.start(busybox)
         docker("network", "create", "other")
         docker("run", "-d", "--name", "web", "--hostname", "web", "-p", "8080:80", *SERVE)
