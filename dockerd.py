@@ -1186,21 +1186,28 @@ def in_network(namespace: int, function: Callable[..., Any], *arguments: Any) ->
     return in_thread(body)
 
 
-def forget_flows(protocol: int, port: int) -> None:
-    """Make the kernel forget the flows to `port` of this machine that it translates or passes: those of UDP
-    would otherwise never see a new rule.  The kernel finds them.  Source: nfnetlink_conntrack.h."""
-    wanted = attribute(CTA_TUPLE_ORIG | NLA_F_NESTED, attribute(
-        CTA_TUPLE_PROTO | NLA_F_NESTED, attribute(CTA_PROTO_NUM, bytes([protocol])),
-        attribute(CTA_PROTO_DST_PORT, struct.pack(">H", port))))
-    what = attribute(CTA_FILTER | NLA_F_NESTED, attribute(
-        CTA_FILTER_ORIG_FLAGS, CTA_FILTER_PROTO_NUM | CTA_FILTER_PROTO_DST_PORT))
-    for family in (socket.AF_INET, socket.AF_INET6):
+def forget_flows(protocol: int, ports: set[int]) -> None:
+    """Make the kernel forget the flows to `ports` of this machine that it translates or passes: those of UDP
+    would otherwise never see a new rule.  It finds those of one port itself; to look through all it takes as
+    long for one as for many.  Without this interface nothing is done.  Source: nfnetlink_conntrack.h."""
+    place = attribute(CTA_PROTO_NUM, bytes([protocol]))
+    flags = CTA_FILTER_PROTO_NUM
+    if len(ports) == 1:
+        place += attribute(CTA_PROTO_DST_PORT, struct.pack(">H", *ports))
+        flags |= CTA_FILTER_PROTO_DST_PORT
+    wanted = attribute(CTA_TUPLE_ORIG | NLA_F_NESTED, attribute(CTA_TUPLE_PROTO | NLA_F_NESTED, place))
+    wanted += attribute(CTA_FILTER | NLA_F_NESTED, attribute(CTA_FILTER_ORIG_FLAGS, flags))
+    for family in (socket.AF_INET, socket.AF_INET6) if ports else ():
         head = struct.pack("=BxH", family, 0)
-        for body in list(netlink_dump(IPCTNL_MSG_CT_GET, head + wanted + what, NETLINK_NETFILTER)):
-            flow = attribute(CTA_TUPLE_ORIG | NLA_F_NESTED, attributes(body[4:]).get(CTA_TUPLE_ORIG, b""))
-            with contextlib.suppress(OSError):  # it may have ended meanwhile
-                netlink_batch([netlink_message(IPCTNL_MSG_CT_DELETE, head + flow)],
-                              netlink_socket(NETLINK_NETFILTER))
+        with contextlib.suppress(OSError):
+            for body in list(netlink_dump(IPCTNL_MSG_CT_GET, head + wanted, NETLINK_NETFILTER)):
+                flow = attributes(body[4:]).get(CTA_TUPLE_ORIG, b"")
+                port = attributes(attributes(flow).get(CTA_TUPLE_PROTO, b"")).get(CTA_PROTO_DST_PORT, b"")
+                if int.from_bytes(port, "big") in ports:
+                    gone = head + attribute(CTA_TUPLE_ORIG | NLA_F_NESTED, flow)
+                    with contextlib.suppress(OSError):  # it may have ended meanwhile
+                        netlink_batch([netlink_message(IPCTNL_MSG_CT_DELETE, gone)],
+                                      netlink_socket(NETLINK_NETFILTER))
 
 
 # nf_tables.  A table's messages go in one batch, which the kernel carries out as a whole or not at all.  An
@@ -15067,9 +15074,8 @@ class Sandbox:
                 if bound is not None:
                     bound.close()
             self.networks.ports.give_back(published.protocol, published.hosts, published.port)
-            if published.protocol == "udp":
-                with contextlib.suppress(OSError):
-                    forget_flows(PROTOCOLS["udp"], published.port)
+        forget_flows(PROTOCOLS["udp"], {published.port for published in self.published
+                                        if published.port and published.protocol == "udp"})
         self.published = []
 
     def _gate(self, host: IPAddress) -> Optional[Endpoint]:
@@ -15107,12 +15113,11 @@ class Sandbox:
         self.rules = rules
         self._unpublish(stale)
         for rule in fresh:
-            if isinstance(rule, PortRule) and rule.port:
-                if networks.firewall.proxied:
-                    networks.proxy.publish(self._proxy_key(rule), rule, self.sockets.pop(
-                        (rule.host, rule.protocol, rule.port), None))
-                if rule.protocol == "udp":
-                    forget_flows(PROTOCOLS["udp"], rule.port)
+            if isinstance(rule, PortRule) and rule.port and networks.firewall.proxied:
+                networks.proxy.publish(self._proxy_key(rule), rule, self.sockets.pop(
+                    (rule.host, rule.protocol, rule.port), None))
+        forget_flows(PROTOCOLS["udp"], {rule.port for rule in fresh if isinstance(rule, PortRule)
+                                        and rule.port and rule.protocol == "udp"})
         if not any(self._gate(published.hosts[0]) for published in self.published):
             self._free_ports()
 

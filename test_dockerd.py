@@ -9994,21 +9994,26 @@ ASK = ("import socket; s = socket.socket(type=socket.SOCK_DGRAM); s.settimeout(5
 
 
 def test_udp_through_a_published_port(networked: Networked) -> None:
-    """Datagrams go both ways, by loopback through the proxy and by the neighbour through the kernel."""
+    """Datagrams go both ways, by loopback through the proxy and by the neighbour through the kernel, also to
+    the next container that has the port, from a client that the kernel knows."""
     docker = networked.docker
-    docker("run", "-d", "--name", "echo", "-p", "5353:53/udp", "busybox", "sleep", NEVER)
-    pid = docker("inspect", "-f", "{{.State.Pid}}", "echo")
-    server = subprocess.Popen(["nsenter", "-t", pid, "-n", sys.executable, "-c", ECHO],
-                              stdout=subprocess.PIPE)
-    try:
-        assert server.stdout and server.stdout.readline()
-        for place in ("127.0.0.1", HOST_ADDRESS):
-            assert networked.shell(f'{sys.executable} -c "{ASK.format(place)}"') == "hello\n"
-        assert networked.from_outside(f'{sys.executable} -c "{ASK.format(HOST_ADDRESS)}"') == "hello\n"
-    finally:
-        server.kill()
-        server.communicate()
-    docker("rm", "-f", "echo")
+    known = ASK.replace("s.settimeout", "s.bind(('', 4444)); s.settimeout")
+    for name, ports in ("one", ()), ("two", ("-p", "5354:54/udp")), ("three", ("-p", "5354:54/udp")):
+        docker("run", "-d", "--name", name, "-p", "5353:53/udp", *ports, "busybox", "sleep", NEVER)
+        pid = docker("inspect", "-f", "{{.State.Pid}}", name)
+        server = subprocess.Popen(["nsenter", "-t", pid, "-n", sys.executable, "-c", ECHO],
+                                  stdout=subprocess.PIPE)
+        try:
+            assert server.stdout and server.stdout.readline()
+            for place in ("127.0.0.1", HOST_ADDRESS) if name == "one" else ():
+                assert networked.shell(f'{sys.executable} -c "{ASK.format(place)}"') == "hello\n"
+            assert networked.from_outside(f'{sys.executable} -c "{known.format(HOST_ADDRESS)}"') == "hello\n"
+        finally:
+            server.kill()
+            server.communicate()
+        docker("rm", "-f", name)
+        docker("run", "-d", "--name", "not" + name, "busybox", "sleep", NEVER)  # has its address now
+    docker("rm", "-f", "notone", "nottwo", "notthree")
 
 
 def test_user_networks_resolve_and_are_apart(networked: Networked) -> None:
