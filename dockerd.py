@@ -15106,8 +15106,9 @@ class Sandbox:
         if not self.published:  # it had no way to the world before
             self.publish(self.bindings)
         networks, rules = self.networks, self._port_rules() + self.links
-        stale = [rule for rule in self.rules if rule not in rules]
-        fresh = [rule for rule in rules if rule not in self.rules]
+        before, now = set(self.rules), set(rules)
+        stale, fresh = ([rule for rule in listed if rule not in others]
+                        for listed, others in ((self.rules, now), (rules, before)))
         if fresh or stale:
             networks.firewall.change(fresh, stale)
         self.rules = rules
