@@ -26583,10 +26583,12 @@ class ApiServer:
             return None
         if status == 304:
             return Response(304)
+        place = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else ""
+        text = (f"{place}: " if place else "") + reason(error)
         if request.named_version and request.version < (1, 24):  # errors were plain text
-            return Response(status, f"{error}\n".encode("utf-8", "replace"),
+            return Response(status, f"{text}\n".encode("utf-8", "replace"),
                             (("X-Content-Type-Options", "nosniff"),), "text/plain; charset=utf-8")
-        return Response(status, {"message": str(error)})
+        return Response(status, {"message": text})
 
     def respond(self, request: Request, response: Response) -> None:
         """Send a whole response in one piece."""

@@ -11403,6 +11403,8 @@ def test_volumes_are_listed_filtered_renamed_pruned_and_survive(new_host: Callab
         host.kill()
     host.start()
     assert archive(host, name, "/one/file") == {"file": b"kept\n"}
+    long = host.http("POST", "/volumes/create", {"Name": "a" * 300}).json["message"]
+    assert long.endswith(": file name too long") and "Errno" not in long
     costly = urllib.parse.quote(json.dumps({"name": ["(.+)+!"]}))
     assert "is too costly" in host.http("GET", "/volumes?filters=" + costly).json["message"]
     deep = urllib.parse.quote(json.dumps({"name": ["(" * 500 + ")" * 500]}))
