@@ -19923,11 +19923,12 @@ class Container:
         with contextlib.ExitStack() as held:
             with self.lock:
                 held.enter_context(self.undisturbed())
-                if self.process is not None:
+                namespace = self._mount_namespace(held)
+                if namespace >= 0:
                     places = {point["Destination"] for point in self.points}
                     places.update(self.host_config.get("Tmpfs") or (), map("/etc/{}".format,
                                                                            NETWORK_FILES.values()))
-                    root, namespace = os.dup(self._root_fd), self.namespaces(["mnt"], held)["mnt"]
+                    root = os.dup(self._root_fd)
                     mounts = [(-1, to) for to in sorted(places) if volumes]
                     seen = View(place, root, mounts, namespace, self.host_config["ReadonlyRootfs"])
                 else:
@@ -19940,6 +19941,15 @@ class Container:
                 held.callback(os.close, root)
                 held.callback(seen.close)
             yield seen
+
+    def _mount_namespace(self, held: contextlib.ExitStack) -> int:
+        """The descriptor, which `held` closes, of its mount namespace; -1 where it does not run, be it that
+        its end came at this moment."""
+        if self.process is not None:
+            with contextlib.suppress(DockerError):
+                return self.namespaces(["mnt"], held)["mnt"]
+            self.changed.wait_for(lambda: self.process is None and not self._clearing, 10)
+        return -1 if self.process is None else self.namespaces(["mnt"], held)["mnt"]
 
     def _open_network_files(self, held: contextlib.ExitStack) -> Iterator[tuple[int, str]]:
         """Those that a first start has written, as (descriptor, place)."""

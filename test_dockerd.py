@@ -3550,6 +3550,20 @@ def test_a_restart_keeps_what_rm_would_remove(host: Host) -> None:
     wait_for(lambda: host.http("GET", f"{API}/containers/{identity}/json").status == 404)
 
 
+def test_copies_of_what_ends_at_this_moment(host: Host) -> None:
+    """The process is dead, and the daemon may not know of it yet: the copy is one of a stopped container."""
+    assert host.process
+    own = f"/proc/{host.process.pid}/fd"
+    host.create("sleep", NEVER, name="one", Volumes={"/v": {}})
+    for path in ("archive?path=/v", "export", "archive?path=/etc/group", "export", "archive?path=/v"):
+        host.api("POST", "/containers/one/start")
+        os.kill(host.inspect("one")["State"]["Pid"], signal.SIGKILL)
+        assert host.http("GET", f"{API}/containers/one/{path}").status == 200
+        host.api("POST", "/containers/one/wait")
+    wait_for(lambda: "/" not in [os.readlink(f"{own}/{fd}") for fd in os.listdir(own)
+                                 if os.path.islink(f"{own}/{fd}")], "its root to be closed")
+
+
 def test_a_restart_that_fails_names_its_container(host: Host) -> None:
     host.create("nosuch", name="one")
     text = host.api("POST", "/containers/one/restart", status=400)["message"]
