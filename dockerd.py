@@ -6956,8 +6956,8 @@ class LayerStore:
 
     def _mount(self, container_id: str) -> ReadWriteLayer:
         mount = self._mounts.get(container_id)
-        if mount is None:
-            raise DockerError(f"the container {container_id} has no writable layer")
+        if mount is None:  # it is being removed
+            raise NotFound(f"the container {container_id} has no writable layer")
         return mount
 
     def mount_rw(self, container_id: str, readonly: bool = False, label: str = "") -> int:

@@ -3834,7 +3834,8 @@ def test_prune(host: Host) -> None:
 
 
 def test_a_container_without_a_size_hides_no_other(host: Host) -> None:
-    """The list, an inspection and df go on where one is removed while it is measured."""
+    """The list, an inspection and df go on where one is removed while it is measured; one that has its layer
+    no more is not found."""
     names = {host.create("true", name=name): name for name in ("going", "staying")}
     upper = host.inspect("going")["GraphDriver"]["Data"]["UpperDir"]
     os.rename(upper, upper + ".away")
@@ -3846,6 +3847,11 @@ def test_a_container_without_a_size_hides_no_other(host: Host) -> None:
         assert host.api("GET", "/containers/going/json?size=1")["SizeRw"] == 0
     finally:
         os.rename(upper + ".away", upper)
+    store = dockerd.LayerStore.__new__(dockerd.LayerStore)
+    store._mounts = {}
+    for ask in (store.rw_size, store.rw_changes):
+        with pytest.raises(dockerd.NotFound):
+            ask("gone")
 
 
 # Requests about a container, and about one that is not there, for which the real dockerd looks at the request
