@@ -19043,6 +19043,7 @@ class Parts(NamedTuple):
     log_network: Callable[..., None]            # (action, network, **attributes)
     background: Callable[..., None]             # run a function soon, on a worker thread
     later: Callable[..., Callable[[], Any]]     # the same in so many seconds; call the result to give that up
+    together: Callable[[Callable[[], None]], None]  # the same in a moment, with what others ask for meanwhile
     networks: Networks
     removed: Callable[[Container], None]      # takes a removed container out of the table
     find: Callable[[str], Container]          # of another container, by name or id
@@ -19411,7 +19412,7 @@ class Container:
             self._open_sandbox()
             self._write_network_files()
             with in_turn():
-                self._root_fd = parts.layers.mount_rw(self.id, label=self.record["MountLabel"])
+                self._root_fd = self._mount_root()
                 undo.callback(self._close_root)
                 user = self._user()
                 self._edits = requested_devices(
@@ -19936,7 +19937,7 @@ class Container:
                     mounts = [*self._open_network_files(held),
                               *((entry["fd"], entry["to"]) for entry in self._open_mounts(held, False))
                               ] if volumes else []
-                    root = self.parts.layers.mount_rw(self.id)
+                    root = self._mount_root()
                     seen = View(place, root, mounts, readonly=self.host_config["ReadonlyRootfs"])
                 held.callback(os.close, root)
                 held.callback(seen.close)
@@ -19963,6 +19964,7 @@ class Container:
         with self.lock:
             if self.process is None:
                 self._await_clearing()
+                self._close_root()
             self._views += 1
         try:
             yield
@@ -20131,10 +20133,22 @@ class Container:
             readonly_paths=tuple(host.get("ReadonlyPaths") or ()), sysctls=self._sysctls(namespaces, join),
             shm_size=host["ShmSize"] if host["IpcMode"] in ("private", "shareable") else 0)
 
+    def _mount_root(self) -> int:
+        """A descriptor of a mount of its root, whose last one has gone by then; the lock is held."""
+        self._close_root()
+        return int(self.parts.layers.mount_rw(self.id, label=self.record["MountLabel"]))
+
     def _close_root(self) -> None:
-        if self._root_fd >= 0:
-            os.close(self._root_fd)
-            self._root_fd = -1
+        fd, self._root_fd = self._root_fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _leave_root(self) -> None:
+        """Unmount its root, which lingers a moment behind the end of a run: this brings all that is new in
+        the file system below it to the disk, also what a container that is removed at once takes with it."""
+        with self.lock:
+            if self.process is None:
+                self._close_root()
 
     # The end of a run: when the process has ended and its output has been read, whichever comes last
 
@@ -20183,7 +20197,7 @@ class Container:
             self._clearing = True
         try:
             process.forget()
-            self._close_root()
+            self.parts.together(self._leave_root)
             self.parts.driver.discard(self.id)
             self.parts.networks.firewall.settle()
             self._release_mounts()
@@ -23226,6 +23240,7 @@ EVENTS_KEPT = 256               # how many past events a new listener can ask fo
 EVENT_BACKLOG = 4096            # events that may wait for one listener before it is cut off
 WORKERS = 4
 RELIEF = 2.0                    # seconds after which a worker's task holds up no other
+GATHERING = 0.25                # seconds in which tasks are gathered that are done together
 END_NOT_SEEN = "the exit code is not known: neither daemon nor shim saw the end"
 
 
@@ -23240,6 +23255,7 @@ class Workers:
         self._tasks: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
         self._idle = threading.Condition()
         self._unfinished = 0
+        self._gathered: list[Callable[[], None]] = []
         self._timers = sched.scheduler(time.monotonic)
         self._numbers = itertools.count()  # no two timers are equal
         self._earlier = threading.Event()
@@ -23250,6 +23266,21 @@ class Workers:
     def later(self, seconds: float, function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
         """Submit `function(*arguments)` in so many seconds; a call of the result gives that up."""
         return functools.partial(self._give_up, self._at(seconds, self.submit, function, *arguments))
+
+    def together(self, function: Callable[[], None]) -> None:
+        """Submit `function()` with all others that are asked for within a moment, one behind the other: what
+        each costs, a sync of the same file system, say, the first then pays for all."""
+        with self._idle:
+            self._gathered.append(function)
+            if len(self._gathered) == 1:
+                self.later(GATHERING, self._run_gathered)
+
+    def _run_gathered(self) -> None:
+        with self._idle:
+            gathered, self._gathered = self._gathered, []
+        for function in gathered:
+            with noted(log.error, "a worker has failed", OSError, DockerError):
+                function()
 
     def _at(self, seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
         seconds = min(seconds, threading.TIMEOUT_MAX)
@@ -24262,8 +24293,8 @@ class Daemon:
         self.volumes.renamed = self._volume_renamed
         self.parts = Parts(config, self.layers, self.driver, self.cgroups, LogPump(), self._seccomp_profile(),
                            self.events.container_event, self.events.network_event, self.workers.submit,
-                           self.workers.later, self.networks, self._container_gone, self.containers.find,
-                           self.idmap, self.containers.all, self.volumes)
+                           self.workers.later, self.workers.together, self.networks, self._container_gone,
+                           self.containers.find, self.idmap, self.containers.all, self.volumes)
         self._load_containers()
         self.volumes.end_renames()
         self.networks.begin()

@@ -4279,6 +4279,33 @@ def test_no_process_is_left_where_descriptors_run_out(new_host: Callable[..., Ho
     host.api("DELETE", f"/containers/{box.id}?force=1")
 
 
+def test_a_root_lingers_behind_the_end_of_a_run(host: Host) -> None:
+    """It is unmounted with others a moment later, but before the next run or a copy mounts it anew."""
+    def roots() -> int:
+        assert host.process
+        place, found = f"/proc/{host.process.pid}/fd", 0
+        for fd in os.listdir(place):
+            with contextlib.suppress(FileNotFoundError):
+                found += dockerd.FILE_SYSTEMS.get(dockerd.statfs_type(f"{place}/{fd}")) == "overlayfs"
+        return found
+
+    wait_for(lambda: roots() == 0)
+    for number in range(3):
+        identity = host.create("sh", "-c", "echo run >> /file")
+        for _ in range(number + 1):
+            host.api("POST", f"/containers/{identity}/start")
+            host.api("POST", f"/containers/{identity}/wait")
+        assert roots() <= 1
+        copied = host.http("GET", f"{API}/containers/{identity}/archive?path=/file").body
+        with tarfile.open(fileobj=io.BytesIO(copied)) as archive:
+            assert archive.extractfile("file").read() == b"run\n" * (number + 1)  # type: ignore[union-attr]
+        assert roots() == 0
+        host.api("POST", f"/containers/{identity}/start")
+        host.api("POST", f"/containers/{identity}/wait")
+        host.api("DELETE", f"/containers/{identity}")
+        wait_for(lambda: roots() == 0)
+
+
 @pytest.mark.torture
 def test_many_races_on_one_container(host: Host) -> None:
     def descriptors() -> int:
