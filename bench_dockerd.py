@@ -449,6 +449,44 @@ def measure_networks(daemons: list[Daemon], count: int, together: int = 20) -> R
         yield f"  {together} at once, {name}", "ms", [statistics.median(found) * 1e3 for found in zip(*turns)]
 
 
+FETCH = """import socket, sys, time
+with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:
+    begin, buffer, count = time.perf_counter(), bytearray(1 << 20), 0
+    while size := connection.recv_into(buffer):
+        count += size
+    print(count, time.perf_counter() - begin)
+"""
+
+
+def measure_ports(daemons: list[Daemon], rounds: int = 7, megabytes: int = 512) -> Rows:
+    """Time of much data from a published port: over the kernel's path and over the user-space proxy."""
+    command = ["busybox", "nc", "-ll", "-p", "80", "-e",
+               "busybox", "dd", "if=/dev/zero", "bs=64k", f"count={megabytes << 4}"]
+    variant = {"Image": "one", "Cmd": command, "HostConfig": NETWORKS["published port"]}
+    ports, identities = [], []
+    for daemon in daemons:
+        call = daemon.connection.call
+        identity = call("POST", "/containers/create", variant)["Id"]
+        call("POST", f"/containers/{identity}/start")
+        found = call("GET", f"/containers/{identity}/json")["NetworkSettings"]["Ports"]["80/tcp"]
+        ports.append(found[0]["HostPort"])
+        identities.append(identity)
+
+    def fetch(daemon: Daemon, host: str, port: str) -> float:
+        enter = ["nsenter", "-t", str(daemon.holder.pid), "-n", "--", sys.executable, "-c", FETCH, host, port]
+        while True:  # until the server listens
+            done = subprocess.run(enter, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            count, _, seconds = done.stdout.partition(" ")
+            if count == str(megabytes << 20):
+                return float(seconds) * 1e3
+
+    for name, host in (("kernel's path", "172.17.0.1"), ("proxy", "127.0.0.1")):
+        turns = [[fetch(daemon, host, port) for daemon, port in zip(daemons, ports)] for _ in range(rounds)]
+        yield f"{megabytes} MB by a port, {name}", "ms", [statistics.median(found) for found in zip(*turns)]
+    for daemon, identity in zip(daemons, identities):
+        daemon.connection.call("DELETE", f"/containers/{identity}?force=1")
+
+
 def measure_exec(daemons: list[Daemon], count: int) -> Rows:
     """Time of `true` in a container that runs, `count` times in turns."""
     identities = [daemon.create({"Image": "one", "Cmd": ["sleep", "100000"]}) for daemon in daemons]
@@ -823,6 +861,7 @@ def main() -> None:
             measure_ping,
             functools.partial(measure_steady_state, count=options.n),
             functools.partial(measure_networks, count=max(10, options.n // 10)),
+            measure_ports,
             functools.partial(measure_exec, count=max(20, options.n // 3)),
             functools.partial(measure_cpu, count=max(5, options.n // 10)),
             measure_running,
