@@ -7000,6 +7000,12 @@ class LayerStore:
         """Let the layer `cache_id`, which is empty, have what the container has changed."""
         self.driver.give_up(self._mount(container_id).mount_id, cache_id)
 
+    def rw_is_empty(self, container_id: str) -> bool:
+        """Whether there is nothing in the container's writable layer, as far as that can be told."""
+        with contextlib.suppress(OSError, DockerError):
+            return not os.listdir(self.driver.diff_dir(self._mount(container_id).mount_id))
+        return False
+
     def rw_size(self, container_id: str) -> tuple[int, int]:
         """(SizeRw, SizeRootFs): the bytes that the container wrote, and those with its image's."""
         mount = self._mount(container_id)
@@ -20144,8 +20150,9 @@ class Container:
             os.close(fd)
 
     def _leave_root(self) -> None:
-        """Unmount its root, which lingers a moment behind the end of a run: this brings all that is new in
-        the file system below it to the disk, also what a container that is removed at once takes with it."""
+        """Unmount its root, which lingers a moment behind the end of a run that has written nothing: this
+        brings all that is new in the file system below it to the disk, also the records of a container that
+        is removed at once."""
         with self.lock:
             if self.process is None:
                 self._close_root()
@@ -20197,7 +20204,10 @@ class Container:
             self._clearing = True
         try:
             process.forget()
-            self.parts.together(self._leave_root)
+            if self.parts.layers.rw_is_empty(self.id):
+                self.parts.together(self._leave_root)
+            else:
+                self._close_root()
             self.parts.driver.discard(self.id)
             self.parts.networks.firewall.settle()
             self._release_mounts()
