@@ -9823,6 +9823,17 @@ class Networked:
         return subprocess.run(["nsenter", "-t", str(self.neighbour.pid), "-n", "sh", "-c", command],
                               stdout=subprocess.PIPE, text=True, check=False, timeout=60).stdout
 
+    def seen_outside(self, container: str) -> str:
+        """The address under which the neighbour sees a container that connects to it."""
+        with open(f"/proc/{self.neighbour.pid}/ns/net") as namespace:
+            listener = dockerd.in_network(namespace.fileno(), socket.create_server, (OUTSIDE, 9998))
+        with listener:
+            self.docker("exec", "-d", container, "nc", OUTSIDE, "9998")
+            listener.settimeout(20 * PATIENCE)
+            client, address = listener.accept()
+            client.close()
+            return str(address[0])
+
     def state(self) -> list[str]:
         """What containers might leave: links but for bridges, rules, listening sockets."""
         links = [line for line in self.shell("ip -o link").splitlines() if "veth" in line
@@ -9960,14 +9971,7 @@ def test_how_a_network_goes_out(networked: Networked) -> None:
     docker("network", "connect", "bridge", "one")
     assert re.findall(r": (\w+\d)@", docker("exec", "one", "ip", "link")) == ["lan0", "eth0"]
     docker("network", "disconnect", "bridge", "one")
-    with open(f"/proc/{networked.neighbour.pid}/ns/net") as namespace:
-        listener = dockerd.in_network(namespace.fileno(), socket.create_server, (OUTSIDE, 9998))
-    with listener:
-        docker("exec", "-d", "one", "nc", OUTSIDE, "9998")
-        listener.settimeout(20)
-        client, address = listener.accept()
-        client.close()
-        assert (address[0] == "10.99.0.77") == (backend_of(networked) != "none")
+    assert (networked.seen_outside("one") == "10.99.0.77") == (backend_of(networked) != "none")
     docker("rm", "-f", "one")
     docker("network", "rm", "out")
     networked.shell("ip addr del 10.99.0.77/24 dev up0")
@@ -10005,14 +10009,7 @@ def test_a_network_that_is_routed_to(networked: Networked) -> None:
     if backend_of(networked) != "none":
         assert networked.from_outside(FETCH.format(own, 81)) == ""
         assert docker("exec", "user", "sh", "-c", f"nc -w 1 {own} 81 < /dev/null", status=None) == ""
-    with open(f"/proc/{networked.neighbour.pid}/ns/net") as namespace:
-        listener = dockerd.in_network(namespace.fileno(), socket.create_server, (OUTSIDE, 9998))
-    with listener:
-        docker("exec", "-d", "web", "nc", OUTSIDE, "9998")
-        listener.settimeout(20)
-        client, address = listener.accept()
-        client.close()
-        assert address[0] == own
+    assert networked.seen_outside("web") == own
     networked.host.api("POST", "/networks/bridge/connect", {"Container": "shut"})
     assert ports("shut") == [("127.0.0.1", "8083")]
     assert networked.shell(FETCH.format("127.0.0.1", 8083)) == "shut\n"
