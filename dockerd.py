@@ -14701,6 +14701,8 @@ BRIDGE_RULES = (
     Refusal(lambda n: n["there"] and n["there"].kind != "bridge", "existing interface {name} is not a bridge",
             Forbidden),
 )
+
+
 def _parse_mtu(text: str) -> int:
     if not 0 <= parse_atoi(text) < 1 << 31:
         raise BadParameter("invalid MTU number")
